@@ -1,0 +1,63 @@
+# Everything runs from .venv; `make` alone lists the targets.
+PYTHON ?= python3
+JOBS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := cmpolicy envs data eval conf tests
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint types imports unit bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## create .venv with the pinned set (once; again when the pins change)
+
+# A stamp, so that the install is done once and redone when what it depends on changes.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "error: '$(PYTHON)' was not found; name a Python 3.11 or newer: make install PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: cmpolicy needs Python 3.11 or newer, '$(PYTHON)' is $$($(PYTHON) -V 2>&1);" \
+			"name another: make install PYTHON=python3.12" >&2; exit 1; }
+	@if [ -x $(BIN)/python ] && ! $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+		echo "error: $(VENV) holds an older Python; remove it and run make again: rm -r $(VENV)" >&2; exit 1; fi
+	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv $(VENV) || { \
+		echo "error: could not create $(VENV); on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "installing the pinned set into $(VENV) (2-3 minutes the first time)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+demo: install  ## train a one-step policy, score it and film it, in outputs/demo (15 minutes, 2 cores)
+	@$(BIN)/python -m cmpolicy.cli.demo
+
+# The steps run in this order and the first failure ends it; pytest's closing line is the last one.
+test: install  ## lint, format, types, import contracts and tests (12 minutes, 2 cores)
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory types
+	@$(MAKE) --no-print-directory imports
+	@$(MAKE) --no-print-directory unit
+
+lint: install  ## ruff: rules and format
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+types: install  ## mypy (strict)
+	$(BIN)/mypy
+
+imports: install  ## import-linter: the layers of the architecture
+	$(BIN)/lint-imports
+
+# One torch thread per worker: JOBS workers on JOBS cores.
+unit: install  ## pytest alone (JOBS=2 workers; PYTEST_ARGS="-k windows" to choose)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+bench: install  ## step, latency and rollout times of this machine
+	$(BIN)/cmpolicy-bench step
+	$(BIN)/cmpolicy-bench latency policy=pusht
+	$(BIN)/cmpolicy-bench rollout policy=pusht
+
+clean:  ## remove caches and build products (not .venv, not outputs)
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
