@@ -1,0 +1,326 @@
+"""Demonstrations in a Zarr store: ``data/<key>`` (N, ...) and ``meta/episode_ends`` (E,).
+
+The layout is Diffusion Policy's: the steps of all episodes one after the other along the first axis
+of every array, and for each episode one past its last row. Reads Zarr formats 2 and 3, directories
+and .zip archives; writes format 3 directories, episode by episode.
+
+Appending is atomic. ``meta/episode_ends`` is the commit point: the rows of the new episode are
+written first, past the end that readers know, and only then the episode's end, by one atomic
+replacement of one chunk file. An append that is cut off leaves rows that no episode owns; readers
+do not see them and the next append removes them. One writer at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.storage import LocalStore
+
+from cmpolicy_data.selector import Selector, SelectorError
+from cmpolicy_data.store import (
+    FORMAT_VERSION,
+    MARK,
+    Array,
+    ReplayBufferError,
+    arrays,
+    get_array,
+    is_marked,
+    missing_chunks,
+    missing_message,
+    open_root,
+    read_rows,
+)
+from cmpolicy_data.windows import WindowError, check_episode_ends
+
+_ENDS = "meta/episode_ends"
+_CHUNK_BYTES = 1 << 20
+_MAX_CHUNK_STEPS = 2048
+
+
+class ReplayBuffer:
+    """A store of demonstrations; ``open`` or ``create`` makes one.
+
+    Attributes:
+        path: where the store is.
+        episode_ends: (E,) int64, one past the last row of each episode.
+    """
+
+    def __init__(self, path: Path, root: zarr.Group) -> None:
+        self.path = path
+        self._root = root
+        self._marked = is_marked(root)
+        self._data = arrays(root, "data", path)
+        self.episode_ends = self._read_episode_ends()
+
+    @classmethod
+    def open(cls, path: str | Path, mode: Literal["r", "r+"] = "r") -> Self:
+        """Open a store: a directory or a .zip, Zarr format 2 or 3 (``r+``: to append).
+
+        Raises:
+            FileNotFoundError: there is nothing at ``path``.
+            ReplayBufferError: not a store, damaged, without data/ or meta/episode_ends, or with
+                ends that do not increase.
+        """
+        path = Path(path).expanduser()
+        return cls(path, open_root(path, mode))
+
+    @classmethod
+    def create(cls, path: str | Path, *, attrs: Mapping[str, Any] | None = None) -> Self:
+        """A new, empty directory store; keys, shapes and dtypes come with the first episode.
+
+        Raises:
+            FileExistsError: there is something at ``path`` already.
+        """
+        path = Path(path).expanduser()
+        if path.exists():
+            raise FileExistsError(
+                f"{path} exists already. Open it with mode='r+' to append, or choose another path."
+            )
+        if path.suffix == ".zip":
+            raise ReplayBufferError(
+                f"{path}: a .zip cannot be appended to. Create a directory store (for example "
+                f"{path.with_suffix('')}) and pack it when it is complete."
+            )
+        root = zarr.create_group(
+            LocalStore(path),
+            zarr_format=3,
+            attributes={**(attrs or {}), MARK: {"format_version": FORMAT_VERSION}},
+        )
+        root.create_group("data")
+        root.create_group("meta").create_array(
+            "episode_ends", shape=(0,), chunks=(4096,), dtype="int64", **_encoding()
+        )
+        return cls.open(path, "r+")
+
+    def keys(self) -> list[str]:
+        """Names of the arrays under data/, sorted."""
+        return list(self._data)
+
+    @property
+    def n_episodes(self) -> int:
+        """Number of episodes E."""
+        return int(self.episode_ends.shape[0])
+
+    @property
+    def n_steps(self) -> int:
+        """Number of steps N over all episodes."""
+        return int(self.episode_ends[-1]) if self.n_episodes else 0
+
+    @property
+    def attrs(self) -> dict[str, Any]:
+        """The store's own attributes, a copy."""
+        return {key: value for key, value in self._root.attrs.asdict().items() if key != MARK}
+
+    def update_attrs(self, attrs: Mapping[str, Any]) -> None:
+        """Add or replace attributes (JSON values) of a store opened for appending."""
+        self._require_writable()
+        self._root.attrs.update({**attrs, MARK: self._root.attrs.asdict()[MARK]})
+
+    def __getitem__(self, key: str) -> Array:
+        """The Zarr array of a key, unread.
+
+        Raises:
+            ReplayBufferError: no such key; lists those there are.
+        """
+        if key not in self._data:
+            there = ", ".join(self._data) or "none"
+            raise ReplayBufferError(f"{self.path} has no key {key!r} under data/ (keys: {there}).")
+        return self._data[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._data
+
+    def load(self, selector: str) -> npt.NDArray[Any]:
+        """All steps of a key, or of some of its columns: ``"action"``, ``"state[:2]"``.
+
+        Returns:
+            (N, ...): float32 for floating-point data, else the stored dtype; a key of shape (N,)
+            comes as one column (N, 1).
+
+        Raises:
+            SelectorError: bad syntax, or columns that are not there.
+            ReplayBufferError: no such key, not numbers, no episodes, a length that does not match
+                the episodes, or chunks that are missing or damaged.
+        """
+        chosen = Selector.parse(selector)
+        array = self[chosen.key]
+        self._check_readable(chosen.key, array)
+        rows = read_rows(array, 0, self.n_steps, self.path)
+        if rows.ndim == 1:
+            rows = rows[:, None]
+        if not chosen.is_whole:
+            try:
+                rows = rows[:, chosen.columns(rows.shape[1])]
+            except SelectorError as error:
+                raise SelectorError(f"{self.path}: {error}") from None
+        if rows.dtype.kind == "f":
+            rows = rows.astype(np.float32, copy=False)
+        return np.ascontiguousarray(rows)
+
+    def append_episode(self, episode: Mapping[str, npt.ArrayLike]) -> int:
+        """Append one episode {key: (L, ...)}, atomically (module docstring).
+
+        The first episode fixes keys, trailing shapes and dtypes.
+
+        Returns:
+            The number of the new episode.
+
+        Raises:
+            ReplayBufferError: other keys, shapes or kinds of numbers than the store's, lengths that
+                differ, an empty episode, or a store opened for reading.
+        """
+        self._require_writable()
+        values = {key: np.asarray(value) for key, value in episode.items()}
+        self._repair()
+        length = self._check_episode(values)
+        start = self.n_steps
+        for key, value in values.items():
+            if key not in self._data:
+                self._data[key] = self._new_array(key, value)
+            array = self._data[key]
+            array.resize((start + length, *array.shape[1:]))
+            array[start : start + length] = value.astype(array.dtype)
+        # The new entry reads as 0, which is no episode's end, until the next line commits it.
+        ends = self._root[_ENDS]
+        if not isinstance(ends, zarr.Array):  # checked when the store was opened
+            raise ReplayBufferError(f"{self.path} has lost {_ENDS}.")
+        ends.resize((self.n_episodes + 1,))
+        ends[self.n_episodes] = start + length
+        self.episode_ends = np.append(self.episode_ends, np.int64(start + length))
+        return self.n_episodes - 1
+
+    def _read_episode_ends(self) -> npt.NDArray[np.int64]:
+        array = get_array(self._root, _ENDS, self.path)
+        if array is None:
+            raise ReplayBufferError(
+                f"{self.path} has no {_ENDS}: (E,) integers, for each episode one past its last "
+                "row. Without it the episodes cannot be told apart."
+            )
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise ReplayBufferError(
+                f"{self.path}: {_ENDS} must be 1-D integers, got shape {array.shape}, dtype "
+                f"{array.dtype}."
+            )
+        # The last entry may be of an append that was cut off just before its commit, so not there.
+        committed = array.shape[0] - 1 if self._marked else array.shape[0]
+        lost = missing_chunks(array, committed, strict=self._marked)
+        if lost:
+            raise ReplayBufferError(f"{self.path}: {missing_message(lost, array)}.")
+        ends = read_rows(array, 0, array.shape[0], self.path).astype(np.int64)
+        if self._marked and ends.size and ends[-1] <= 0:
+            ends = ends[:-1]
+        if ends.size:
+            try:
+                check_episode_ends(ends)
+            except WindowError as error:
+                raise ReplayBufferError(f"{self.path}: {error}") from error
+        return ends
+
+    def _check_readable(self, key: str, array: Array) -> None:
+        if self.n_episodes == 0:
+            raise ReplayBufferError(
+                f"{self.path} has no episodes (meta/episode_ends is empty). Append or generate at "
+                "least one first."
+            )
+        if array.dtype.kind not in "biuf":
+            raise ReplayBufferError(
+                f"{self.path}: data/{key} has dtype {array.dtype}; only numbers (float, int, "
+                "uint8, bool) can be trained on. Convert it when the store is written."
+            )
+        rows = array.shape[0] if array.ndim else 0
+        # Rows past the last end are of an interrupted append, if it is a store that we append to.
+        if rows < self.n_steps or (rows > self.n_steps and not self._marked):
+            raise ReplayBufferError(
+                f"{self.path}: data/{key} has {rows} steps, but the episodes end at step "
+                f"{self.n_steps} (last entry of meta/episode_ends). Every array needs exactly one "
+                "row per step. `cmpolicy-data validate` lists all that does not match."
+            )
+        lost = missing_chunks(array, self.n_steps, strict=self._marked)
+        if lost:
+            raise ReplayBufferError(f"{self.path}: {missing_message(lost, array)}.")
+
+    def _check_episode(self, values: Mapping[str, npt.NDArray[Any]]) -> int:
+        where = f"Cannot append to {self.path}"
+        known = set(self._data) if self.n_episodes else set(values)
+        if not values or set(values) != known:
+            raise ReplayBufferError(
+                f"{where}: the episode has keys {sorted(values)}, the store has {sorted(known)}."
+            )
+        lengths = {key: value.shape[0] if value.ndim else 0 for key, value in values.items()}
+        if len(set(lengths.values())) > 1 or min(lengths.values()) < 1:
+            raise ReplayBufferError(
+                f"{where}: every key needs the same number of steps, at least 1; got {lengths}."
+            )
+        for key, value in values.items():
+            if value.dtype.kind not in "biuf":
+                raise ReplayBufferError(
+                    f"{where}: {key!r} has dtype {value.dtype}; only numbers can be stored."
+                )
+            if self.n_episodes == 0:
+                continue
+            array = self._data[key]
+            if value.shape[1:] != array.shape[1:]:
+                raise ReplayBufferError(
+                    f"{where}: {key!r} has shape {value.shape[1:]} per step, the store has "
+                    f"{array.shape[1:]}."
+                )
+            if not np.can_cast(value.dtype, array.dtype, "same_kind"):
+                raise ReplayBufferError(
+                    f"{where}: {key!r} has dtype {value.dtype}, which does not fit the store's "
+                    f"{array.dtype}."
+                )
+        return next(iter(lengths.values()))
+
+    def _repair(self) -> None:
+        """Remove what an interrupted append left behind; mark the store as one we append to."""
+        # What is on disk counts: the append that was cut off may have been our own.
+        self._data = arrays(self._root, "data", self.path)
+        self.episode_ends = self._read_episode_ends()
+        if not self._marked:
+            # Only from here on may rows past the last end be read as an interrupted append.
+            for key, array in self._data.items():
+                self._check_readable(key, array)
+            self._root.attrs.update({MARK: {"format_version": FORMAT_VERSION}})
+            self._marked = True
+        ends = self._root[_ENDS]
+        if isinstance(ends, zarr.Array) and ends.shape[0] > self.n_episodes:
+            ends.resize((self.n_episodes,))
+        for key, array in list(self._data.items()):
+            if self.n_episodes == 0:  # not even the keys were committed
+                del self._root[f"data/{key}"]
+                del self._data[key]
+            elif array.shape[0] > self.n_steps:
+                array.resize((self.n_steps, *array.shape[1:]))
+
+    def _new_array(self, key: str, value: npt.NDArray[Any]) -> Array:
+        step_bytes = max(1, value.nbytes // value.shape[0])
+        steps = min(_MAX_CHUNK_STEPS, max(1, _CHUNK_BYTES // step_bytes))
+        return self._root.create_array(
+            f"data/{key}",
+            shape=(0, *value.shape[1:]),
+            chunks=(steps, *(max(1, size) for size in value.shape[1:])),
+            dtype=value.dtype,
+            **_encoding(),
+        )
+
+    def _require_writable(self) -> None:
+        if self._root.read_only:
+            raise ReplayBufferError(
+                f"{self.path} is open for reading. Use ReplayBuffer.open(path, mode='r+') on a "
+                "directory store."
+            )
+
+
+def _encoding() -> dict[str, Any]:
+    """How our arrays are stored: compressed, with a checksum, every chunk written."""
+    return {
+        "compressors": (BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle"), Crc32cCodec()),
+        "fill_value": 0,
+        "config": {"write_empty_chunks": True},
+    }

@@ -1,0 +1,238 @@
+"""Opening Zarr stores and reading rows of their arrays, with errors that say what is wrong.
+
+Stores are directories or .zip archives, Zarr format 2 or 3. Zarr itself reads a chunk that is not
+there as the fill value, so a copy that was cut off would train on zeros: ``missing_chunks`` and
+``read_rows`` are what every reader here goes through.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.storage import LocalStore, ZipStore
+
+Array = zarr.Array[Any]
+
+# Root attribute of stores that `ReplayBuffer` wrote: {"format_version": 1}. In such a store every
+# chunk is written, so a chunk that is not there is lost.
+MARK = "cmpolicy_data"
+FORMAT_VERSION = 1
+
+_EXPECTED = (
+    "Expected a Zarr directory or .zip with arrays data/<key> (N, ...) and meta/episode_ends (E,)."
+)
+
+
+class ReplayBufferError(ValueError):
+    """A store that cannot be read, or does not hold what was asked of it."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One chunk of an array: its name in the store, and the rows [start, stop) that it holds."""
+
+    name: str
+    start: int
+    stop: int
+    columns: tuple[slice, ...]
+
+
+def open_root(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Group:
+    """The root group of the store at ``path``.
+
+    In a .zip the store may lie in a folder (the public archives do): the one folder that holds
+    meta/episode_ends is then the root.
+
+    Raises:
+        FileNotFoundError: there is nothing at ``path``.
+        ReplayBufferError: it is not a Zarr store, is cut off, or is of a newer version.
+    """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"There is no data at {path}. {_EXPECTED} Check the path, or get data with "
+            "`cmpolicy-data generate pusht` or `cmpolicy-data download pusht`."
+        )
+    if path.is_file() and mode != "r":
+        raise ReplayBufferError(
+            f"{path} is one file: .zip stores are read-only. Append to a directory store and pack "
+            "it again."
+        )
+    try:
+        if path.is_dir():
+            store: LocalStore | ZipStore = LocalStore(path, read_only=mode == "r")
+            # Chunks that hold only the fill value are written too (see MARK).
+            with zarr.config.set({"array.write_empty_chunks": True}):
+                root = zarr.open_group(store, mode=mode)
+        else:
+            store = ZipStore(path, mode="r")
+            root = zarr.open_group(store, mode="r", path=_zip_prefix(path))
+    except zipfile.BadZipFile as error:
+        raise ReplayBufferError(
+            f"{path} is not a whole .zip archive ({error}): it is cut off, or not a .zip at all. "
+            f"{_EXPECTED} Copy or download it again."
+        ) from error
+    except Exception as error:  # zarr raises many kinds for unreadable metadata
+        raise ReplayBufferError(
+            f"{path} is not a readable Zarr store ({_reason(error)}). {_EXPECTED}"
+        ) from error
+    mark = cast(Mapping[str, Any], root.attrs.asdict()).get(MARK)
+    version = mark.get("format_version") if isinstance(mark, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise ReplayBufferError(
+            f"{path} was written by a newer cmpolicy (store format version {version}; this one "
+            f"reads up to {FORMAT_VERSION}). Upgrade cmpolicy."
+        )
+    return root
+
+
+def is_marked(root: zarr.Group) -> bool:
+    """Whether ``ReplayBuffer`` wrote (or appended to) this store."""
+    return MARK in root.attrs.asdict()
+
+
+def arrays(root: zarr.Group, group: str, path: Path) -> dict[str, Array]:
+    """The arrays below ``group`` by their name in it (nested ones as ``a/b``), sorted.
+
+    Raises:
+        ReplayBufferError: no such group, or unreadable metadata in it.
+    """
+    try:
+        node = root.get(group)
+        if isinstance(node, zarr.Group):
+            found = {
+                name: member
+                for name, member in node.members(max_depth=None)
+                if isinstance(member, zarr.Array)
+            }
+            return dict(sorted(found.items()))
+    except Exception as error:
+        raise ReplayBufferError(
+            f"{path}: the arrays in {group}/ cannot be listed ({_reason(error)}): the metadata of "
+            "one of them is damaged. Copy or download the store again."
+        ) from error
+    raise ReplayBufferError(f"{path} has no group {group}/. {_EXPECTED}")
+
+
+def get_array(root: zarr.Group, name: str, path: Path) -> Array | None:
+    """The array ``name`` (``data/action``), or None if there is none of that name.
+
+    Raises:
+        ReplayBufferError: its metadata cannot be read.
+    """
+    try:
+        node = root.get(name)
+    except Exception as error:
+        raise ReplayBufferError(
+            f"{path}: the metadata of {name} cannot be read ({_reason(error)}): the store is cut "
+            "off or damaged. Copy or download it again."
+        ) from error
+    return node if isinstance(node, zarr.Array) else None
+
+
+def chunks(array: Array) -> list[Chunk]:
+    """Every chunk (shard, where there are shards) that the array's shape calls for."""
+    sizes = array.shards or array.chunks
+    grid = [range(-(-length // size)) for length, size in zip(array.shape, sizes, strict=True)]
+    found = []
+    for place in itertools.product(*grid):
+        rows, *columns = (
+            slice(i * size, min((i + 1) * size, length))
+            for i, size, length in zip(place, sizes, array.shape, strict=True)
+        )
+        name = f"{array.path}/{array.metadata.encode_chunk_key(place)}"
+        found.append(Chunk(name, rows.start, rows.stop, tuple(columns)))
+    return found
+
+
+def missing_chunks(array: Array, stop: int | None = None, *, strict: bool) -> list[Chunk]:
+    """Chunks with rows before ``stop`` that are lost.
+
+    Writers may leave out chunks that hold nothing but the fill value (zarr 3 does by default).
+    Unless ``strict``, a chunk that is not there counts as such when the rows next to it hold the
+    fill value too: a run of zeros rarely ends exactly where a chunk does, a cut-off copy does.
+    """
+    store = array.store_path.store
+    if isinstance(store, ZipStore):
+        names = set(zipfile.ZipFile(store.path).namelist())
+        absent = [chunk for chunk in chunks(array) if chunk.name not in names]
+    else:
+        folder = cast(LocalStore, store).root
+        absent = [chunk for chunk in chunks(array) if not (folder / chunk.name).is_file()]
+    limit = array.shape[0] if stop is None else stop
+    absent = [chunk for chunk in absent if chunk.start < limit]
+    return absent if strict else [chunk for chunk in absent if not _may_be_fill(array, chunk)]
+
+
+def read_rows(array: Array, start: int, stop: int, path: Path) -> npt.NDArray[Any]:
+    """Rows [start, stop) of the array.
+
+    Raises:
+        ReplayBufferError: a chunk cannot be decoded; names it.
+    """
+    try:
+        return np.asarray(array[start:stop])
+    except Exception as error:
+        raise ReplayBufferError(
+            f"{path}: {_first_broken(array, start, stop)} cannot be decoded ({_reason(error)}): "
+            "the store is cut off or damaged. Copy or download it again."
+        ) from error
+
+
+def missing_message(missing: list[Chunk], array: Array) -> str:
+    """One sentence on chunks that are lost, for errors and problem lists."""
+    first = missing[0]
+    return (
+        f"{len(missing)} of {len(chunks(array))} chunks of {array.path} are not there, the first "
+        f"is {first.name} (steps {first.start} to {first.stop - 1}): the store is truncated. "
+        "Copy or download it again"
+    )
+
+
+def _zip_prefix(path: Path) -> str:
+    """The folder inside the archive that holds the store ("" for its top)."""
+    with zipfile.ZipFile(path) as archive:
+        found = {
+            name[: -len(tail)].rstrip("/")
+            for name in archive.namelist()
+            for tail in ("meta/episode_ends/.zarray", "meta/episode_ends/zarr.json")
+            if name == tail or name.endswith("/" + tail)
+        }
+    if len(found) > 1:
+        raise ValueError(f"it holds several stores: {', '.join(sorted(found))}; unpack it first")
+    return found.pop() if found else ""
+
+
+def _may_be_fill(array: Array, chunk: Chunk) -> bool:
+    fill = np.asarray(0 if array.fill_value is None else array.fill_value)
+    for row in (chunk.start - 1, chunk.stop):
+        if 0 <= row < array.shape[0]:
+            try:
+                beside = np.asarray(array[(slice(row, row + 1), *chunk.columns)])
+            except Exception:  # beside a broken chunk nothing can be told: count it as lost
+                return False
+            if not np.array_equal(beside, np.broadcast_to(fill, beside.shape)):
+                return False
+    return True
+
+
+def _first_broken(array: Array, start: int, stop: int) -> str:
+    for chunk in chunks(array):
+        if chunk.start < stop and chunk.stop > start:
+            try:
+                array[(slice(chunk.start, chunk.stop), *chunk.columns)]
+            except Exception:
+                return f"chunk {chunk.name} (steps {chunk.start} to {chunk.stop - 1})"
+    return f"{array.path}, steps {start} to {stop - 1}"
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
