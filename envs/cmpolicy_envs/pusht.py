@@ -50,6 +50,7 @@ class PushTEnv(GymPushTEnv):  # type: ignore[misc]  # gym-pusht ships no types
     def __init__(self, render_mode: str | None = None, render_size: int = 512) -> None:
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"PushT: render_mode must be None or 'rgb_array', got {render_mode!r}")
+        self._last_action: NDArray[np.float64] | None = None  # gym-pusht draws it
         super().__init__(
             obs_type="state",
             render_mode=render_mode,
@@ -129,7 +130,9 @@ class PushTEnv(GymPushTEnv):  # type: ignore[misc]  # gym-pusht ships no types
         """One 10 Hz action; raises ValueError on a shape other than (2,) or non-finite values."""
         target = np.asarray(action, dtype=np.float64)
         if target.shape != (2,) or not np.isfinite(target).all():
-            raise ValueError(f"PushT: expected an action of two finite numbers (px), got {action}")
+            raise ValueError(
+                f"PushT: expected an action of two finite numbers (px), got {action!r}"
+            )
         self._last_action = target
         target_x, target_y = target.tolist()
         k_p, k_v, dt, agent, space = self.k_p, self.k_v, self.dt, self.agent, self.space
@@ -155,6 +158,6 @@ def _checked_state(state: ArrayLike, what: str) -> list[float]:
     if values.shape != (5,) or not np.isfinite(values).all():
         raise ValueError(
             f"PushT: {what} needs five finite numbers [agent x, agent y, block x, block y, angle], "
-            f"got {state}"
+            f"got {state!r}"
         )
     return [float(v) for v in values]

@@ -1,0 +1,229 @@
+"""Episodes of a policy in many environments at once.
+
+Environments run in several processes, the policy runs here, on all of them in one batched call::
+
+    round     0         1         2           Ta actions per round, To observations per call
+    slot 0    seed a .. seed a .. seed a done -> next seed
+    slot 1    seed b .. done -> seed d ..     (freed slots take seeds in order)
+    slot 2    seed c .. seed c .. seed c      (no seed left: the slot stays frozen)
+
+Rounds are in lockstep and slots are given out in order, and the batch always has one row per slot,
+so neither the number of processes nor their speed can change a result. The batch size can, by the
+rounding of a network's batched arithmetic only.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from cmpolicy_eval.episode import Array, ChunkOutcome, MakeEnv
+from cmpolicy_eval.policy import ActionChunkPolicy, PolicyMismatchError, check_policy_fits
+from cmpolicy_eval.pool import Command, EnvPool, Reset, RolloutError, Step
+
+__all__ = ["EpisodeResult", "RolloutError", "rollout"]
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """One episode: ``score`` is the largest reward, ``length`` the number of environment steps."""
+
+    seed: int
+    score: float
+    success: bool
+    length: int
+    infer_ms: tuple[float, ...]
+    """Duration of each policy call of the episode, ms, for the whole batch it was part of."""
+    chunks: Array | None = field(default=None, repr=False, compare=False)
+    """(calls, Ta, A) chunks handed to the environment, if they were asked for."""
+
+    @property
+    def infer_ms_p50(self) -> float:
+        """Median duration of a policy call, ms."""
+        return float(np.median(self.infer_ms))
+
+
+@dataclass
+class _Slot:
+    """The episode that occupies an environment; ``outcome`` outlives it (a frozen slot)."""
+
+    outcome: ChunkOutcome
+    position: int
+    seed: int
+    rng: np.random.Generator
+    active: bool = True
+    infer_ms: list[float] = field(default_factory=list)
+    chunks: list[Array] = field(default_factory=list)
+
+
+def rollout(
+    make_env: MakeEnv,
+    policy: ActionChunkPolicy,
+    seeds: Sequence[int],
+    *,
+    max_steps: int,
+    reset_options: Callable[[int], dict[str, Any] | None] | None = None,
+    n_workers: int | None = None,
+    batch_size: int = 50,
+    keep_chunks: int = 0,
+    progress: str | None = None,
+) -> list[EpisodeResult]:
+    """Run one episode per seed.
+
+    Args:
+        make_env: makes one environment (Dict observations, Box actions, ``info["is_success"]``).
+        policy: the policy; see :class:`ActionChunkPolicy` for the attributes that are honoured.
+        seeds: of the episodes; ``env.reset(seed=seed)``, and the policy's noise, if it takes any,
+            is drawn from ``numpy.random.default_rng(seed)``.
+        max_steps: episodes end after so many steps.
+        reset_options: options of ``env.reset`` for a seed.
+        n_workers: processes for the environments (default: CPU count); 1 means this process.
+        batch_size: largest number of episodes at a time.
+        keep_chunks: keep the action chunks of the first so many seeds, for a video.
+        progress: label of a progress bar, shown on a terminal only.
+
+    Returns:
+        Results in the order of ``seeds``.
+
+    Raises:
+        PolicyMismatchError: the policy does not fit the environment.
+        RolloutError: an environment raised, its process died, or the policy gave non-finite
+            actions; names the seed.
+        ValueError: no seeds, or an impossible setting.
+    """
+    _check_settings(seeds, max_steps=max_steps, n_workers=n_workers, batch_size=batch_size)
+    keys = _check_fit(make_env, policy)
+    n_slots = min(batch_size, len(seeds))
+    options = reset_options or (lambda seed: None)
+    results: dict[int, EpisodeResult] = {}
+    waiting = list(range(len(seeds)))[::-1]
+    bar = tqdm(
+        total=len(seeds), desc=progress, unit="episode", disable=progress is None or not _tty()
+    )
+    pool = EnvPool(
+        make_env,
+        n_envs=n_slots,
+        n_workers=n_workers or os.cpu_count() or 1,
+        n_obs_steps=policy.n_obs_steps,
+        max_steps=max_steps,
+    )
+    with bar, pool:
+        slots: list[_Slot | None] = [None] * n_slots
+        while True:
+            _refill(slots, waiting, seeds, options, pool)
+            full = cast(list[_Slot], slots)
+            active = [index for index, slot in enumerate(full) if slot.active]
+            if not active:
+                break
+            chunks, elapsed_ms = _infer(policy, keys, full)
+            commands: list[Command] = [Step(index, chunks[index]) for index in active]
+            outcomes = pool.run(commands, [full[index].seed for index in active])
+            for index, outcome in zip(active, outcomes, strict=True):
+                slot = full[index]
+                slot.outcome = outcome
+                slot.infer_ms.append(elapsed_ms)
+                if slot.position < keep_chunks:
+                    slot.chunks.append(chunks[index])
+                if outcome.done:
+                    slot.active = False
+                    results[slot.position] = _result(slot)
+                    bar.update()
+    return [results[position] for position in range(len(seeds))]
+
+
+def _refill(
+    slots: list[_Slot | None],
+    waiting: list[int],
+    seeds: Sequence[int],
+    options: Callable[[int], dict[str, Any] | None],
+    pool: EnvPool,
+) -> None:
+    """Start waiting episodes in the free slots, in order."""
+    started: list[tuple[int, int]] = []
+    for index, slot in enumerate(slots):
+        if waiting and (slot is None or not slot.active):
+            started.append((index, waiting.pop()))
+    commands: list[Command] = [
+        Reset(index, seeds[position], options(seeds[position])) for index, position in started
+    ]
+    outcomes = pool.run(commands, [seeds[position] for _, position in started])
+    for (index, position), outcome in zip(started, outcomes, strict=True):
+        seed = seeds[position]
+        slots[index] = _Slot(outcome, position, seed, np.random.default_rng(seed))
+
+
+def _infer(
+    policy: ActionChunkPolicy, keys: tuple[str, ...], slots: Sequence[_Slot]
+) -> tuple[NDArray[np.float32], float]:
+    """Chunks (B, Ta, A) for all slots, frozen ones included, and the duration of the call, ms."""
+    obs = {key: np.stack([slot.outcome.obs[key] for slot in slots]) for key in keys}
+    kwargs: dict[str, Any] = {}
+    noise_shape = getattr(policy, "noise_shape", None)
+    if noise_shape is not None:
+        noise = np.zeros((len(slots), *noise_shape), dtype=np.float32)
+        for row, slot in zip(noise, slots, strict=True):
+            if slot.active:
+                row[...] = slot.rng.standard_normal(noise_shape, dtype=np.float32)
+        kwargs["noise"] = noise
+    start = time.perf_counter()
+    chunks = np.asarray(policy.infer(obs, **kwargs))
+    elapsed_ms = (time.perf_counter() - start) * 1e3
+    expected = (len(slots), policy.n_action_steps)
+    if chunks.ndim != 3 or chunks.shape[:2] != expected:
+        raise PolicyMismatchError(
+            f"policy.infer returned shape {chunks.shape} for {len(slots)} observations; expected "
+            f"(B, Ta, A) = ({expected[0]}, {expected[1]}, action size)"
+        )
+    for slot, chunk in zip(slots, chunks, strict=True):
+        if slot.active and not np.isfinite(chunk).all():
+            raise RolloutError(
+                f"episode of seed {slot.seed}: the policy gave a non-finite action at step "
+                f"{slot.outcome.length}; the weights or the normaliser are broken"
+            )
+    return chunks, elapsed_ms
+
+
+def _result(slot: _Slot) -> EpisodeResult:
+    outcome = slot.outcome
+    chunks = np.stack(slot.chunks) if slot.chunks else None
+    return EpisodeResult(
+        seed=slot.seed,
+        score=outcome.score,
+        success=outcome.success,
+        length=outcome.length,
+        infer_ms=tuple(slot.infer_ms),
+        chunks=chunks,
+    )
+
+
+def _check_fit(make_env: MakeEnv, policy: ActionChunkPolicy) -> tuple[str, ...]:
+    env = make_env()
+    try:
+        return check_policy_fits(policy, env.observation_space, env.action_space)
+    finally:
+        env.close()
+
+
+def _check_settings(
+    seeds: Sequence[int], *, max_steps: int, n_workers: int | None, batch_size: int
+) -> None:
+    if not seeds:
+        raise ValueError("rollout needs at least one seed")
+    if len(set(seeds)) != len(seeds):
+        repeated = next(seed for seed in seeds if list(seeds).count(seed) > 1)
+        raise ValueError(f"rollout: seed {repeated} is given more than once")
+    for name, value in (("max_steps", max_steps), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"rollout: {name} must be at least 1, got {value}")
+    if n_workers is not None and n_workers < 1:
+        raise ValueError(f"rollout: n_workers must be at least 1, got {n_workers}")
+
+
+def _tty() -> bool:
+    return sys.stderr.isatty()
