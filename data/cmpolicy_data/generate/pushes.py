@@ -1,0 +1,188 @@
+"""Finding pushes: candidate contacts around the block, each tried in the simulated world."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from .route import clearance, inside_walls, lengths
+from .tee import AGENT_RADIUS, Array, Pose, Ring, goal_distance, outline_at
+from .world import LAG_STEPS, STEP_SECONDS, State, World
+
+_CONTACT = Ring(AGENT_RADIUS + 2.0)
+STAND_OFF = 22.0  # px from the contact back to where a push's straight entry begins
+STEP_PRICE = 0.014  # of a control step, in units of log distance to the goal
+_TRAVEL_STEP, _TRAVEL_EXTRA = 11.0, 4.0  # px per step on the way, steps for stopping and turning
+_MAX_PUSH = 32
+
+
+class Push(NamedTuple):
+    """A push: where the agent's centre starts (px, plane), its heading, turn in rad per step."""
+
+    x: float
+    y: float
+    heading: float
+    turn: float
+
+    def entry(self) -> Array:
+        """Where the straight entry to the contact begins, px (2,)."""
+        cos, sin = np.cos(self.heading), np.sin(self.heading)
+        return np.array([self.x - STAND_OFF * cos, self.y - STAND_OFF * sin])
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a push is worth: `value` (lower is better), its steps, and the state it ends in."""
+
+    push: Push
+    value: float
+    steps: float
+    end: State
+
+
+def badness(distance: float) -> float:
+    """Distance to the goal, by ratio: halving it counts the same from far and from near."""
+    return float(np.log(distance + 1.0))
+
+
+def push_speed(distance: float, fastest: float) -> float:
+    """Speed of a push in px per step: slower the nearer the block is to the goal."""
+    return float(np.clip(1.4 + 0.2 * distance, 2.2, fastest))
+
+
+def advance(
+    world: World,
+    target: tuple[float, float],
+    heading: float,
+    turn: float,
+    fastest: float,
+    steps: int,
+    price: float = STEP_PRICE,
+) -> tuple[float, int, State, float]:
+    """Push on from the world's state; the best moment on the way.
+
+    Returns (value, steps until then, the state then, distance then); gives up early where
+    the block moves away from the goal.
+    """
+    tx, ty = target
+    distance = goal_distance(world.state().block)
+    best, best_step, best_state, best_distance = np.inf, 0, world.state(), distance
+    lowest, since = distance, 0
+    for step in range(1, steps + 1):
+        speed = push_speed(distance, fastest)
+        tx, ty = tx + speed * np.cos(heading), ty + speed * np.sin(heading)
+        heading += turn
+        if not (12.0 < tx < 500.0 and 12.0 < ty < 500.0):
+            break
+        distance = goal_distance(world.step(tx, ty))
+        value = badness(distance) + price * step
+        if value < best:
+            best, best_step, best_state, best_distance = value, step, world.state(), distance
+        if distance < lowest - 0.01:
+            lowest, since = distance, 0
+        else:
+            since += 1
+        if since > 6 or distance > lowest * 1.3 + 3.0:
+            break
+    return best, best_step, best_state, best_distance
+
+
+def start_push(world: World, push: Push, block: Pose, fastest: float) -> tuple[float, float]:
+    """Put the agent at the push's start, under way; the target it is following."""
+    speed = push_speed(goal_distance(block), fastest)
+    cos, sin = np.cos(push.heading), np.sin(push.heading)
+    per_second = speed / STEP_SECONDS
+    world.set(State(push.x, push.y, per_second * cos, per_second * sin, block))
+    return push.x + LAG_STEPS * speed * cos, push.y + LAG_STEPS * speed * sin
+
+
+class Search:
+    """Looks for good pushes, one or two ahead, in its own simulated world."""
+
+    def __init__(self, rng: np.random.Generator, fastest: float) -> None:
+        self.world = World()
+        self._rng = rng
+        self._fastest = fastest
+
+    def best(
+        self, state: State, *, taste: float, count: int = 130, beam: int = 5
+    ) -> Outlook | None:
+        """The push to make from `state`; `taste` is the noise on its choice (log distance)."""
+        first = self._try(state, self._propose(state.block, count))
+        first += self._refine(state, first)
+        first.sort(key=lambda o: o.value)
+        leaders = _distinct(first, beam)
+        for i, outlook in enumerate(leaders):
+            later = self._try(outlook.end, self._propose(outlook.end.block, count // 3))
+            if later:
+                then = min(o.value for o in later) + STEP_PRICE * outlook.steps
+                leaders[i] = replace(outlook, value=min(outlook.value, then))
+        if not leaders:
+            return None
+        values = np.array([o.value for o in leaders]) + taste * self._rng.gumbel(size=len(leaders))
+        return leaders[int(np.argmin(values))]
+
+    def _propose(self, block: Pose, count: int) -> list[Push]:
+        along = self._rng.uniform(0.0, _CONTACT.length, count)
+        heading = _CONTACT.inward(along) + block.angle + self._rng.uniform(-0.7, 0.7, count)
+        turn = np.where(self._rng.random(count) < 0.5, self._rng.uniform(-0.08, 0.08, count), 0.0)
+        points = outline_at(block, _CONTACT.at(along))
+        return [
+            Push(p[0], p[1], h, t) for p, h, t in zip(points.tolist(), heading, turn, strict=True)
+        ]
+
+    def _refine(self, state: State, tried: list[Outlook]) -> list[Outlook]:
+        """Small variations of the best few."""
+        rng, pushes = self._rng, []
+        for outlook in _distinct(sorted(tried, key=lambda o: o.value), 4):
+            p = outlook.push
+            for _ in range(8):
+                side = rng.normal(0.0, 5.0)
+                pushes.append(
+                    Push(
+                        p.x - side * np.sin(p.heading),
+                        p.y + side * np.cos(p.heading),
+                        p.heading + rng.normal(0.0, 0.12),
+                        p.turn + rng.normal(0.0, 0.02),
+                    )
+                )
+        return self._try(state, pushes)
+
+    def _try(self, state: State, pushes: list[Push]) -> list[Outlook]:
+        block = state.block
+        if not pushes:
+            return []
+        starts = np.array([(p.x, p.y) for p in pushes])
+        entries = np.stack([p.entry() for p in pushes])
+        free = (
+            inside_walls(entries)
+            & inside_walls(starts)
+            & (clearance(starts, block) > AGENT_RADIUS + 0.5)
+            & (clearance(entries, block) > AGENT_RADIUS + 3.0)
+        )
+        travel = lengths(np.array([state.x, state.y]), entries, block) + STAND_OFF
+        outlooks = []
+        for i in np.nonzero(free)[0]:
+            push = pushes[i]
+            target = start_push(self.world, push, block, self._fastest)
+            value, steps, end, _ = advance(
+                self.world, target, push.heading, push.turn, self._fastest, _MAX_PUSH
+            )
+            if steps:
+                cost = travel[i] / _TRAVEL_STEP + _TRAVEL_EXTRA
+                outlooks.append(Outlook(push, value + STEP_PRICE * cost, steps + cost, end))
+        return outlooks
+
+
+def _distinct(ranked: list[Outlook], count: int) -> list[Outlook]:
+    """The best of a ranked list that start at least 15 px apart from each other."""
+    kept: list[Outlook] = []
+    for outlook in ranked:
+        p = outlook.push
+        if all(np.hypot(p.x - o.push.x, p.y - o.push.y) > 15.0 for o in kept):
+            kept.append(outlook)
+        if len(kept) == count:
+            break
+    return kept
