@@ -12,7 +12,7 @@ do not see them and the next append removes them. One writer at a time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -113,6 +113,11 @@ class ReplayBuffer:
         return int(self.episode_ends[-1]) if self.n_episodes else 0
 
     @property
+    def zarr_format(self) -> int:
+        """2 or 3."""
+        return int(self._root.metadata.zarr_format)
+
+    @property
     def attrs(self) -> dict[str, Any]:
         """The store's own attributes, a copy."""
         return {key: value for key, value in self._root.attrs.asdict().items() if key != MARK}
@@ -133,6 +138,9 @@ class ReplayBuffer:
             raise ReplayBufferError(f"{self.path} has no key {key!r} under data/ (keys: {there}).")
         return self._data[key]
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._data)
+
     def __contains__(self, key: object) -> bool:
         return key in self._data
 
@@ -150,18 +158,44 @@ class ReplayBuffer:
         """
         chosen = Selector.parse(selector)
         array = self[chosen.key]
-        self._check_readable(chosen.key, array)
+        self.check(chosen.key)
         rows = read_rows(array, 0, self.n_steps, self.path)
-        if rows.ndim == 1:
-            rows = rows[:, None]
-        if not chosen.is_whole:
-            try:
-                rows = rows[:, chosen.columns(rows.shape[1])]
-            except SelectorError as error:
-                raise SelectorError(f"{self.path}: {error}") from None
+        try:
+            rows = chosen.take(rows)
+        except SelectorError as error:
+            raise SelectorError(f"{self.path}: {error}") from None
         if rows.dtype.kind == "f":
             rows = rows.astype(np.float32, copy=False)
-        return np.ascontiguousarray(rows)
+        return rows
+
+    def check(self, key: str) -> None:
+        """Check, without reading it, that a key can be loaded (``load`` does this first).
+
+        Raises:
+            ReplayBufferError: as ``load``.
+        """
+        array = self[key]
+        if self.n_episodes == 0:
+            raise ReplayBufferError(
+                f"{self.path} has no episodes (meta/episode_ends is empty). Append or generate at "
+                "least one first."
+            )
+        if array.dtype.kind not in "biuf":
+            raise ReplayBufferError(
+                f"{self.path}: data/{key} has dtype {array.dtype}; only numbers (float, int, "
+                "uint8, bool) can be trained on. Convert it when the store is written."
+            )
+        rows = array.shape[0] if array.ndim else 0
+        # Rows past the last end are of an interrupted append, if it is a store that we append to.
+        if rows < self.n_steps or (rows > self.n_steps and not self._marked):
+            raise ReplayBufferError(
+                f"{self.path}: data/{key} has {rows} steps, but the episodes end at step "
+                f"{self.n_steps} (last entry of meta/episode_ends). Every array needs exactly one "
+                "row per step. `cmpolicy-data validate` lists all that does not match."
+            )
+        lost = missing_chunks(array, self.n_steps, strict=self._marked)
+        if lost:
+            raise ReplayBufferError(f"{self.path}: {missing_message(lost, array)}.")
 
     def append_episode(self, episode: Mapping[str, npt.ArrayLike]) -> int:
         """Append one episode {key: (L, ...)}, atomically (module docstring).
@@ -177,8 +211,11 @@ class ReplayBuffer:
         """
         self._require_writable()
         values = {key: np.asarray(value) for key, value in episode.items()}
-        self._repair()
+        # What is on disk counts: the append that was cut off may have been our own.
+        self._data = arrays(self._root, "data", self.path)
+        self.episode_ends = self._read_episode_ends()
         length = self._check_episode(values)
+        self._repair()
         start = self.n_steps
         for key, value in values.items():
             if key not in self._data:
@@ -222,29 +259,6 @@ class ReplayBuffer:
                 raise ReplayBufferError(f"{self.path}: {error}") from error
         return ends
 
-    def _check_readable(self, key: str, array: Array) -> None:
-        if self.n_episodes == 0:
-            raise ReplayBufferError(
-                f"{self.path} has no episodes (meta/episode_ends is empty). Append or generate at "
-                "least one first."
-            )
-        if array.dtype.kind not in "biuf":
-            raise ReplayBufferError(
-                f"{self.path}: data/{key} has dtype {array.dtype}; only numbers (float, int, "
-                "uint8, bool) can be trained on. Convert it when the store is written."
-            )
-        rows = array.shape[0] if array.ndim else 0
-        # Rows past the last end are of an interrupted append, if it is a store that we append to.
-        if rows < self.n_steps or (rows > self.n_steps and not self._marked):
-            raise ReplayBufferError(
-                f"{self.path}: data/{key} has {rows} steps, but the episodes end at step "
-                f"{self.n_steps} (last entry of meta/episode_ends). Every array needs exactly one "
-                "row per step. `cmpolicy-data validate` lists all that does not match."
-            )
-        lost = missing_chunks(array, self.n_steps, strict=self._marked)
-        if lost:
-            raise ReplayBufferError(f"{self.path}: {missing_message(lost, array)}.")
-
     def _check_episode(self, values: Mapping[str, npt.NDArray[Any]]) -> int:
         where = f"Cannot append to {self.path}"
         known = set(self._data) if self.n_episodes else set(values)
@@ -279,13 +293,10 @@ class ReplayBuffer:
 
     def _repair(self) -> None:
         """Remove what an interrupted append left behind; mark the store as one we append to."""
-        # What is on disk counts: the append that was cut off may have been our own.
-        self._data = arrays(self._root, "data", self.path)
-        self.episode_ends = self._read_episode_ends()
         if not self._marked:
             # Only from here on may rows past the last end be read as an interrupted append.
-            for key, array in self._data.items():
-                self._check_readable(key, array)
+            for key in self._data:
+                self.check(key)
             self._root.attrs.update({MARK: {"format_version": FORMAT_VERSION}})
             self._marked = True
         ends = self._root[_ENDS]

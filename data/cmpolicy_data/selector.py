@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 _PATTERN = re.compile(r"(?P<key>[^\[\]:]+?)(?:\[(?P<start>-?\d+)?:(?P<stop>-?\d+)?\])?")
 
@@ -55,6 +59,17 @@ class Selector:
                 f"{width} columns (0 to {width - 1})."
             )
         return slice(start, stop)
+
+    def take(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The chosen columns of ``rows`` (N, D, ...); (N,) counts as one column.
+
+        Raises:
+            SelectorError: columns that are not there.
+        """
+        table = rows[:, None] if rows.ndim == 1 else rows
+        if self.is_whole:
+            return np.ascontiguousarray(table)
+        return np.ascontiguousarray(table[:, self.columns(table.shape[1])])
 
     def __str__(self) -> str:
         if self.is_whole:

@@ -8,6 +8,7 @@ there as the fill value, so a copy that was cut off would train on zeros: ``miss
 from __future__ import annotations
 
 import itertools
+import math
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -184,6 +185,22 @@ def read_rows(array: Array, start: int, stop: int, path: Path) -> npt.NDArray[An
             f"{path}: {_first_broken(array, start, stop)} cannot be decoded ({_reason(error)}): "
             "the store is cut off or damaged. Copy or download it again."
         ) from error
+
+
+def blocks(array: Array, n_bytes: int = 1 << 24) -> list[tuple[int, int]]:
+    """Ranges of steps [start, stop), whole chunks each and about ``n_bytes`` (at least a chunk)."""
+    size = (array.shards or array.chunks)[0]
+    row_bytes = max(1, array.dtype.itemsize * math.prod(array.shape[1:]))
+    step = size * max(1, n_bytes // (row_bytes * size))
+    length = array.shape[0]
+    return [(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def size_on_disk(path: Path) -> int:
+    """Bytes of all files of a store."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def missing_message(missing: list[Chunk], array: Array) -> str:

@@ -1,0 +1,99 @@
+"""Doubling Push-T demonstrations by the mirror symmetry of the task.
+
+The T and its goal pose (256, 256, pi/4) are symmetric about the line x + y = 512. Reflecting a
+demonstration across it, (x, y) -> (512 - y, 512 - x), gives another valid demonstration. A pose of
+the block goes to the reflected position and the angle pi/2 - angle; the keypoints do not lie
+symmetrically on the block, so they are carried along from the pose to its mirror image as a rigid
+body, which gives what the simulator would report there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.floating[Any]]
+
+ARENA = 512.0
+_SHAPES = {"state": (5,), "action": (2,), "keypoint": (9, 2)}
+
+
+class AugmentError(ValueError):
+    """The data is not Push-T demonstrations that can be mirrored."""
+
+
+@dataclass(frozen=True)
+class Mirrored:
+    """Demonstrations followed by their mirror images.
+
+    Attributes:
+        data: key -> (2N, ...); the second half is the mirror image of the first.
+        episode_ends: (2E,) int64; episode E + i mirrors episode i.
+    """
+
+    data: dict[str, FloatArray]
+    episode_ends: npt.NDArray[np.int64]
+
+
+def mirror_points(points: FloatArray) -> FloatArray:
+    """Reflect points (..., 2) in px: (x, y) -> (512 - y, 512 - x)."""
+    return np.asarray(ARENA - points[..., ::-1], dtype=points.dtype)
+
+
+def mirror_state(state: FloatArray) -> FloatArray:
+    """Reflect states (..., 5): agent xy, block xy (px), block angle (rad, kept in [0, 2 pi))."""
+    angle = np.mod(np.pi / 2 - state[..., 4:].astype(np.float64), 2 * np.pi)
+    agent, block = mirror_points(state[..., :2]), mirror_points(state[..., 2:4])
+    return np.concatenate([agent, block, angle.astype(state.dtype)], axis=-1)
+
+
+def mirror_keypoints(keypoint: FloatArray, state: FloatArray) -> FloatArray:
+    """Keypoints (..., 9, 2) of the mirrored block, from those at ``state`` (..., 5)."""
+    mirrored = mirror_state(state.astype(np.float64))
+    # From the block's frame at angle a to that at pi/2 - a is one rotation by pi/2 - 2 a.
+    turn = (np.pi / 2 - 2 * state[..., 4].astype(np.float64))[..., None]
+    offset = keypoint.astype(np.float64) - state[..., None, 2:4].astype(np.float64)
+    x, y = offset[..., 0], offset[..., 1]
+    turned = np.stack(
+        [np.cos(turn) * x - np.sin(turn) * y, np.sin(turn) * x + np.cos(turn) * y], axis=-1
+    )
+    return np.asarray(mirrored[..., None, 2:4] + turned, dtype=keypoint.dtype)
+
+
+def mirror_pusht(data: Mapping[str, npt.NDArray[Any]], episode_ends: npt.ArrayLike) -> Mirrored:
+    """The demonstrations and, after them, their mirror images.
+
+    Args:
+        data: Push-T arrays: ``state`` (N, 5), ``action`` (N, 2), ``keypoint`` (N, 9, 2); the
+            last two may be left out.
+        episode_ends: (E,).
+
+    Raises:
+        AugmentError: keys that are missing or cannot be mirrored, or shapes that are not Push-T's.
+    """
+    unknown = sorted(set(data) - set(_SHAPES))
+    if unknown or "state" not in data:
+        raise AugmentError(
+            f"The mirror augmentation needs the Push-T key 'state' and can mirror {list(_SHAPES)}; "
+            f"got {sorted(data)}. Leave out data.augment for other data."
+        )
+    n_steps = data["state"].shape[0]
+    for key, value in data.items():
+        if value.shape != (n_steps, *_SHAPES[key]) or value.dtype.kind != "f":
+            raise AugmentError(
+                f"The mirror augmentation expects {key!r} as floats of shape "
+                f"({n_steps}, {', '.join(map(str, _SHAPES[key]))}), got {value.shape} "
+                f"{value.dtype}: this is not Push-T data. Leave out data.augment."
+            )
+    ends = np.asarray(episode_ends, dtype=np.int64)
+    images = {"state": mirror_state(data["state"])}
+    if "action" in data:
+        images["action"] = mirror_points(data["action"])
+    if "keypoint" in data:
+        images["keypoint"] = mirror_keypoints(data["keypoint"], data["state"])
+    doubled = {key: np.concatenate([data[key], images[key]]) for key in data}
+    return Mirrored(doubled, np.concatenate([ends, ends + n_steps]))
