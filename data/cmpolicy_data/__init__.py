@@ -1,12 +1,11 @@
 """Demonstration data: replay buffers in Zarr, window indices, checks, downloads, generators."""
 
+from cmpolicy_data.catalog import DatasetNotFoundError, bundled_path, resolve
 from cmpolicy_data.demonstrations import Demonstrations, load_demonstrations
-from cmpolicy_data.pack import pack
 from cmpolicy_data.replay_buffer import ReplayBuffer
-from cmpolicy_data.resolve import DatasetNotFoundError, bundled_path, resolve
 from cmpolicy_data.selector import Selector, SelectorError
 from cmpolicy_data.store import ReplayBufferError
-from cmpolicy_data.validate import Problem, validate
+from cmpolicy_data.validation import Problem, validate
 from cmpolicy_data.windows import (
     EpisodeSplit,
     WindowError,
@@ -28,7 +27,6 @@ __all__ = [
     "WindowIndex",
     "bundled_path",
     "load_demonstrations",
-    "pack",
     "resolve",
     "split_episodes",
     "validate",

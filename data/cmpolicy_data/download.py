@@ -3,7 +3,7 @@
 ``fetch`` downloads one file: into ``<target>.part``, picked up where it stopped (HTTP Range,
 guarded by If-Range, so that a file that changed on the server is never glued to an old half).
 ``download`` fetches the archive, unpacks it aside, compares its arrays with known hashes and only
-then moves the store into place. Standard library only: urllib follows redirects and honours proxies.
+then moves the store into place. Standard library only: urllib follows redirects and knows proxies.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cmpolicy_data.catalog import HUMAN_STORE, data_dir
 from cmpolicy_data.replay_buffer import ReplayBuffer
-from cmpolicy_data.resolve import HUMAN_STORE, data_dir
 
 Progress = Callable[[int, int | None], None]
 """Called with bytes done and bytes in all (None if the server does not say)."""
@@ -86,7 +86,7 @@ def download(
 
     Args:
         dataset: what to fetch.
-        out: folder for the store; default CMPOLICY_DATA, else the cache (see ``resolve``).
+        out: folder for the store; default CMPOLICY_DATA, else the cache (see ``catalog``).
         url: a mirror of the archive. sha256: hex digest that the archive must have.
         progress: called as the download goes on.
         retries: after a broken connection, with waits that double from ``retry_wait_s``.
