@@ -1,0 +1,116 @@
+"""A policy under a protocol: rollouts, then the result with where it comes from."""
+
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cmpolicy_eval.policy import ActionChunkPolicy
+from cmpolicy_eval.protocol import EvalProtocol, get_protocol
+from cmpolicy_eval.result import Origin, Result
+from cmpolicy_eval.rollout import EpisodeResult, rollout
+from cmpolicy_eval.seeds import warn_if_overlapping
+
+_DISTRIBUTIONS = (
+    "cmpolicy",
+    "torch",
+    "numpy",
+    "gymnasium",
+    "gym-pusht",
+    "pymunk",
+    "robosuite",
+    "robomimic",
+    "mujoco",
+)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A result and the episodes behind it (with the chunks of the first ``keep_chunks``)."""
+
+    result: Result
+    episodes: tuple[EpisodeResult, ...]
+
+
+def evaluate(
+    policy: ActionChunkPolicy,
+    protocol: EvalProtocol | str,
+    seeds: Sequence[int],
+    *,
+    nfe: int,
+    policy_name: str,
+    n_workers: int | None = None,
+    batch_size: int = 50,
+    keep_chunks: int = 0,
+    progress: str | None = None,
+    device: str = "cpu",
+    data: str | None = None,
+    command: str = "",
+) -> Evaluation:
+    """Score a policy that is already set to ``nfe`` evaluations.
+
+    Warns (:class:`~cmpolicy_eval.seeds.SeedOverlapWarning`) when ``seeds`` meet the seeds of the
+    protocol's public demonstrations. Arguments and errors otherwise as in :func:`rollout`.
+    """
+    chosen = get_protocol(protocol) if isinstance(protocol, str) else protocol
+    if chosen.training_seeds is not None:
+        first, last = chosen.training_seeds
+        warn_if_overlapping(seeds, range(first, last + 1), "the public human demonstrations")
+    episodes = rollout(
+        chosen.make_env,
+        policy,
+        seeds,
+        max_steps=chosen.max_steps,
+        reset_options=chosen.reset_options,
+        n_workers=n_workers,
+        batch_size=batch_size,
+        keep_chunks=keep_chunks,
+        progress=progress,
+    )
+    result = Result.from_episodes(
+        episodes,
+        protocol=chosen.name,
+        policy=policy_name,
+        nfe=nfe,
+        batch_size=min(batch_size, len(seeds)),
+        origin=Origin(device, versions(), data, command, git_commit()),
+    )
+    return Evaluation(result, tuple(episodes))
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of what can change a score, as far as installed."""
+    found = {"python": platform.python_version()}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout this code runs from, ``-dirty`` if changed; None outside of one."""
+    here = Path(__file__).resolve()
+    # Only a checkout that tracks this file: an installed copy may lie within a foreign one.
+    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
+        return None
+    commit = _git(here.parent, "rev-parse", "HEAD")
+    changed = _git(here.parent, "status", "--porcelain", "--untracked-files=no")
+    return None if commit is None else commit + ("-dirty" if changed else "")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
