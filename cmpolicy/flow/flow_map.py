@@ -1,0 +1,86 @@
+"""The flow map X_{t->s}, its diagonal (the velocity) and its derivative along the flow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from cmpolicy.flow.path import Path, expand_time
+
+#: F(x_t (B, ...), t (B,), s (B,), cond (B, ...) or None) -> (B, ...)
+Network = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Derivative = Literal["jvp", "difference"]
+
+
+class FlowMap(nn.Module):
+    """X_{t->s}(x_t) = path.jump(x_t, F(x_t, t, s)): the identity at s = t by construction.
+
+    Args:
+        net: any callable ``F(x, t, s, cond)``; an ``nn.Module`` is registered.
+        path: the interpolant, see :mod:`cmpolicy.flow.path`.
+    """
+
+    def __init__(self, net: Network, path: Path) -> None:
+        super().__init__()
+        self.net = net
+        self.path = path
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Jump from time t to time s <= t in one evaluation. x (B, ...), t and s (B,)."""
+        return self.path.jump(x, self.net(x, t, s, cond), t, s)
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        """u(x, t) = F(x, t, t), the tangent condition. By flow time, see ``path.rate``."""
+        return self.net(x, t, t, cond)
+
+
+def derivative_jvp(
+    flow_map: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Tensor | None, u: Tensor
+) -> Tensor:
+    """dF/dtau along (u, 1, 0) by forward-mode differentiation: exact, no gradient kept.
+
+    The network's t moves by 1/rate while flow time moves by 1.
+    """
+    with torch.no_grad():
+        _, derivative = torch.func.jvp(
+            lambda x_, t_: flow_map.net(x_, t_, s, cond),
+            (x, t),
+            (u, torch.full_like(t, 1.0 / flow_map.path.rate)),
+        )
+    return derivative
+
+
+def derivative_difference(
+    flow_map: FlowMap,
+    x: Tensor,
+    t: Tensor,
+    s: Tensor,
+    cond: Tensor | None,
+    u: Tensor,
+    epsilon: float = 0.005,
+) -> Tensor:
+    """dF/dtau by the central difference of step ``epsilon`` in t, both points in one batch.
+
+    Points stay inside [s, 1]: near an end the difference is one-sided (arXiv 2601.22679 ships the
+    difference). No gradient is kept. Autocast is left: in bfloat16 the two points cannot be told
+    apart (0.4 % relative precision against a step of 0.005); ``jvp`` has no such limit.
+    """
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        rate = flow_map.path.rate
+        after = (t + epsilon).clamp(max=1.0)
+        before = torch.maximum(t - epsilon, s)
+        points = torch.cat(
+            [
+                x + expand_time((after - t) * rate, x) * u,
+                x - expand_time((t - before) * rate, x) * u,
+            ]
+        )
+        conds = None if cond is None else torch.cat([cond, cond])
+        f = flow_map.net(points, torch.cat([after, before]), torch.cat([s, s]), conds)
+        f_after, f_before = f.chunk(2)
+        # zero only where t = s = 1, where (t - s) D vanishes whatever D is
+        span = ((after - before) * rate).clamp(min=torch.finfo(t.dtype).tiny)
+        return (f_after - f_before) / expand_time(span, x)

@@ -1,0 +1,287 @@
+"""Training objectives for a flow map. One objective is one frozen dataclass of settings.
+
+To add one: write the class here, decorate it with ``@register("name")``, and add a YAML of that
+name to ``conf/cmpolicy_conf/objective/``.
+
+Legend: x (B, ...) normalised data, cond (B, ...) condition, v conditional velocity, u_hat the
+network's own velocity F(x_t, t, t), D the derivative of F along the flow, R the Eulerian residual.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from cmpolicy.flow.flow_map import Derivative, FlowMap, derivative_difference, derivative_jvp
+from cmpolicy.flow.times import TimeLaw, adaptive_weight
+
+
+@dataclass(frozen=True)
+class Draws:
+    """All randomness of one training step: noise z (B, ...), times t >= s (B,)."""
+
+    z: Tensor
+    t: Tensor
+    s: Tensor
+
+    def slice(self, start: int, stop: int) -> Draws:
+        """Samples start..stop of a global draw: what one of several processes works on."""
+        return Draws(self.z[start:stop], self.t[start:stop], self.s[start:stop])
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """Weighted loss per sample (B,) with gradient; metrics are detached scalars."""
+
+    per_sample: Tensor
+    metrics: dict[str, Tensor]
+
+
+class Objective(Protocol):
+    """What the trainer and the policy see of an objective."""
+
+    def draw(
+        self,
+        batch_size: int,
+        shape: tuple[int, ...],
+        generator: torch.Generator | None,
+        device: torch.device,
+    ) -> Draws:
+        """Draw noise and times for ``batch_size`` samples of ``shape``."""
+
+    def __call__(
+        self,
+        flow_map: FlowMap,
+        x: Tensor,
+        cond: Tensor | None,
+        draws: Draws,
+        *,
+        progress: float = 0.0,
+        ema: FlowMap | None = None,
+    ) -> ObjectiveOutput:
+        """The loss per sample. ``progress`` in [0, 1] of the run drives schedules."""
+
+
+OBJECTIVES: dict[str, Callable[..., Objective]] = {}
+
+
+def register(name: str) -> Callable[[type], type]:
+    """Make an objective known to :func:`build_objective` under ``name``."""
+
+    def add(cls: type) -> type:
+        OBJECTIVES[name] = cls
+        return cls
+
+    return add
+
+
+def build_objective(name: str, **settings: object) -> Objective:
+    """The objective of that name with its settings.
+
+    Raises:
+        ValueError: an unknown name or setting (with the nearest known ones), or a bad value.
+    """
+    if name not in OBJECTIVES:
+        raise ValueError(f"unknown objective {name!r}; choose one of {sorted(OBJECTIVES)}")
+    cls = OBJECTIVES[name]
+    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"objective {name!r} has no setting {key!r}{hint} It has {known}")
+    return cls(**settings)
+
+
+def _mean(x: Tensor) -> Tensor:
+    """Mean over all but the batch, (B,)."""
+    return x.flatten(1).mean(1)
+
+
+@register("fm")
+@dataclass(frozen=True)
+class FlowMatching:
+    """Flow matching: mean |F(x_t, t, t) - v_t|^2. Sample it with the diagonal sampler.
+
+    Args:
+        time_a, time_b: t ~ Beta(time_a, time_b).
+    """
+
+    time_a: float = 1.0
+    time_b: float = 1.0
+
+    def __post_init__(self) -> None:
+        TimeLaw(self.time_a, self.time_b)
+
+    def draw(
+        self,
+        batch_size: int,
+        shape: tuple[int, ...],
+        generator: torch.Generator | None,
+        device: torch.device,
+    ) -> Draws:
+        """See :meth:`Objective.draw`; s = t."""
+        t = TimeLaw(self.time_a, self.time_b).draw(batch_size, generator, device)
+        z = torch.randn(batch_size, *shape, generator=generator, device=device)
+        return Draws(z, t, t)
+
+    def __call__(
+        self,
+        flow_map: FlowMap,
+        x: Tensor,
+        cond: Tensor | None,
+        draws: Draws,
+        *,
+        progress: float = 0.0,
+        ema: FlowMap | None = None,
+    ) -> ObjectiveOutput:
+        """See :meth:`Objective.__call__`; neither a schedule nor EMA weights are used."""
+        point = flow_map.path.sample(x, draws.z, draws.t)
+        loss = _mean((flow_map.velocity(point.x_t, draws.t, cond) - point.velocity).square())
+        return ObjectiveOutput(loss, {"loss_fm": loss.detach().mean()})
+
+
+Tangent = Literal["self", "data", "schedule"]
+TangentWeights = Literal["online", "ema"]
+
+
+@register("isd")
+@dataclass(frozen=True)
+class Isd:
+    """Improved self-distillation, arXiv 2601.22679: L = w(L_fm + L_sd), see method steps 1 to 6.
+
+    L_fm = mean |F(x_t, t, t) - v|^2 on every sample. L_sd = mean |F(x_t, t, s) - stopgrad(F + R)|^2
+    on a share of them, R the Eulerian residual with tangent ``u``; no gradient flows through u or D.
+
+    Args:
+        tangent: ``self`` takes u = u_hat, the network's own velocity (the paper's iSD); ``data``
+            takes u = v (MeanFlow's target beside a full flow-matching term); ``schedule`` goes from
+            v to u_hat, linearly, between the shares ``tangent_begin`` and ``tangent_end`` of the run.
+        tangent_weights: u_hat from the ``online`` or the ``ema`` weights.
+        derivative: ``difference`` (central, step ``epsilon``) or ``jvp`` (exact).
+        weight_power: p of the adaptive weight; 0 turns it off.
+        sd_share: share of the batch that carries L_sd, in (0, 1]; spread evenly over the batch.
+        sd_weight: factor on L_sd.
+        zero_share: share of the L_sd samples that jump all the way to s = 0, in [0, 1].
+        time_a, time_b: t and s ~ Beta(time_a, time_b), the larger is t.
+    """
+
+    tangent: Tangent = "self"
+    tangent_weights: TangentWeights = "online"
+    tangent_begin: float = 0.0
+    tangent_end: float = 1.0
+    derivative: Derivative = "difference"
+    epsilon: float = 0.005
+    weight_power: float = 1.0
+    sd_share: float = 0.5
+    sd_weight: float = 1.0
+    zero_share: float = 0.0
+    time_a: float = 0.8
+    time_b: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, kind in (
+            ("tangent", Tangent),
+            ("tangent_weights", TangentWeights),
+            ("derivative", Derivative),
+        ):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(
+                    f"isd: {name}={getattr(self, name)!r} is not one of {list(get_args(kind))}"
+                )
+        if not 0 < self.sd_share <= 1:
+            raise ValueError(f"isd: sd_share={self.sd_share} must lie in (0, 1]; use fm for 0")
+        if not 0 <= self.zero_share <= 1:
+            raise ValueError(f"isd: zero_share={self.zero_share} must lie in [0, 1]")
+        if not 0 <= self.tangent_begin <= self.tangent_end <= 1:
+            raise ValueError(
+                f"isd: tangent_begin={self.tangent_begin} and tangent_end={self.tangent_end} must "
+                "be shares of the run, in order, in [0, 1]"
+            )
+        if not 0 < self.epsilon < 0.5:
+            raise ValueError(f"isd: epsilon={self.epsilon} must lie in (0, 0.5)")
+        if self.weight_power < 0 or self.sd_weight < 0:
+            raise ValueError("isd: weight_power and sd_weight must not be negative")
+        TimeLaw(self.time_a, self.time_b)
+
+    def draw(
+        self,
+        batch_size: int,
+        shape: tuple[int, ...],
+        generator: torch.Generator | None,
+        device: torch.device,
+    ) -> Draws:
+        """See :meth:`Objective.draw`; t and s are sorted independent draws."""
+        law = TimeLaw(self.time_a, self.time_b)
+        first = law.draw(batch_size, generator, device)
+        second = law.draw(batch_size, generator, device)
+        t, s = torch.maximum(first, second), torch.minimum(first, second)
+        if self.zero_share:
+            to_zero = torch.rand(batch_size, generator=generator, device=device) < self.zero_share
+            s = s.masked_fill(to_zero, 0.0)
+        z = torch.randn(batch_size, *shape, generator=generator, device=device)
+        return Draws(z, t, s)
+
+    def tangent_mix(self, progress: float) -> float:
+        """Share of u_hat in the tangent at this progress, in [0, 1]."""
+        if self.tangent == "schedule":
+            span = self.tangent_end - self.tangent_begin
+            if span == 0:
+                return float(progress >= self.tangent_begin)
+            return min(max((progress - self.tangent_begin) / span, 0.0), 1.0)
+        return 1.0 if self.tangent == "self" else 0.0
+
+    def __call__(
+        self,
+        flow_map: FlowMap,
+        x: Tensor,
+        cond: Tensor | None,
+        draws: Draws,
+        *,
+        progress: float = 0.0,
+        ema: FlowMap | None = None,
+    ) -> ObjectiveOutput:
+        """See :meth:`Objective.__call__`.
+
+        Raises:
+            ValueError: EMA weights are asked for and none are given.
+        """
+        point = flow_map.path.sample(x, draws.z, draws.t)
+        diagonal = flow_map.velocity(point.x_t, draws.t, cond)
+        loss_fm = _mean((diagonal - point.velocity).square())
+
+        # the samples that carry L_sd, spread evenly so that any even slice of a batch has its share
+        index = _spread(len(x), self.sd_share, x.device)
+        x_t, t, s = point.x_t[index], draws.t[index], draws.s[index]
+        c = None if cond is None else cond[index]
+        u = self._tangent(point.velocity[index], diagonal.detach()[index], progress)
+        if self.tangent_weights == "ema" and self.tangent_mix(progress) > 0:
+            if ema is None:
+                raise ValueError("isd: tangent_weights=ema needs the EMA weights of the run")
+            with torch.no_grad():
+                u = self._tangent(point.velocity[index], ema.velocity(x_t, t, c), progress)
+        if self.derivative == "jvp":
+            d = derivative_jvp(flow_map, x_t, t, s, c, u)
+        else:
+            d = derivative_difference(flow_map, x_t, t, s, c, u, self.epsilon)
+        f = flow_map.net(x_t, t, s, c)
+        target = f.detach() + flow_map.path.residual(f.detach(), u, d, x_t, t, s)
+        loss_sd = _mean((f - target).square())
+
+        total = loss_fm.index_add(0, index, self.sd_weight * loss_sd)
+        metrics = {"loss_fm": loss_fm.detach().mean(), "loss_sd": loss_sd.detach().mean()}
+        return ObjectiveOutput(adaptive_weight(total, self.weight_power), metrics)
+
+    def _tangent(self, v: Tensor, u_hat: Tensor, progress: float) -> Tensor:
+        return torch.lerp(v, u_hat, self.tangent_mix(progress))
+
+
+def _spread(n: int, share: float, device: torch.device) -> Tensor:
+    """Indices of round(n * share) samples (at least one), evenly spread over 0..n-1."""
+    count = max(1, round(n * share))
+    return torch.arange(count, device=device).mul(n).div(count, rounding_mode="floor")

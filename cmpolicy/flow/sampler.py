@@ -1,0 +1,47 @@
+"""Sampling with N network evaluations, along the flow map or along its diagonal."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from cmpolicy.flow.flow_map import FlowMap
+
+#: ``flow_map`` jumps with F(x, t, s); ``diagonal`` integrates the velocity F(x, t, t) instead:
+#: Euler steps on the linear path, DDIM steps on the trigonometric one.
+SamplerKind = Literal["flow_map", "diagonal"]
+SAMPLERS: tuple[str, ...] = get_args(SamplerKind)
+
+
+def time_grid(num_steps: int, device: torch.device | None = None) -> Tensor:
+    """1 = t_0 > ... > t_N = 0, evenly spaced, (N + 1,).
+
+    Raises:
+        ValueError: ``num_steps`` below 1.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps (network evaluations) must be at least 1, got {num_steps}")
+    return torch.linspace(1.0, 0.0, num_steps + 1, device=device)
+
+
+def sample(
+    flow_map: FlowMap,
+    z: Tensor,
+    cond: Tensor | None = None,
+    *,
+    num_steps: int = 1,
+    kind: SamplerKind = "flow_map",
+) -> Tensor:
+    """Carry noise z (B, ...) to data in exactly ``num_steps`` evaluations of the network."""
+    grid = time_grid(num_steps, z.device).to(z.dtype)
+    x = z
+    for i in range(num_steps):
+        t = grid[i].expand(len(z))
+        s = grid[i + 1].expand(len(z))
+        if kind == "flow_map":
+            x = flow_map(x, t, s, cond)
+        else:
+            x = flow_map.path.jump(x, flow_map.velocity(x, t, cond), t, s)
+    return x

@@ -1,0 +1,34 @@
+"""Embedding of the two times a flow map is asked about."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+#: Angular frequencies of the features. Bounded, since the objective differentiates by t: a feature
+#: cos(w t) enters dF/dt with factor w, and a difference of step 0.005 must resolve it.
+MIN_FREQUENCY, MAX_FREQUENCY = 0.5, 32.0
+
+
+class TwoTimeEmbedding(nn.Module):
+    """t (B,) and t - s (B,) in [0, 1] to (B, dim): sines, cosines, and a small MLP."""
+
+    frequencies: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        if dim < 8 or dim % 4:
+            raise ValueError(f"time_dim={dim} must be a multiple of 4, at least 8")
+        exponents = torch.linspace(0, 1, dim // 4)
+        frequencies = MIN_FREQUENCY * (MAX_FREQUENCY / MIN_FREQUENCY) ** exponents
+        self.register_buffer("frequencies", frequencies * math.pi / 2, persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.Mish(), nn.Linear(2 * dim, dim))
+
+    def forward(self, t: Tensor, s: Tensor) -> Tensor:
+        """Features of t and of t - s, so that the diagonal s = t is one constant input."""
+        angles = torch.stack([t, t - s], dim=1)[..., None] * self.frequencies
+        features = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
+        embedded: Tensor = self.mlp(features)
+        return embedded

@@ -1,0 +1,190 @@
+"""The trajectory-conditioned 1-D U-Net of Diffusion Policy, conditioned on two times.
+
+Legend: B batch, T horizon, A action size, C channels, K levels. Convolutions run over the action
+trajectory; the observation history and the times t, t - s enter every block through FiLM
+(Perez et al. 2018). Structure: Chi et al., "Diffusion Policy", RSS 2023.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cmpolicy.nn.embeddings import TwoTimeEmbedding
+from cmpolicy.nn.obs_encoder import ObsEncoder
+
+
+@dataclass(frozen=True)
+class UNet1DConfig:
+    """Size of the network.
+
+    Args:
+        down_dims: channels per level; each further level halves the horizon.
+        kernel_size: odd width of the convolutions.
+        n_groups: groups of every GroupNorm.
+        time_dim: width of the time embedding.
+        obs_dim: width of the observation features.
+
+    Raises:
+        ValueError: numbers that cannot go together, with their values.
+    """
+
+    down_dims: tuple[int, ...] = (256, 512, 1024)
+    kernel_size: int = 5
+    n_groups: int = 8
+    time_dim: int = 128
+    obs_dim: int = 256
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "down_dims", tuple(int(n) for n in self.down_dims))
+        if not self.down_dims:
+            raise ValueError("down_dims is empty: a U-Net needs at least one level")
+        for dim in self.down_dims:
+            if dim < 1 or dim % self.n_groups:
+                raise ValueError(
+                    f"down_dims={list(self.down_dims)}: {dim} is not a multiple of "
+                    f"n_groups={self.n_groups}"
+                )
+        if self.kernel_size % 2 == 0 or self.kernel_size < 1:
+            raise ValueError(f"kernel_size={self.kernel_size} must be odd, to keep the length")
+
+    @property
+    def horizon_factor(self) -> int:
+        """What the horizon must be a multiple of: 2^(levels - 1)."""
+        return 1 << (len(self.down_dims) - 1)
+
+    def check_horizon(self, horizon: int) -> None:
+        """Raise ValueError unless the depth divides the horizon."""
+        if horizon % self.horizon_factor:
+            below = horizon // self.horizon_factor * self.horizon_factor
+            raise ValueError(
+                f"horizon={horizon} is not divisible by {self.horizon_factor}, which "
+                f"{len(self.down_dims)} levels (down_dims={list(self.down_dims)}) need; use "
+                f"horizon={below or self.horizon_factor} or {below + self.horizon_factor}, "
+                "or fewer levels"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form; ``UNet1DConfig(**data)`` is its inverse."""
+        return asdict(self) | {"down_dims": list(self.down_dims)}
+
+
+#: About 1M, 4M, 16M and 65M parameters at T = 16, 40 observation numbers and 2 action dimensions.
+NET_PRESETS: dict[str, UNet1DConfig] = {
+    "tiny": UNet1DConfig((32, 64, 128), kernel_size=5, time_dim=64, obs_dim=128),
+    "small": UNet1DConfig((64, 128, 256), kernel_size=5, time_dim=128, obs_dim=256),
+    "base": UNet1DConfig((128, 256, 512), kernel_size=5, time_dim=128, obs_dim=256),
+    "large": UNet1DConfig((256, 512, 1024), kernel_size=5, time_dim=256, obs_dim=256),
+}
+
+
+def net_config(preset: str, **overrides: Any) -> UNet1DConfig:
+    """A preset with some of its numbers replaced.
+
+    Raises:
+        ValueError: an unknown preset or field.
+    """
+    if preset not in NET_PRESETS:
+        raise ValueError(f"unknown net preset {preset!r}; choose one of {sorted(NET_PRESETS)}")
+    try:
+        return replace(NET_PRESETS[preset], **overrides)
+    except TypeError as error:
+        raise ValueError(f"net: {error}; known: {sorted(NET_PRESETS[preset].to_dict())}") from error
+
+
+class FilmBlock(nn.Module):
+    """conv - norm - Mish - FiLM - conv - norm - Mish, plus the input. (B, C_in, T) to (B, C, T)."""
+
+    def __init__(self, in_dim: int, dim: int, kernel_size: int, n_groups: int) -> None:
+        super().__init__()
+        pad = kernel_size // 2
+        self.conv_in = nn.Conv1d(in_dim, dim, kernel_size, padding=pad)
+        self.norm_in = nn.GroupNorm(n_groups, dim)
+        self.conv_out = nn.Conv1d(dim, dim, kernel_size, padding=pad)
+        self.norm_out = nn.GroupNorm(n_groups, dim)
+        self.residual = nn.Conv1d(in_dim, dim, 1) if in_dim != dim else nn.Identity()
+        self.film_size = 2 * dim
+
+    def forward(self, x: Tensor, film: Tensor) -> Tensor:
+        """``film`` is (B, 2 C): a scale around one, and a shift."""
+        scale, shift = film.unsqueeze(-1).chunk(2, dim=1)
+        h = nn.functional.mish(self.norm_in(self.conv_in(x)))
+        h = torch.addcmul(shift, h, 1 + scale)
+        h = nn.functional.mish(self.norm_out(self.conv_out(h)))
+        out: Tensor = h + self.residual(x)
+        return out
+
+
+class UNet1D(nn.Module):
+    """F(x, t, s, obs): x (B, T, A), t and s (B,), obs (B, To * D) normalised -> (B, T, A).
+
+    One linear layer makes the FiLM numbers of all blocks at once. The last convolution starts at
+    zero, so that a fresh flow map is the identity.
+    """
+
+    def __init__(self, config: UNet1DConfig, *, action_dim: int, obs_input_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        dims = config.down_dims
+        size = (config.kernel_size, config.n_groups)
+        self.time = TwoTimeEmbedding(config.time_dim)
+        self.obs = ObsEncoder(obs_input_dim, config.obs_dim)
+
+        pairs = list(zip((action_dim, *dims[:-1]), dims, strict=True))
+        self.down = nn.ModuleList(
+            nn.ModuleList([FilmBlock(i, o, *size), FilmBlock(o, o, *size)]) for i, o in pairs
+        )
+        self.downsample = nn.ModuleList(nn.Conv1d(d, d, 3, stride=2, padding=1) for d in dims[:-1])
+        self.mid = nn.ModuleList(FilmBlock(dims[-1], dims[-1], *size) for _ in range(2))
+        self.upsample = nn.ModuleList(
+            nn.ConvTranspose1d(lower, upper, 4, stride=2, padding=1)
+            for lower, upper in zip(dims[:0:-1], dims[-2::-1], strict=True)
+        )
+        self.up = nn.ModuleList(
+            nn.ModuleList([FilmBlock(2 * d, d, *size), FilmBlock(d, d, *size)])
+            for d in dims[-2::-1]
+        )
+        self.head = nn.Sequential(
+            nn.Conv1d(dims[0], dims[0], config.kernel_size, padding=config.kernel_size // 2),
+            nn.GroupNorm(config.n_groups, dims[0]),
+            nn.Mish(),
+            nn.Conv1d(dims[0], action_dim, 1),
+        )
+        nn.init.zeros_(self.head[-1].weight)  # type: ignore[arg-type]
+        nn.init.zeros_(self.head[-1].bias)  # type: ignore[arg-type]
+        self.film_sizes = [m.film_size for m in self.modules() if isinstance(m, FilmBlock)]
+        self.film = nn.Sequential(
+            nn.Mish(), nn.Linear(config.time_dim + config.obs_dim, sum(self.film_sizes))
+        )
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, obs: Tensor | None) -> Tensor:
+        """See the class. ``obs`` is required.
+
+        Raises:
+            ValueError: no observation, or a horizon that the depth does not divide.
+        """
+        if obs is None:
+            raise ValueError("UNet1D needs the observation history as its condition, got None")
+        self.config.check_horizon(x.shape[1])
+        condition = torch.cat([self.time(t, s), self.obs(obs)], dim=-1)
+        films = iter(self.film(condition).split(self.film_sizes, dim=1))
+
+        h = x.transpose(1, 2)
+        skips = []
+        for level, blocks in enumerate(self.down):
+            for block in blocks:  # type: ignore[attr-defined]
+                h = block(h, next(films))
+            if level < len(self.downsample):
+                skips.append(h)
+                h = self.downsample[level](h)
+        for block in self.mid:
+            h = block(h, next(films))
+        for upsample, blocks in zip(self.upsample, self.up, strict=True):
+            h = torch.cat([upsample(h), skips.pop()], dim=1)
+            for block in blocks:  # type: ignore[attr-defined]
+                h = block(h, next(films))
+        out: Tensor = self.head(h)
+        return out.transpose(1, 2)
