@@ -10,7 +10,7 @@ from pathlib import Path
 from cmpolicy_eval.policy import ActionChunkPolicy
 from cmpolicy_eval.protocol import EvalProtocol, get_protocol
 from cmpolicy_eval.result import Origin, Result
-from cmpolicy_eval.rollout import EpisodeResult, rollout
+from cmpolicy_eval.rollout import DEFAULT_BATCH_SIZE, EpisodeResult, rollout
 from cmpolicy_eval.seeds import warn_if_overlapping
 
 _DISTRIBUTIONS = (
@@ -42,7 +42,7 @@ def evaluate(
     nfe: int,
     policy_name: str,
     n_workers: int | None = None,
-    batch_size: int = 50,
+    batch_size: int = DEFAULT_BATCH_SIZE,
     keep_chunks: int = 0,
     progress: str | None = None,
     device: str = "cpu",
@@ -74,7 +74,7 @@ def evaluate(
         protocol=chosen.name,
         policy=policy_name,
         nfe=nfe,
-        batch_size=min(batch_size, len(seeds)),
+        batch_size=batch_size,
         origin=Origin(device, versions(), data, command, git_commit()),
     )
     return Evaluation(result, tuple(episodes))

@@ -7,9 +7,10 @@ Environments run in several processes, the policy runs here, on all of them in o
     slot 1    seed b .. done -> seed d ..     (freed slots take seeds in order)
     slot 2    seed c .. seed c .. seed c      (no seed left: the slot stays frozen)
 
-Rounds are in lockstep and slots are given out in order, and the batch always has one row per slot,
-so neither the number of processes nor their speed can change a result. The batch size can, by the
-rounding of a network's batched arithmetic only.
+Every call has exactly ``batch_size`` rows (frozen and unused ones are repeated observations), and
+the noise of a row comes from its seed. A network's batched arithmetic rounds by the shape of the
+batch, not by the place of a row in it, so the result of an episode depends on its seed and the
+batch size alone: not on the number of processes, nor on which other seeds run.
 """
 
 import os
@@ -28,6 +29,10 @@ from cmpolicy_eval.policy import ActionChunkPolicy, PolicyMismatchError, check_p
 from cmpolicy_eval.pool import Command, EnvPool, Reset, RolloutError, Step
 
 __all__ = ["EpisodeResult", "RolloutError", "rollout"]
+
+
+DEFAULT_BATCH_SIZE = 50
+"""Rows per policy call; part of what a result is reproducible from."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ def rollout(
     max_steps: int,
     reset_options: Callable[[int], dict[str, Any] | None] | None = None,
     n_workers: int | None = None,
-    batch_size: int = 50,
+    batch_size: int = DEFAULT_BATCH_SIZE,
     keep_chunks: int = 0,
     progress: str | None = None,
 ) -> list[EpisodeResult]:
@@ -84,7 +89,7 @@ def rollout(
         max_steps: episodes end after so many steps.
         reset_options: options of ``env.reset`` for a seed.
         n_workers: processes for the environments (default: CPU count); 1 means this process.
-        batch_size: largest number of episodes at a time.
+        batch_size: rows of every policy call, and so the largest number of episodes at a time.
         keep_chunks: keep the action chunks of the first so many seeds, for a video.
         progress: label of a progress bar, shown on a terminal only.
 
@@ -121,7 +126,7 @@ def rollout(
             active = [index for index, slot in enumerate(full) if slot.active]
             if not active:
                 break
-            chunks, elapsed_ms = _infer(policy, keys, full)
+            chunks, elapsed_ms = _infer(policy, keys, full, batch_size)
             commands: list[Command] = [Step(index, chunks[index]) for index in active]
             outcomes = pool.run(commands, [full[index].seed for index in active])
             for index, outcome in zip(active, outcomes, strict=True):
@@ -159,28 +164,28 @@ def _refill(
 
 
 def _infer(
-    policy: ActionChunkPolicy, keys: tuple[str, ...], slots: Sequence[_Slot]
+    policy: ActionChunkPolicy, keys: tuple[str, ...], slots: Sequence[_Slot], batch_size: int
 ) -> tuple[NDArray[np.float32], float]:
-    """Chunks (B, Ta, A) for all slots, frozen ones included, and the duration of the call, ms."""
-    obs = {key: np.stack([slot.outcome.obs[key] for slot in slots]) for key in keys}
+    """Chunks (B, Ta, A), the first rows for the slots, and the duration of the call in ms."""
+    rows = [slots[row] if row < len(slots) else slots[0] for row in range(batch_size)]
+    obs = {key: np.stack([slot.outcome.obs[key] for slot in rows]) for key in keys}
     kwargs: dict[str, Any] = {}
     noise_shape = getattr(policy, "noise_shape", None)
     if noise_shape is not None:
-        noise = np.zeros((len(slots), *noise_shape), dtype=np.float32)
-        for row, slot in zip(noise, slots, strict=True):
+        noise = np.zeros((batch_size, *noise_shape), dtype=np.float32)
+        for row, slot in zip(noise, slots, strict=False):
             if slot.active:
                 row[...] = slot.rng.standard_normal(noise_shape, dtype=np.float32)
         kwargs["noise"] = noise
     start = time.perf_counter()
     chunks = np.asarray(policy.infer(obs, **kwargs))
     elapsed_ms = (time.perf_counter() - start) * 1e3
-    expected = (len(slots), policy.n_action_steps)
-    if chunks.ndim != 3 or chunks.shape[:2] != expected:
+    if chunks.ndim != 3 or chunks.shape[:2] != (batch_size, policy.n_action_steps):
         raise PolicyMismatchError(
-            f"policy.infer returned shape {chunks.shape} for {len(slots)} observations; expected "
-            f"(B, Ta, A) = ({expected[0]}, {expected[1]}, action size)"
+            f"policy.infer returned shape {chunks.shape} for {batch_size} observations; expected "
+            f"(B, Ta, A) = ({batch_size}, {policy.n_action_steps}, action size)"
         )
-    for slot, chunk in zip(slots, chunks, strict=True):
+    for slot, chunk in zip(slots, chunks, strict=False):
         if slot.active and not np.isfinite(chunk).all():
             raise RolloutError(
                 f"episode of seed {slot.seed}: the policy gave a non-finite action at step "
