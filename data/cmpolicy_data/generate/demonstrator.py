@@ -1,27 +1,34 @@
 """A scripted demonstrator of Push-T: it looks at the table ten times a second and moves its hand.
 
 It plans one push at a time (`pushes.Search`), walks the hand around the block to the contact, and
-pushes with steering corrections. What it does next follows from what it sees: after each push step
-the outcomes of a few steerings are simulated from the actual state, so that pushes that went
-astray are corrected. Its hand is a little unsteady, so corrections are needed.
+pushes with steering corrections. What it does next follows from what it sees: at each step of a
+push the outcomes of a few steerings are simulated from the actual state, so pushes that go astray
+are corrected. Its hand is a little unsteady, so that there is something to correct: a policy
+learns from that how to recover.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 
-from .pushes import Push, Search, advance, badness, push_speed
-from .route import route
-from .tee import Array, goal_distance
-from .world import State
+from cmpolicy_data.generate.pushes import Push, Search, badness, push_on, push_speed
+from cmpolicy_data.generate.route import route
+from cmpolicy_data.generate.tee import Array, goal_distance
+from cmpolicy_data.generate.world import State
 
+# What steering chooses from: a change of heading now (rad), and a turn (rad per step) from here on.
 _STEERINGS = (0.0, -0.12, 0.12, -0.3, 0.3)
 _TURNS = (0.0, -0.07, 0.07)
-_LOOK_AHEAD = 14
-_PUSH_ON_PRICE = 0.004
-_COMMITTED = 5
+_LOOK_AHEAD = 14  # steps
+_PATIENCE = 0.004  # price of a step while pushing: low, for a contact is costly to make
+_COMMITTED = 5  # steps of a push before it may be given up: the hand lags and has to arrive
+
+_ACCELERATION = 3.0  # px per step, per step
+_BRAKING = 1.6
+_SIDEWAYS = 5.0  # px per step squared, limits the speed in bends
 
 
 @dataclass(frozen=True)
@@ -30,11 +37,12 @@ class Style:
 
     travel_speed: float
     push_speed: float
-    tremor: float  # standard deviation of the hand's unsteadiness, as a share of its speed
-    taste: float  # noise on the choice among pushes
+    tremor: float  # unsteadiness of the hand, as a share of its speed
+    taste: float  # noise on the choice among pushes, in log distance to the goal
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> Style:
+        """A style at random."""
         return cls(
             travel_speed=rng.uniform(12.0, 18.0),
             push_speed=rng.uniform(6.0, 9.0),
@@ -43,100 +51,116 @@ class Style:
         )
 
 
+@dataclass(frozen=True)
+class _Approach:
+    """On the way to a push: what is left of the path (M, 2) px, and the speed to arrive with."""
+
+    path: Array
+    push: Push
+    end_speed: float
+
+
+@dataclass(frozen=True)
+class _Contact:
+    """Pushing, for `steps` steps already."""
+
+    push: Push
+    steps: int
+
+
 class Demonstrator:
-    """Call `act` with each new state; it gives the agent's next target."""
+    """One episode's demonstrator: call `act` with each new state for the agent's next target."""
 
     def __init__(self, rng: np.random.Generator) -> None:
-        self._rng = rng
         self.style = Style.draw(rng)
+        self._rng = rng
         self._search = Search(rng, self.style.push_speed)
+        self._doing: _Approach | _Contact | None = None
         self._target: Array | None = None
         self._speed = 0.0
         self._wobble = np.zeros(2)
-        self._path: Array | None = None
-        self._push: Push | None = None
-        self._pushed = 0
-        self.pushes: list[Push] = []
 
     def act(self, state: State) -> Array:
-        """The agent's next target (2,) px."""
-        if self._target is None:
-            self._target = np.array([state.x, state.y])
-        if self._push is not None and self._path is None and not self._steer(state):
-            self._push = None
-        if self._push is None:
-            self._plan(state)
-        self._target = self._walk() if self._path is not None else self._shove(state)
+        """The agent's next target (2,) px.
+
+        Raises:
+            RuntimeError: no push can be made, because the agent is shut in by block and walls.
+        """
+        target = np.array([state.x, state.y]) if self._target is None else self._target
+        if isinstance(self._doing, _Contact):
+            self._doing = self._steer(self._doing, state, target)
+        doing = self._plan(state) if self._doing is None else self._doing
+        if isinstance(doing, _Approach):
+            self._target, self._doing = self._walk(doing, target)
+        else:
+            self._target, self._doing = self._shove(doing, state, target)
         return self._target
 
-    def _plan(self, state: State) -> None:
-        start = np.array([state.x, state.y])
+    def _plan(self, state: State) -> _Approach:
         for _ in range(20):
             outlook = self._search.best(state, taste=self.style.taste)
             if outlook is None:
                 continue
             push = outlook.push
-            path = route(start, push.entry(), np.array([push.x, push.y]), state.block)
+            start, contact = np.array([state.x, state.y]), np.array([push.x, push.y])
+            path = route(start, push.entry(), contact, state.block)
             if path is not None:
-                self._push, self._path, self._pushed = push, path, 0
-                self._end_speed = push_speed(goal_distance(state.block), self.style.push_speed)
-                self.pushes.append(push)
-                return
-        raise RuntimeError(f"no push can be made from {state}")
+                speed = push_speed(goal_distance(state.block), self.style.push_speed)
+                return _Approach(path, push, speed)
+        raise RuntimeError(f"No push can be made from {state}.")
 
-    def _walk(self) -> Array:
-        """A step along the path: faster and slower gently, slower in bends and at the end."""
-        assert self._path is not None and self._target is not None
-        ahead = np.linalg.norm(np.diff(self._path, axis=0), axis=1)
-        left = float(ahead.sum())
-        limit = np.sqrt(self._end_speed**2 + 2 * 1.6 * left)
-        turn = _bend(self._path)
-        speed = min(self._speed + 3.0, self.style.travel_speed, limit, np.sqrt(5.0 / (turn + 1e-3)))
-        self._speed = max(speed, self._end_speed, 2.0)
-        if left <= self._speed:
-            point = self._path[-1]
-            self._path = None
+    def _walk(self, doing: _Approach, target: Array) -> tuple[Array, _Approach | _Contact]:
+        """A step along the path: gathers speed and brakes gently, slower in bends."""
+        path = doing.path
+        along = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(path, axis=0), axis=1))])
+        self._speed = max(
+            2.0,
+            doing.end_speed,
+            min(
+                self._speed + _ACCELERATION,
+                self.style.travel_speed,
+                float(np.sqrt(_SIDEWAYS / (_bend(path) + 1e-3))),
+                float(np.sqrt(doing.end_speed**2 + 2 * _BRAKING * along[-1])),
+            ),
+        )
+        then: _Approach | _Contact
+        if along[-1] <= self._speed:
+            point = path[-1]
+            then = _Contact(doing.push, 0)
         else:
-            along = np.concatenate([[0.0], np.cumsum(ahead)])
-            point = np.array([np.interp(self._speed, along, self._path[:, i]) for i in (0, 1)])
-            rest = self._path[int(np.searchsorted(along, self._speed, side="right")) :]
-            self._path = np.concatenate([point[None], rest])
-        # The target follows the path without jumps: after a push it is still ahead of the hand.
-        step = point + self._tremble(0.5) - self._target
+            point = np.array([np.interp(self._speed, along, path[:, axis]) for axis in (0, 1)])
+            rest = path[int(np.searchsorted(along, self._speed, side="right")) :]
+            then = replace(doing, path=np.concatenate([point[None], rest]))
+        # After a push the target is still ahead of the hand: bring it back without a jump.
+        step = point + self._tremble(0.5) - target
         reach = max(1.6 * self._speed, 12.0)
-        return self._target + step * min(1.0, reach / (np.linalg.norm(step) + 1e-9))
+        return target + step * min(1.0, reach / (float(np.linalg.norm(step)) + 1e-9)), then
 
-    def _shove(self, state: State) -> Array:
+    def _shove(self, doing: _Contact, state: State, target: Array) -> tuple[Array, _Contact]:
         """A step of the push."""
-        assert self._push is not None and self._target is not None
+        push = doing.push
         self._speed = push_speed(goal_distance(state.block), self.style.push_speed)
-        self._pushed += 1
-        heading = self._push.heading
-        step = self._speed * np.array([np.cos(heading), np.sin(heading)])
-        self._push = self._push._replace(heading=heading + self._push.turn)
-        return self._target + step + self._tremble(1.0)
+        step = self._speed * np.array([np.cos(push.heading), np.sin(push.heading)])
+        turned = push._replace(heading=push.heading + push.turn)
+        return target + step + self._tremble(1.0), _Contact(turned, doing.steps + 1)
 
-    def _steer(self, state: State) -> bool:
-        """Choose how to push on; False where stopping now is best."""
-        assert self._push is not None and self._target is not None
-        world = self._search.world
-        target = (float(self._target[0]), float(self._target[1]))
-        best, choice = np.inf, self._push
-        for turn in (self._push.turn, *_TURNS):
-            for steer in _STEERINGS:
-                world.set(state)
-                heading = self._push.heading + steer
-                value, *_ = advance(
-                    world, target, heading, turn, self.style.push_speed, _LOOK_AHEAD, _PUSH_ON_PRICE
-                )
-                value += 0.004 * abs(steer)
-                if value < best:
-                    best, choice = value, self._push._replace(heading=heading, turn=turn)
+    def _steer(self, doing: _Contact, state: State, target: Array) -> _Contact | None:
+        """How to push on; None where stopping now is best."""
+        world, fastest, old = self._search.world, self.style.push_speed, doing.push
+        best, choice = np.inf, old
+        for turn, steer in product((old.turn, *_TURNS), _STEERINGS):
+            push = old._replace(heading=old.heading + steer, turn=turn)
+            world.set(state)
+            prospect = push_on(world, push, target, fastest, steps=_LOOK_AHEAD, price=_PATIENCE)
+            value = prospect.value + 0.004 * abs(steer)
+            if value < best:
+                best, choice = value, push
         world.set(state)
         for _ in range(3):  # letting go: the hand comes to rest where it is
             block = world.step(state.x, state.y)
-        self._push = choice
-        return self._pushed < _COMMITTED or best < badness(goal_distance(block))
+        if doing.steps >= _COMMITTED and best >= badness(goal_distance(block)):
+            return None
+        return replace(doing, push=choice)
 
     def _tremble(self, scale: float) -> Array:
         self._wobble = 0.7 * self._wobble + self._rng.normal(0.0, self.style.tremor, 2)
@@ -145,8 +169,8 @@ class Demonstrator:
 
 def _bend(path: Array) -> float:
     """Curvature in 1/px of the next stretch of a path."""
-    if len(path) < 3:
-        return 0.0
     step = np.diff(path[:6], axis=0)
+    if len(step) < 2:
+        return 0.0
     angle = np.unwrap(np.arctan2(step[:, 1], step[:, 0]))
     return float(abs(angle[-1] - angle[0]) / (np.linalg.norm(step, axis=1).sum() + 1e-9))

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
-from .route import clearance, inside_walls, lengths
-from .tee import AGENT_RADIUS, Array, Pose, Ring, goal_distance, outline_at
-from .world import LAG_STEPS, STEP_SECONDS, State, World
+from cmpolicy_data.generate.route import clearance, inside_walls, lengths
+from cmpolicy_data.generate.tee import AGENT_RADIUS, Array, Pose, Ring, goal_distance, outline_at
+from cmpolicy_data.generate.world import LAG_STEPS, STEP_SECONDS, State, World
 
 _CONTACT = Ring(AGENT_RADIUS + 2.0)
 STAND_OFF = 22.0  # px from the contact back to where a push's straight entry begins
 STEP_PRICE = 0.014  # of a control step, in units of log distance to the goal
 _TRAVEL_STEP, _TRAVEL_EXTRA = 11.0, 4.0  # px per step on the way, steps for stopping and turning
 _MAX_PUSH = 32
+_LOW, _HIGH = 12.0, 500.0  # where targets may be, px: inside the walls
 
 
 class Push(NamedTuple):
@@ -32,9 +34,17 @@ class Push(NamedTuple):
         return np.array([self.x - STAND_OFF * cos, self.y - STAND_OFF * sin])
 
 
+class Prospect(NamedTuple):
+    """The best moment of a simulated push: its value (lower is better), when, and the state."""
+
+    value: float
+    steps: int
+    end: State
+
+
 @dataclass(frozen=True)
 class Outlook:
-    """What a push is worth: `value` (lower is better), its steps, and the state it ends in."""
+    """What a push is worth with the way to it: value, steps in all, the state it ends in."""
 
     push: Push
     value: float
@@ -44,58 +54,50 @@ class Outlook:
 
 def badness(distance: float) -> float:
     """Distance to the goal, by ratio: halving it counts the same from far and from near."""
-    return float(np.log(distance + 1.0))
+    return math.log(distance + 1.0)
 
 
 def push_speed(distance: float, fastest: float) -> float:
     """Speed of a push in px per step: slower the nearer the block is to the goal."""
-    return float(np.clip(1.4 + 0.2 * distance, 2.2, fastest))
+    return min(max(1.4 + 0.2 * distance, 2.2), fastest)
 
 
-def advance(
-    world: World,
-    target: tuple[float, float],
-    heading: float,
-    turn: float,
-    fastest: float,
-    steps: int,
-    price: float = STEP_PRICE,
-) -> tuple[float, int, State, float]:
-    """Push on from the world's state; the best moment on the way.
+def push_on(
+    world: World, push: Push, target: Array, fastest: float, *, steps: int, price: float
+) -> Prospect:
+    """Push on from the world's state and the agent's `target` (2,), at `price` per step.
 
-    Returns (value, steps until then, the state then, distance then); gives up early where
-    the block moves away from the goal.
+    Gives up early where the block only moves away from the goal.
     """
-    tx, ty = target
-    distance = goal_distance(world.state().block)
-    best, best_step, best_state, best_distance = np.inf, 0, world.state(), distance
-    lowest, since = distance, 0
+    x, y = float(target[0]), float(target[1])
+    heading = push.heading
+    best = Prospect(math.inf, 0, world.state())
+    lowest = distance = goal_distance(best.end.block)
+    since = 0
     for step in range(1, steps + 1):
         speed = push_speed(distance, fastest)
-        tx, ty = tx + speed * np.cos(heading), ty + speed * np.sin(heading)
-        heading += turn
-        if not (12.0 < tx < 500.0 and 12.0 < ty < 500.0):
+        x, y = x + speed * math.cos(heading), y + speed * math.sin(heading)
+        heading += push.turn
+        if not (_LOW < x < _HIGH and _LOW < y < _HIGH):
             break
-        distance = goal_distance(world.step(tx, ty))
+        distance = goal_distance(world.step(x, y))
         value = badness(distance) + price * step
-        if value < best:
-            best, best_step, best_state, best_distance = value, step, world.state(), distance
-        if distance < lowest - 0.01:
-            lowest, since = distance, 0
-        else:
-            since += 1
+        if value < best.value:
+            best = Prospect(value, step, world.state())
+        since = 0 if distance < lowest - 0.01 else since + 1
+        lowest = min(lowest, distance)
         if since > 6 or distance > lowest * 1.3 + 3.0:
             break
-    return best, best_step, best_state, best_distance
+    return best
 
 
-def start_push(world: World, push: Push, block: Pose, fastest: float) -> tuple[float, float]:
-    """Put the agent at the push's start, under way; the target it is following."""
+def start_push(world: World, push: Push, block: Pose, fastest: float) -> Array:
+    """Put the agent at the push's start, under way; the target (2,) it is following."""
     speed = push_speed(goal_distance(block), fastest)
-    cos, sin = np.cos(push.heading), np.sin(push.heading)
+    cos, sin = math.cos(push.heading), math.sin(push.heading)
     per_second = speed / STEP_SECONDS
     world.set(State(push.x, push.y, per_second * cos, per_second * sin, block))
-    return push.x + LAG_STEPS * speed * cos, push.y + LAG_STEPS * speed * sin
+    return np.array([push.x + LAG_STEPS * speed * cos, push.y + LAG_STEPS * speed * sin])
 
 
 class Search:
@@ -167,12 +169,12 @@ class Search:
         for i in np.nonzero(free)[0]:
             push = pushes[i]
             target = start_push(self.world, push, block, self._fastest)
-            value, steps, end, _ = advance(
-                self.world, target, push.heading, push.turn, self._fastest, _MAX_PUSH
+            value, steps, end = push_on(
+                self.world, push, target, self._fastest, steps=_MAX_PUSH, price=STEP_PRICE
             )
             if steps:
-                cost = travel[i] / _TRAVEL_STEP + _TRAVEL_EXTRA
-                outlooks.append(Outlook(push, value + STEP_PRICE * cost, steps + cost, end))
+                way = travel[i] / _TRAVEL_STEP + _TRAVEL_EXTRA
+                outlooks.append(Outlook(push, value + STEP_PRICE * way, steps + way, end))
         return outlooks
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from .tee import AGENT_RADIUS, OUTLINE, Array, Pose, Ring, outline_at, to_body
+from cmpolicy_data.generate.tee import AGENT_RADIUS, OUTLINE, Array, Pose, Ring, outline_at, to_body
 
 # Centre of the agent: it touches the block at 15 px. Paths keep _CLEAR from the outline where they
 # cut corners, and follow the ring at _AROUND where they go around.

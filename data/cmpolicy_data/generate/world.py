@@ -12,13 +12,14 @@ from typing import NamedTuple
 import pymunk
 from gym_pusht.envs.pusht import PushTEnv
 
-from .tee import Pose
+from cmpolicy_data.generate.tee import Pose
 
 # gym-pusht: PD control of the agent at 100 Hz, a new target every 10 substeps (10 Hz).
 _KP, _KV, _DT, _SUBSTEPS = 100.0, 20.0, 0.01, 10
 STEP_SECONDS = _DT * _SUBSTEPS
-# The agent follows a target that moves at a constant speed with this lag: kv / kp, in steps.
-LAG_STEPS = _KV / _KP / STEP_SECONDS
+# How far behind a target at constant speed the agent is at the end of a step, in steps: kv / kp
+# behind the mean of the target, which moves once a step.
+LAG_STEPS = _KV / _KP / STEP_SECONDS - 0.5
 
 
 class State(NamedTuple):

@@ -1,0 +1,92 @@
+"""The Push-T generator: reproducible, always successful, careful with files."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cmpolicy_data import ReplayBuffer
+from cmpolicy_data.generate.pusht import generate, initial_state, replay
+from cmpolicy_envs import keypoints_from_pose
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("generated") / "demos.zarr.zip"
+    calls = []
+    report = generate(
+        out, episodes=2, seed=4, workers=1, progress=lambda *counts: calls.append(counts)
+    )
+    assert report.path == out
+    assert report.kept == 2 <= report.attempted == len(calls)
+    assert calls[-1] == (2, report.attempted)
+    assert report.steps == ReplayBuffer.open(out).n_steps
+    assert report.seconds > 0.0
+    return out
+
+
+def test_the_number_of_workers_changes_nothing(generated: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again.zarr.zip"
+    generate(again, episodes=2, seed=4, workers=2)
+    assert again.read_bytes() == generated.read_bytes()
+
+
+def test_contents(generated: Path) -> None:
+    store = ReplayBuffer.open(generated)
+    assert store.keys() == ["action", "keypoint", "state"]
+    assert {store[key].dtype for key in store.keys()} == {np.dtype("float32")}
+    assert store[("action")].shape[1:] == (2,)
+    state = store.load("state")
+    expected = keypoints_from_pose(state[:, 2:4], state[:, 4])
+    np.testing.assert_allclose(store.load("keypoint"), expected, atol=1e-4)
+    lengths = np.diff(store.episode_ends, prepend=0)
+    assert np.all((lengths >= 20) & (lengths <= 300))
+
+
+def test_attributes_say_how_it_was_made(generated: Path) -> None:
+    attrs = ReplayBuffer.open(generated).attrs
+    assert attrs["seed"] == 4
+    assert len(attrs["seeds"]) == 2
+    assert attrs["seeds"][0] >= 4
+    assert attrs["command"] == "cmpolicy-data generate pusht episodes=2 seed=4"
+    assert attrs["version"] >= 1
+
+
+def test_every_episode_succeeds_when_played_again(generated: Path) -> None:
+    store = ReplayBuffer.open(generated)
+    action, state = store.load("action"), store.load("state")
+    starts = np.concatenate([[0], store.episode_ends[:-1]])
+    for seed, start, end in zip(store.attrs["seeds"], starts, store.episode_ends, strict=True):
+        assert replay(action[start:end], initial_state(seed)) > 0.95
+        assert replay(action[start:end], state[start], exact_pose=True) > 0.95
+
+
+def test_replaces_only_its_own_files(tmp_path: Path) -> None:
+    for name, content in [("text.zip", b"somebody's notes"), ("empty.zip", b"")]:
+        foreign = tmp_path / name
+        foreign.write_bytes(content)
+        with pytest.raises(FileExistsError, match="was not written by"):
+            generate(foreign, episodes=1)
+        assert foreign.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"episodes": 0}, "episodes must be at least 1, got 0"),
+        ({"workers": 0}, "workers must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"seed": 100000}, "belong to evaluation"),
+        ({"out": "demos.zarr"}, "must be a path that ends in .zip"),
+    ],
+)
+def test_bad_arguments(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    arguments = {"episodes": 1, "seed": 0, "workers": 1, **changes}
+    out = tmp_path / str(arguments.pop("out", "demos.zarr.zip"))
+    with pytest.raises(ValueError, match=message):
+        generate(out, **arguments)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="Create it first"):
+        generate(tmp_path / "nowhere" / "demos.zarr.zip", episodes=1)
