@@ -1,0 +1,164 @@
+"""Command-line words to a plain mapping, through Hydra, with error messages of our own.
+
+Hydra composes and parses; before it does, every override is compared with what the YAML files in
+``cmpolicy_conf`` hold, so that a slip is answered with the nearest setting.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cmpolicy.train.schema import ConfigError, unknown_key_message
+
+PACKAGE = "cmpolicy_conf"
+HYDRA_VERSION_BASE = "1.3"
+#: Groups of settings whose keys are the user's own.
+OPEN_GROUPS = ("data.obs",)
+HOW = "`cmpolicy-train --help` lists all settings with their values"
+
+
+def compose_settings(config_name: str, words: Sequence[str]) -> dict[str, Any]:
+    """Settings of ``<config_name>.yaml`` with ``words`` such as ``net=tiny`` or ``optim.lr=1e-3``.
+
+    Raises:
+        ConfigError: a word that cannot be read, an unknown group, choice or setting.
+    """
+    overrides = parse(words)
+    groups = _groups()
+    choices = [o for o in overrides if o.key_or_group in groups]
+    for override in choices:
+        _check_choice(override, groups[override.key_or_group])
+    chosen = {o.key_or_group for o in choices}
+    base = _compose(config_name, [str(o.input_line) for o in choices])
+    known = _keys(OmegaConf.to_container(base, resolve=False))
+    for override in overrides:
+        key = override.key_or_group
+        if key not in chosen and not override.is_add() and not _is_known(key, known):
+            leaves = [k for k in known if not any(o.startswith(f"{k}.") for o in known)]
+            raise ConfigError(unknown_key_message(key, [*leaves, *groups], how=HOW))
+    composed = _compose(config_name, [str(o.input_line) for o in overrides])
+    return _container(composed)
+
+
+def parse(words: Iterable[str]) -> list[Override]:
+    """Hydra's reading of ``key=value`` words.
+
+    Raises:
+        ConfigError: a word without ``=``, or one that Hydra's grammar does not know.
+    """
+    parser = OverridesParser.create()
+    overrides = []
+    for word in words:
+        if "=" not in word and not word.startswith("~"):
+            raise ConfigError(f"{word!r} is not a setting; settings are given as key=value. {HOW}")
+        try:
+            override = parser.parse_override(word)
+        except HydraException as error:
+            raise ConfigError(
+                f"cannot read {word!r}: quote values that hold spaces or any of , : = [ ] {{ }}, "
+                f"as in 'key=\"a value\"' ({str(error).splitlines()[0]})"
+            ) from error
+        if override.is_sweep_override():
+            raise ConfigError(f"{word!r} gives several values: add --multirun for one run of each")
+        overrides.append(override)
+    return overrides
+
+
+def apply(settings: Mapping[str, Any], overrides: Iterable[Override]) -> dict[str, Any]:
+    """Finished settings with some values replaced; used for a run that is resumed."""
+    config = OmegaConf.create(dict(settings))
+    for override in overrides:
+        OmegaConf.update(config, override.key_or_group, override.value())
+    return _container(config)
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """A YAML file as a plain mapping.
+
+    Raises:
+        ConfigError: it cannot be read or holds something else.
+    """
+    try:
+        config = OmegaConf.load(path)
+    except (OSError, ValueError, OmegaConfBaseException) as error:
+        raise ConfigError(f"cannot read the settings in {path}: {error}") from error
+    if not isinstance(config, DictConfig):
+        raise ConfigError(f"{path} does not hold settings of a run")
+    return _container(config)
+
+
+def write_yaml(settings: Mapping[str, Any], path: str) -> None:
+    """The inverse of :func:`read_yaml`."""
+    OmegaConf.save(OmegaConf.create(dict(settings)), path)
+
+
+def _compose(config_name: str, words: Sequence[str]) -> DictConfig:
+    # a caller's own Hydra state, such as that of --multirun, is put back afterwards
+    before = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_module(PACKAGE, version_base=HYDRA_VERSION_BASE):
+            return compose(config_name, list(words))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(str(error)) from error
+    finally:
+        GlobalHydra.instance().hydra = before
+
+
+def _container(config: DictConfig) -> dict[str, Any]:
+    try:
+        plain = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+    if not isinstance(plain, dict):
+        raise ConfigError("the settings are not a mapping")
+    return {str(key): value for key, value in plain.items()}
+
+
+def _groups() -> dict[str, list[str]]:
+    """Choices by group: the folders of ``cmpolicy_conf`` and the YAML files in them."""
+    root = files(PACKAGE)
+    return {
+        folder.name: sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if _yaml(f.name))
+        for folder in root.iterdir()
+        if folder.is_dir() and any(_yaml(f.name) for f in folder.iterdir())
+    }
+
+
+def _yaml(name: str) -> bool:
+    return name.endswith(".yaml")
+
+
+def _check_choice(override: Override, choices: Sequence[str]) -> None:
+    group, value = override.key_or_group, override.value()
+    if value in choices:
+        return
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f"; did you mean {group}={near[0]}?" if near else ""
+    raise ConfigError(f"unknown choice {group}={value}{hint}\n{group} is one of {list(choices)}")
+
+
+def _keys(config: object, prefix: str = "") -> list[str]:
+    """All dotted keys, of groups and of single settings."""
+    if not isinstance(config, Mapping):
+        return []
+    found: list[str] = []
+    for key, value in config.items():
+        found += [f"{prefix}{key}", *_keys(value, f"{prefix}{key}.")]
+    return found
+
+
+def _is_known(key: str, known: Sequence[str]) -> bool:
+    is_open = any(key.startswith(f"{group}.") for group in OPEN_GROUPS)
+    return key in known or is_open or key.startswith("hydra.") or key == "hydra"

@@ -1,0 +1,349 @@
+"""The settings of a training run, as frozen dataclasses that are valid once they exist.
+
+``TrainConfig.from_mapping`` reads the plain mapping that the command line makes of the YAML files
+in ``cmpolicy_conf``; nothing here knows Hydra. All lengths of a run (``samples``, ``warmup``,
+``every``) count training samples, never steps or epochs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from cmpolicy.flow.objective import Objective, build_objective
+from cmpolicy.flow.sampler import SamplerKind
+from cmpolicy.nn.unet1d import UNet1DConfig, net_config
+from cmpolicy.train.schema import ConfigError, from_mapping
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with warm-up and a learning-rate schedule.
+
+    Args:
+        lr: highest learning rate.
+        betas, eps, weight_decay: of AdamW (Loshchilov and Hutter 2019).
+        warmup: samples over which the rate rises linearly from 0.
+        schedule: ``cosine`` falls to 0 at the end of the run, ``constant`` stays.
+        grad_clip: the gradient is scaled down to this norm; null leaves it.
+    """
+
+    lr: float = 3e-4
+    betas: tuple[float, ...] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-6
+    warmup: int = 0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    grad_clip: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        _positive("optim.lr", self.lr)
+        _positive("optim.eps", self.eps)
+        _at_least("optim.weight_decay", self.weight_decay, 0)
+        _at_least("optim.warmup", self.warmup, 0)
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ConfigError(f"optim.betas must be two numbers in [0, 1), got {list(self.betas)}")
+        if self.grad_clip is not None:
+            _positive("optim.grad_clip", self.grad_clip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    """Moving average of the weights, ``diffusers.training_utils.EMAModel``'s schedule.
+
+    At step k the decay is ``1 - (1 + k / inv_gamma)^-power``, kept within [min_decay, decay].
+
+    Args:
+        decay: the longest memory, reached after the warm-up.
+        min_decay: the shortest.
+        inv_gamma, power: how fast the memory grows.
+    """
+
+    decay: float = 0.999
+    min_decay: float = 0.0
+    inv_gamma: float = 1.0
+    power: float = 0.75
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_decay <= self.decay < 1:
+            raise ConfigError(
+                f"ema.min_decay={self.min_decay} and ema.decay={self.decay} must be in order and "
+                "in [0, 1)"
+            )
+        _positive("ema.inv_gamma", self.inv_gamma)
+        _positive("ema.power", self.power)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluation during training; always of the EMA weights.
+
+    Args:
+        every: samples between evaluations; one more is made at the end.
+        nfe: network evaluations per action chunk.
+        episodes: rollouts per evaluation, 0 for none; a task without a simulator makes none.
+        first_seed: rollouts use the seeds first_seed, first_seed + 1, ... They are for tuning and
+            for choosing the best policy, so they must not be those of the protocol.
+        workers: simulator processes.
+        windows: at most this many held-out windows are scored.
+    """
+
+    every: int = 500_000
+    nfe: int = 1
+    episodes: int = 0
+    first_seed: int = 500_000
+    workers: int = 2
+    windows: int = 2048
+
+    def __post_init__(self) -> None:
+        for name in ("every", "nfe", "workers", "windows"):
+            _at_least(f"eval.{name}", getattr(self, name), 1)
+        _at_least("eval.episodes", self.episodes, 0)
+        _at_least("eval.first_seed", self.first_seed, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is written while training. The JSON lines (``log.jsonl``) always are.
+
+    Args:
+        every: samples between entries; device numbers are read only then.
+        tensorboard: also write TensorBoard files.
+        progress: a progress bar; null shows one on a terminal only.
+    """
+
+    every: int = 25_600
+    tensorboard: bool = True
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        _at_least("log.every", self.every, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """What the training loop itself needs; the same for policies and for any other model.
+
+    Args:
+        samples: training samples seen in the whole run.
+        batch_size: samples per step and process; with R processes a step sees R times as many.
+        seed: of weights, data order, noise and times.
+        precision: ``bf16`` runs the network under autocast; ``auto`` is bf16 on GPUs that have it.
+        device: ``auto`` takes the GPU if there is one.
+        compile: torch.compile the loss; pays off in long runs.
+        save_every: samples between training states on disk.
+    """
+
+    samples: int
+    batch_size: int = 256
+    seed: int = 0
+    precision: Precision = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: bool = False
+    save_every: int = 250_000
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "batch_size", "save_every"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("seed", self.seed, 0)
+        if self.samples < self.batch_size:
+            raise ConfigError(
+                f"samples={self.samples} is less than one batch (batch_size={self.batch_size}); "
+                "raise samples or lower batch_size"
+            )
+        if self.optim.warmup >= self.samples:
+            raise ConfigError(
+                f"optim.warmup={self.optim.warmup} leaves nothing of samples={self.samples}; "
+                "it counts samples, not steps"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """What is to be learned.
+
+    Args:
+        name: shown in results.
+        protocol: the simulator protocol that the policy is rolled out in while training; null for
+            a task that has only data.
+    """
+
+    name: str
+    protocol: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Demonstrations, and which of their arrays the policy sees.
+
+    Args:
+        path: Zarr store; ``bundled:<name>`` for demonstrations that come with cmpolicy.
+        obs: selector by observation key of the policy, e.g. ``{agent_pos: "state[:2]"}``. A plain
+            list means that keys and selectors are the same.
+        action: selector of the actions.
+        val_fraction: share of the episodes held out for validation.
+        augment: ``mirror`` adds every Push-T episode's mirror image.
+    """
+
+    path: str
+    obs: Mapping[str, str]
+    action: str = "action"
+    val_fraction: float = 0.02
+    augment: Literal["none", "mirror"] = "none"
+
+    def __post_init__(self) -> None:
+        if not self.obs:
+            raise ConfigError("data.obs is empty: name at least one key, e.g. data.obs=[state]")
+        if not 0 <= self.val_fraction < 1:
+            raise ConfigError(f"data.val_fraction={self.val_fraction} must be in [0, 1)")
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any], *, where: str = "data") -> DataConfig:
+        """As any settings, and ``obs`` may be a plain list of keys."""
+        obs = data.get("obs") if isinstance(data, Mapping) else None
+        if isinstance(obs, str):
+            raise ConfigError(f"{where}.obs={obs} must be a list: {where}.obs=[{obs}]")
+        if isinstance(obs, list | tuple):
+            data = {**data, "obs": {str(key): str(key) for key in obs}}
+        return from_mapping(cls, data, where=where)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """The policy's window in time and its interpolant.
+
+    Args:
+        horizon: T, predicted actions. n_obs_steps: To. n_action_steps: Ta, executed actions.
+        path: ``linear`` or ``trigonometric``.
+    """
+
+    horizon: int = 16
+    n_obs_steps: int = 2
+    n_action_steps: int = 8
+    path: Literal["linear", "trigonometric"] = "linear"
+
+    def __post_init__(self) -> None:
+        for name in ("horizon", "n_obs_steps", "n_action_steps"):
+            _at_least(f"policy.{name}", getattr(self, name), 1)
+        needed = self.n_obs_steps - 1 + self.n_action_steps
+        if self.horizon < needed:
+            raise ConfigError(
+                f"policy.horizon={self.horizon} is too short: it starts at the oldest of "
+                f"policy.n_obs_steps={self.n_obs_steps} observations and must hold "
+                f"policy.n_action_steps={self.n_action_steps} executed actions, so at least "
+                f"{needed} are needed"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetConfig:
+    """A network preset and what to change of it, e.g. ``net=small net.kernel_size=3``."""
+
+    preset: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def unet(self) -> UNet1DConfig:
+        """The network's own configuration."""
+        return net_config(self.preset, **self.changes)
+
+    def __post_init__(self) -> None:
+        try:
+            self.unet  # noqa: B018  built here so that a wrong size is found at once
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any], *, where: str = "net") -> NetConfig:
+        """``preset`` and, beside it, fields of the network; a null field keeps the preset's."""
+        rest = {k: v for k, v in data.items() if k not in ("preset", "changes")}
+        changes = {**data.get("changes", {}), **rest}
+        changes = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
+        return cls(
+            preset=str(data.get("preset")),
+            changes={k: v for k, v in changes.items() if v is not None},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """An objective by name, how its policies are sampled, and the objective's own settings."""
+
+    name: str
+    sampler: SamplerKind = "flow_map"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self) -> Objective:
+        """The objective."""
+        return build_objective(self.name, **self.settings)
+
+    def __post_init__(self) -> None:
+        try:
+            self.build()
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"objective: {error}") from error
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any], *, where: str = "objective") -> ObjectiveConfig:
+        """``name`` and ``sampler``; all else is a setting of the objective."""
+        own = {k: v for k, v in data.items() if k in ("name", "sampler")}
+        rest = {k: v for k, v in data.items() if k not in ("name", "sampler", "settings")}
+        settings = {**data.get("settings", {}), **rest}
+        return from_mapping(cls, {**own, "settings": settings}, where=where)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(LoopConfig):
+    """A whole training run. See the parts."""
+
+    task: TaskConfig
+    data: DataConfig
+    net: NetConfig
+    objective: ObjectiveConfig
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            self.net.unet.check_horizon(self.policy.horizon)
+        except ValueError as error:
+            raise ConfigError(f"policy.{error}") from error
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any]) -> TrainConfig:
+        """Read and check a whole configuration.
+
+        Raises:
+            ConfigError: with the dotted key, the value, and what to do.
+        """
+        return from_mapping(cls, data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; :meth:`from_mapping` is its inverse."""
+        return {name: _plain(value) for name, value in asdict(self).items()}
+
+
+def _plain(value: Any) -> Any:
+    """Tuples to lists, mappings to dicts: what YAML and JSON hold."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if value < least:
+        raise ConfigError(f"{name}={value} must be at least {least}")
+
+
+def _positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ConfigError(f"{name}={value} must be above 0")

@@ -1,0 +1,72 @@
+"""Averages between two log entries, and the speed of training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+class Meter:
+    """Sums of a step's metrics since the last log entry; they stay on the device until read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.sums: dict[str, Tensor] = {}
+        self.steps = 0
+        self.seconds = 0.0  # of training, evaluations not counted, over the whole run
+        self._read_at = 0.0
+        self._clock: float | None = None
+
+    def add(self, metrics: Mapping[str, Tensor], grad_norm: Tensor) -> None:
+        """Add the scalars of one step."""
+        values = {**metrics, "grad_norm": grad_norm.detach()}
+        if self.steps == 0:
+            # clones: fixed storage for the whole window, and nothing aliases the graph's outputs
+            self.sums = {k: v.detach().float().clone() for k, v in values.items()}
+            self.sums["grad_norm_max"] = self.sums["grad_norm"].clone()
+        else:
+            for name, value in values.items():
+                self.sums[name] += value
+            torch.maximum(
+                self.sums["grad_norm_max"], values["grad_norm"], out=self.sums["grad_norm_max"]
+            )
+        self.steps += 1
+
+    def reduce(self, accelerator: Accelerator) -> None:
+        """Average over the processes."""
+        if accelerator.num_processes > 1:
+            stacked = accelerator.reduce(torch.stack(list(self.sums.values())), "mean")
+            self.sums = dict(zip(self.sums, stacked.unbind(), strict=True))
+
+    def read(self, step_samples: int) -> dict[str, float]:
+        """Averages and speed of the window, which then starts anew. Waits for the device once."""
+        numbers = dict(zip(self.sums, torch.stack(list(self.sums.values())).tolist(), strict=True))
+        values = {k: v if k == "grad_norm_max" else v / self.steps for k, v in numbers.items()}
+        self.pause_clock()
+        self.resume_clock()
+        values["samples_per_s"] = (
+            self.steps * step_samples / max(self.seconds - self._read_at, 1e-9)
+        )
+        values["seconds"] = self._read_at = self.seconds
+        self.sums, self.steps = {}, 0
+        return values
+
+    def restore(self, sums: Mapping[str, Tensor], steps: int, seconds: float) -> None:
+        """Take up a saved window."""
+        self.sums = {k: v.to(self.device) for k, v in sums.items()}
+        self.steps = steps
+        self.seconds = self._read_at = seconds
+
+    def pause_clock(self) -> None:
+        """Stop counting training time."""
+        if self._clock is not None:
+            self.seconds += time.perf_counter() - self._clock
+        self._clock = None
+
+    def resume_clock(self) -> None:
+        """Count training time again."""
+        self._clock = time.perf_counter()

@@ -1,0 +1,160 @@
+"""Where the numbers of a run go: JSON lines always, TensorBoard, and the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol, TextIO
+
+from tqdm import tqdm
+
+LOG_FILE = "log.jsonl"
+#: ``train``: averages since the last entry; ``eval``: an evaluation; ``event``: words.
+Kind = Literal["train", "eval", "event"]
+
+
+class Tracker(Protocol):
+    """Takes the numbers of a run; all of them are plain floats already."""
+
+    def log(self, kind: Kind, samples: int, values: Mapping[str, Any]) -> None:
+        """Record ``values`` at this number of training samples."""
+
+    def close(self) -> None:
+        """Nothing follows."""
+
+
+class JsonLines:
+    """``log.jsonl``: one object per line, ``{"kind": ..., "samples": ..., name: value, ...}``.
+
+    A resumed run drops the lines after the sample it starts from, for it will write them again.
+    """
+
+    def __init__(self, run_dir: Path, *, start: int = 0) -> None:
+        path = run_dir / LOG_FILE
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _is_before(line, start)]
+            path.write_text("".join(f"{line}\n" for line in kept))
+        self._file = path.open("a")
+
+    def log(self, kind: Kind, samples: int, values: Mapping[str, Any]) -> None:
+        """See :class:`Tracker`. NaN and infinities, which JSON lacks, are written as null."""
+        finite = {k: None if _is_nan(v) else v for k, v in values.items()}
+        entry = {"kind": kind, "samples": samples, **finite}
+        self._file.write(json.dumps(entry, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """See :class:`Tracker`."""
+        self._file.close()
+
+
+def read_log(run_dir: Path) -> list[dict[str, Any]]:
+    """The entries of a run's ``log.jsonl``; a line cut off by a crash is left out."""
+    entries = []
+    for line in (run_dir / LOG_FILE).read_text().splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            continue
+    return entries
+
+
+class TensorBoard:
+    """TensorBoard files in ``tensorboard/``; the horizontal axis counts samples."""
+
+    def __init__(self, run_dir: Path, *, start: int = 0) -> None:
+        # imported here: it takes a second, which runs without TensorBoard need not wait for
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._writer = SummaryWriter(run_dir / "tensorboard", purge_step=start)
+
+    def log(self, kind: Kind, samples: int, values: Mapping[str, Any]) -> None:
+        """See :class:`Tracker`."""
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(f"{kind}/{name}", value, samples)
+            else:
+                self._writer.add_text(f"{kind}/{name}", str(value), samples)
+
+    def close(self) -> None:
+        """See :class:`Tracker`."""
+        self._writer.close()
+
+
+class Terminal:
+    """A progress bar on a terminal; elsewhere, a line per evaluation and about ten for training."""
+
+    def __init__(
+        self, total: int, *, start: int = 0, bar: bool | None = None, stream: TextIO | None = None
+    ) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._total = total
+        self._start = self._last_line = start
+        show = self._stream.isatty() if bar is None else bar
+        self._bar = (
+            tqdm(total=total, initial=start, unit=" samples", unit_scale=True, file=self._stream)
+            if show
+            else None
+        )
+
+    def log(self, kind: Kind, samples: int, values: Mapping[str, Any]) -> None:
+        """See :class:`Tracker`."""
+        text = "  ".join(f"{k} {_short(v)}" for k, v in values.items() if k in _SHOWN)
+        if kind == "train":
+            if self._bar is not None:
+                self._bar.set_postfix_str(text, refresh=False)
+                self._bar.update(samples - self._bar.n)
+                return
+            first = self._last_line == self._start
+            if not first and samples - self._last_line < self._total / 10 < self._total - samples:
+                return
+            self._last_line = samples
+        elif kind == "event":
+            text = "  ".join(str(v) for v in values.values())
+        self._line(f"{samples / self._total:4.0%} {_count(samples):>7} samples  {text}")
+
+    def close(self) -> None:
+        """See :class:`Tracker`."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _line(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+
+_SHOWN = (
+    "loss",
+    "loss_fm",
+    "loss_sd",
+    "grad_norm",
+    "samples_per_s",
+    "success",
+    "score",
+    "val_loss",
+    "val_action_error",
+)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) and value < 1000 else f"{value:.0f}"
+
+
+def _count(n: int) -> str:
+    return f"{n / 1e6:.2f}M" if n >= 1e6 else f"{n / 1e3:.1f}k"
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _is_before(line: str, start: int) -> bool:
+    try:
+        return bool(json.loads(line)["samples"] <= start)
+    except (ValueError, KeyError):
+        return False

@@ -1,0 +1,299 @@
+"""The training loop: one step, and when to log, evaluate, save and stop.
+
+The trainer knows neither data sets nor simulators: batches, draws and evaluations are callables.
+Progress is counted in samples. What a step does is a pure function of (weights, seed, sample
+counter), so a resumed run repeats the straight one bit by bit, and R processes together do what one
+process does with an R times larger batch: each takes its slice of the same global draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from cmpolicy.flow.objective import Draws
+from cmpolicy.train.checkpoint import TrainingState, load_state, save_state, select
+from cmpolicy.train.config import LoopConfig
+from cmpolicy.train.device import use_bf16
+from cmpolicy.train.guard import FiniteGuard, NonFiniteError
+from cmpolicy.train.loader import Batch
+from cmpolicy.train.meter import Meter
+from cmpolicy.train.optim import ModelEma, build_optimizer, build_schedule, jump_schedule
+from cmpolicy.train.signals import StopRequest
+from cmpolicy.train.trackers import Kind, Tracker
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of one evaluation: numbers to log, and ``rank``, of which a larger one is better."""
+
+    metrics: Mapping[str, float]
+    rank: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: ``signum`` is the signal that stopped it, None where it ran its course."""
+
+    samples: int
+    signum: int | None
+    best: tuple[float, ...] | None
+    metrics: Mapping[str, float]
+
+
+#: batches(first_sample, count): those samples of the run, on the device.
+Batches = Callable[[int, int], Batch]
+#: draw(count, generator): all randomness of a step of ``count`` samples.
+DrawStep = Callable[[int, torch.Generator], Draws]
+#: evaluate(EMA model, samples)
+Evaluate = Callable[[Any, int], Evaluation]
+#: keep("best" or "last", EMA model, samples, its evaluation if it has one)
+Keep = Callable[[Literal["best", "last"], Any, int, Evaluation | None], None]
+
+
+class Trainer:
+    """Trains ``model``, whose forward is ``model(batch, draws=, progress=, ema=) -> LossOutput``.
+
+    Args:
+        model: on any device; it is moved.
+        config: see :class:`LoopConfig`.
+        accelerator: device and processes (``accelerate``); its own mixed precision stays off.
+        batches, draw, evaluate, keep: see the types above.
+        run_dir: the training state goes into ``run_dir/training_state``.
+        trackers: take the numbers; only the main process calls them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LoopConfig,
+        *,
+        accelerator: Accelerator,
+        batches: Batches,
+        draw: DrawStep,
+        run_dir: Path,
+        trackers: Sequence[Tracker] = (),
+        evaluate: Evaluate | None = None,
+        keep: Keep | None = None,
+    ) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.device: torch.device = accelerator.device
+        self.run_dir = run_dir
+        self.model = model.to(self.device).train()
+        self.ema = ModelEma(self.model, config.ema)
+        self.samples = 0
+        self.best: tuple[float, ...] | None = None
+        self._batches, self._draw, self._evaluate, self._keep = batches, draw, evaluate, keep
+        self._trackers = trackers if accelerator.is_main_process else ()
+        self._step_samples: int = config.batch_size * accelerator.num_processes
+        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(self._parameters, config.optim)
+        self.schedule = build_schedule(
+            self.optimizer, config.optim, samples=config.samples, step_samples=self._step_samples
+        )
+        compiled = torch.compile(self.model) if config.compile else self.model
+        self._forward: nn.Module = accelerator.prepare_model(compiled)
+        self._bf16 = use_bf16(config, self.device)
+        self._guard = FiniteGuard(self.device)
+        self._window = Meter(self.device)
+        self._evaluated_at = 0
+        self._saved_at = 0
+        self._metrics: dict[str, float] = {}
+
+    def train(self, until: int | None = None) -> Outcome:
+        """Run to the end of the run (or to sample ``until``, to be resumed), and save.
+
+        Raises:
+            NonFiniteError: the last state on disk is from before, and finite.
+            CheckpointError: a state could not be written; the previous one is intact.
+        """
+        stop_at = self.config.samples if until is None else min(until, self.config.samples)
+        if self.samples == 0:
+            self.save()  # a disk that cannot hold the state is found now, not in an hour
+        with StopRequest() as stop:
+            self._window.resume_clock()
+            while self.samples < stop_at:
+                self.step()
+                finished = self.samples >= self.config.samples
+                if finished or self._due(self.config.log.every):
+                    self._log_window()
+                if self._evaluation_due(finished):
+                    self._run_evaluation(stop)
+                # signals reach the processes of a distributed run at different steps: agree first
+                if self.accelerator.num_processes == 1 or self._due(self.config.log.every):
+                    signum = self._agreed(stop.signum)
+                    if signum is not None:
+                        break
+                if not finished and self.samples // self.config.save_every > (
+                    self._saved_at // self.config.save_every
+                ):
+                    self.save()
+            self.save()
+            self._keep_policy("last", None)
+        return Outcome(self.samples, stop.signum, self.best, dict(self._metrics))
+
+    def step(self) -> None:
+        """One optimizer step on the next ``batch_size`` samples of every process."""
+        size, rank = self.config.batch_size, self.accelerator.process_index
+        batch = self._batches(self.samples + rank * size, size)
+        generator = step_generator(self.config.seed, self.samples, self.device)
+        draws = self._draw(self._step_samples, generator).slice(rank * size, (rank + 1) * size)
+        progress = self.samples / self.config.samples
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
+            output = self._forward(batch, draws=draws, progress=progress, ema=self.ema.model)
+        self.accelerator.backward(output.loss)
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            self._parameters, self.config.optim.grad_clip or float("inf"), foreach=True
+        )
+        self._guard.watch(grad_norm, self.samples)
+        if self.device.type == "cpu":
+            self._guard.check()  # free here; on a device it would wait, so there the log asks
+        self.optimizer.found_inf = self._guard.tripped  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        self.ema.step(self.model)
+        self.samples += self._step_samples
+        self._window.add({"loss": output.loss.detach(), **output.metrics}, grad_norm)
+
+    # --- logging and evaluation ---------------------------------------------------------------
+
+    def _due(self, every: int) -> bool:
+        """Whether the last step crossed a multiple of ``every``."""
+        return self.samples // every > (self.samples - self._step_samples) // every
+
+    def _evaluation_due(self, finished: bool) -> bool:
+        if self._evaluate is None or self._evaluated_at == self.samples:
+            return False
+        every = self.config.eval.every
+        due = self.samples // every > self._evaluated_at // every
+        return finished or due
+
+    def _log_window(self) -> None:
+        self._guard.check()
+        self._window.reduce(self.accelerator)
+        values = self._window.read(self._step_samples)
+        values |= {"lr": float(self.schedule.get_last_lr()[0]), "ema_decay": self.ema.decay}
+        if not np.isfinite(values["loss"]):
+            raise NonFiniteError(self.samples, values["grad_norm"])
+        self._metrics.update(values)
+        self._log("train", values)
+
+    def _log(self, kind: Kind, values: Mapping[str, Any]) -> None:
+        for tracker in self._trackers:
+            tracker.log(kind, self.samples, values)
+
+    def _run_evaluation(self, stop: StopRequest) -> None:
+        """Evaluate the EMA weights on the main process; the others wait."""
+        self._guard.check()
+        self._window.pause_clock()
+        if self.accelerator.is_main_process and self._evaluate is not None:
+            try:
+                evaluation = self._evaluate(self.ema.model, self.samples)
+            except Exception:
+                if stop.signum is None or self.accelerator.num_processes > 1:
+                    raise
+                return  # Ctrl-C reached the simulators as well; the resumed run evaluates again
+            self._log("eval", evaluation.metrics)
+            self._metrics.update(evaluation.metrics)
+            if self.best is None or evaluation.rank > self.best:
+                self.best = evaluation.rank
+                self._keep_policy("best", evaluation)
+        self._evaluated_at = self.samples
+        self.accelerator.wait_for_everyone()
+        self._window.resume_clock()
+
+    def _keep_policy(self, kind: Literal["best", "last"], evaluation: Evaluation | None) -> None:
+        if self._keep is not None and self.accelerator.is_main_process:
+            self._keep(kind, self.ema.model, self.samples, evaluation)
+
+    def _agreed(self, signum: int | None) -> int | None:
+        """The signal that any process received."""
+        if self.accelerator.num_processes == 1:
+            return signum
+        number = torch.tensor([signum or 0], device=self.device)
+        gathered: Tensor = self.accelerator.gather(number)
+        return int(gathered.max().item()) or None
+
+    # --- state --------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write the training state (main process)."""
+        self._guard.check()
+        self._saved_at = self.samples
+        if self.accelerator.is_main_process:
+            save_state(self.run_dir, self.state())
+        self.accelerator.wait_for_everyone()
+
+    def state(self) -> TrainingState:
+        """Everything a resumed run needs; tensors are references."""
+        optimizer = self.optimizer.state_dict()["state"]
+        tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"ema/{k}": v for k, v in self.ema.model.state_dict().items()}
+        for index, slots in optimizer.items():
+            tensors |= {f"optim/{index}/{slot}": v for slot, v in slots.items()}
+        tensors |= {f"window/{k}": v for k, v in self._window.sums.items()}
+        tensors["rng/cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
+        values = {
+            "samples": self.samples,
+            "steps": self.schedule.last_epoch,
+            "ema_counter": self.ema.counter,
+            "best": self.best,
+            "evaluated_at": self._evaluated_at,
+            "window_steps": self._window.steps,
+            "seconds": self._window.seconds,
+            "metrics": {k: v for k, v in self._metrics.items() if np.isfinite(v)},
+        }
+        return TrainingState(tensors, values)
+
+    def resume(self) -> None:
+        """Continue from the state in ``run_dir``.
+
+        Raises:
+            CheckpointError: no or a damaged state.
+            ValueError: a state of another network.
+        """
+        state = load_state(self.run_dir)
+        values = state.values
+        try:
+            self.model.load_state_dict(select(state.tensors, "model"))
+            self.ema.model.load_state_dict(select(state.tensors, "ema"))
+        except RuntimeError as error:
+            raise ValueError(
+                f"the training state in {self.run_dir} is of another network than its config.yaml "
+                f"describes: {error}"
+            ) from error
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in select(state.tensors, "optim").items():
+            index, slot = name.split("/")
+            slots.setdefault(int(index), {})[slot] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        jump_schedule(self.schedule, int(values["steps"]))
+        self.ema.counter = int(values["ema_counter"])
+        self.samples = self._saved_at = int(values["samples"])
+        self.best = None if values["best"] is None else tuple(values["best"])
+        self._evaluated_at = int(values["evaluated_at"])
+        self._metrics = dict(values["metrics"])
+        self._window.restore(
+            select(state.tensors, "window"), int(values["window_steps"]), float(values["seconds"])
+        )
+        torch.set_rng_state(state.tensors["rng/cpu"])
+        if self.device.type == "cuda" and "rng/cuda" in state.tensors:
+            torch.cuda.set_rng_state(state.tensors["rng/cuda"], self.device)
+
+
+def step_generator(seed: int, samples: int, device: torch.device) -> torch.Generator:
+    """The generator of the step that starts at ``samples``: a pure function of its arguments."""
+    mixed = np.random.SeedSequence([seed, samples]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(mixed) & (2**63 - 1))
