@@ -9,6 +9,7 @@ observation, and that nothing is computed which is not asked for (images, contac
 import os
 from typing import Any
 
+import cv2
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import ArrayLike, NDArray
@@ -18,6 +19,7 @@ from cmpolicy_envs.keypoints import keypoints_from_pose
 
 # pygame greets on stdout when it is imported, which gym-pusht does.
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+import pygame
 from gym_pusht.envs.pusht import PushTEnv as GymPushTEnv
 
 Observation = dict[str, NDArray[np.float32]]
@@ -50,7 +52,6 @@ class PushTEnv(GymPushTEnv):  # type: ignore[misc]  # gym-pusht ships no types
     def __init__(self, render_mode: str | None = None, render_size: int = 512) -> None:
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"PushT: render_mode must be None or 'rgb_array', got {render_mode!r}")
-        self._last_action: NDArray[np.float64] | None = None  # gym-pusht draws it
         super().__init__(
             obs_type="state",
             render_mode=render_mode,
@@ -92,6 +93,23 @@ class PushTEnv(GymPushTEnv):  # type: ignore[misc]  # gym-pusht ships no types
         angle = self.block.angle % (2 * np.pi)
         return {"state": np.array([agent.x, agent.y, block.x, block.y, angle])}
 
+    def render(self) -> NDArray[np.uint8] | None:
+        """Image (H, W, 3) of the present state, without marks; None if made without render mode."""
+        if self.render_mode is None:
+            return None
+        screen = self._draw()
+        image = np.frombuffer(pygame.image.tobytes(screen, "RGB"), dtype=np.uint8)
+        image = image.reshape(screen.get_height(), screen.get_width(), 3)
+        size = (self.visualization_width, self.visualization_height)
+        if size != screen.get_size():
+            return cv2.resize(image, size, interpolation=cv2.INTER_AREA).astype(np.uint8)
+        return image.copy()  # writable
+
+    def action_pixels(self, actions: ArrayLike) -> NDArray[np.float64]:
+        """Where on the rendered image (x, y) actions (..., 2) lie, to draw a plan."""
+        scale = np.array([self.visualization_width, self.visualization_height]) / ARENA
+        return np.asarray(actions, dtype=np.float64) * scale
+
     def set_pose(self, state: ArrayLike) -> None:
         """Put agent and block exactly where ``state`` (5,) says, at rest, without stepping.
 
@@ -105,7 +123,6 @@ class PushTEnv(GymPushTEnv):  # type: ignore[misc]  # gym-pusht ships no types
         self.space.reindex_shapes_for_body(self.agent)
         self.space.reindex_shapes_for_body(self.block)
         self.n_contact_points = 0
-        self._last_action = None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -120,7 +137,6 @@ class PushTEnv(GymPushTEnv):  # type: ignore[misc]  # gym-pusht ships no types
                 state = _checked_state(options["reset_to_state"], "reset_to_state")
                 options = {"reset_to_state": state}
         observation, info = super().reset(seed=seed, options=options)
-        self._last_action = None
         covered = self._get_coverage()
         info["coverage"] = covered
         info["is_success"] = bool(covered > SUCCESS_COVERAGE)
@@ -133,7 +149,6 @@ class PushTEnv(GymPushTEnv):  # type: ignore[misc]  # gym-pusht ships no types
             raise ValueError(
                 f"PushT: expected an action of two finite numbers (px), got {action!r}"
             )
-        self._last_action = target
         target_x, target_y = target.tolist()
         k_p, k_v, dt, agent, space = self.k_p, self.k_v, self.dt, self.agent, self.space
         # gym-pusht's loop on plain floats, in its order of operations (bit for bit the same).

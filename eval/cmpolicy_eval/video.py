@@ -1,0 +1,220 @@
+"""Videos and still grids of scored episodes, with the planned action chunk drawn in.
+
+Nothing is inferred again: the action chunks that :func:`cmpolicy_eval.rollout.rollout` kept are
+replayed in a rendering environment, so the pictures show the very episodes that were scored.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import imageio.v2 as imageio
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from cmpolicy_eval.protocol import EvalProtocol
+from cmpolicy_eval.rollout import EpisodeResult
+
+Frame = NDArray[np.uint8]
+
+_STRIP = 32  # height of the caption; with a 512 px image the frame stays a multiple of 16
+_DONE = (120, 120, 120)  # executed part of the chunk
+_AHEAD = (222, 66, 32)  # part still to be executed
+_TEXT = (40, 40, 40)
+_SUCCESS = (24, 128, 56)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One instant of a replayed episode."""
+
+    image: Frame
+    """(H, W, 3) as rendered, unmarked."""
+    step: int
+    coverage: float | None
+    success: bool
+    plan: NDArray[np.float64] | None
+    """(Ta, 2) pixels of the chunk under way; None where actions are not places."""
+    n_executed: int
+    """How many actions of ``plan`` have been executed."""
+
+
+def replay(protocol: EvalProtocol, episode: EpisodeResult, *, every: int = 1) -> Iterator[Moment]:
+    """Moments of an episode: after the reset, after every ``every``-th step, after the last.
+
+    Raises:
+        ValueError: the chunks of the episode were not kept.
+        RuntimeError: the replay ends elsewhere, so the environment is not deterministic.
+    """
+    if episode.chunks is None:
+        raise ValueError(
+            f"the action chunks of seed {episode.seed} were not kept; pass keep_chunks to rollout"
+        )
+    env = protocol.make_env(render_mode="rgb_array")
+    try:
+        to_pixels: Callable[[Any], Any] | None = getattr(env.unwrapped, "action_pixels", None)
+        n_chunks, chunk_length, _ = episode.chunks.shape
+        actions = episode.chunks.reshape(n_chunks * chunk_length, -1)
+        _, info = env.reset(seed=episode.seed, options=protocol.reset_options(episode.seed))
+        success = False
+        for step in range(episode.length + 1):
+            if step > 0:
+                _, _, _, _, info = env.step(actions[step - 1])
+                success = success or bool(info["is_success"])
+            if step % every and step != episode.length:
+                continue
+            # At the seam of two chunks the plan is the new one, decided on what is seen here.
+            current = min(step // chunk_length, n_chunks - 1)
+            chunk = episode.chunks[current]
+            yield Moment(
+                image=np.asarray(env.render(), dtype=np.uint8),
+                step=step,
+                coverage=float(info["coverage"]) if "coverage" in info else None,
+                success=bool(info["is_success"]),
+                plan=None if to_pixels is None else np.asarray(to_pixels(chunk)),
+                n_executed=step - current * chunk_length,
+            )
+        if success != episode.success:
+            raise RuntimeError(
+                f"replaying seed {episode.seed} ended with success={success}, the scored episode "
+                f"with success={episode.success}: the environment is not deterministic"
+            )
+    finally:
+        env.close()
+
+
+def write_video(
+    path: str | Path, protocol: EvalProtocol, episode: EpisodeResult, *, fps: int = 10
+) -> Path:
+    """Write an mp4 of one episode at real time (10 Hz), ``length + 1`` frames; returns the path."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # yuv420p and baseline settings: plays in browsers and on the README page.
+    writer: Any = imageio.get_writer(
+        target, fps=fps, codec="libx264", quality=7, pixelformat="yuv420p", macro_block_size=16
+    )
+    with closing(writer):
+        for moment in replay(protocol, episode):
+            writer.append_data(annotate(moment, episode.seed))
+    return target
+
+
+def write_videos(
+    folder: str | Path, protocol: EvalProtocol, episodes: Sequence[EpisodeResult], label: str = ""
+) -> list[Path]:
+    """One mp4 per episode, ``seed_<seed><label>.mp4``."""
+    return [
+        write_video(Path(folder) / f"seed_{episode.seed}{label}.mp4", protocol, episode)
+        for episode in episodes
+    ]
+
+
+def write_grid(
+    path: str | Path,
+    protocol: EvalProtocol,
+    episodes: Sequence[EpisodeResult],
+    *,
+    columns: int = 4,
+    tile: int = 192,
+    every: int = 3,
+    fps: int = 10,
+) -> Path:
+    """All episodes side by side, small enough for a README.
+
+    Args:
+        path: ``.png`` (the last moment of each episode) or ``.gif`` (every ``every``-th moment of
+            all of them at once; an episode that is over stays on its last moment).
+        protocol: of the episodes.
+        episodes: with their chunks kept.
+        columns: tiles per row.
+        tile: width of a tile, px.
+        every: steps between two frames of the GIF.
+        fps: frames per second of the GIF.
+
+    Raises:
+        ValueError: another suffix, or no episodes.
+    """
+    target = Path(path)
+    if target.suffix not in (".png", ".gif"):
+        raise ValueError(f"write_grid: expected a path ending in .png or .gif, got {target}")
+    if not episodes:
+        raise ValueError("write_grid: no episodes")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tracks: list[list[Image.Image]] = []
+    for episode in episodes:
+        still = target.suffix == ".png"
+        moments = list(replay(protocol, episode, every=episode.length if still else every))
+        kept = moments[-1:] if still else moments
+        tracks.append([_tile(annotate(moment, episode.seed), tile) for moment in kept])
+    count = max(len(track) for track in tracks)
+    pages = [
+        _page([track[min(index, len(track) - 1)] for track in tracks], columns)
+        for index in range(count)
+    ]
+    if target.suffix == ".png":
+        pages[0].save(target, optimize=True)
+    else:
+        palette = pages[0].quantize(64, dither=Image.Dither.NONE)
+        flat = [page.quantize(palette=palette, dither=Image.Dither.NONE) for page in pages]
+        flat[0].save(target, save_all=True, append_images=flat[1:], duration=1000 // fps, loop=0)
+    return target
+
+
+def annotate(moment: Moment, seed: int) -> Frame:
+    """The image with the chunk drawn on it, and a caption above: (H + 32, W, 3)."""
+    image = np.ascontiguousarray(moment.image)
+    if moment.plan is not None:
+        image = image.copy()
+        _draw_plan(image, moment.plan, moment.n_executed)
+    width = image.shape[1]
+    strip = Image.new("RGB", (width, _STRIP), "white")
+    draw = ImageDraw.Draw(strip)
+    draw.text((10, 7), f"seed {seed}   step {moment.step}", fill=_TEXT, font=_font())
+    if moment.coverage is not None:
+        text = f"coverage {moment.coverage:.2f}" + ("   success" if moment.success else "")
+        colour = _SUCCESS if moment.success else _TEXT
+        draw.text((width - 10, 7), text, fill=colour, font=_font(), anchor="ra")
+    return np.concatenate([np.asarray(strip), image])
+
+
+def _draw_plan(image: Frame, plan: NDArray[np.float64], n_executed: int) -> None:
+    """Executed actions: grey, thin, hollow. The rest: red, filled, joined to the last executed."""
+    shift = 4  # sub-pixel bits of OpenCV
+    points = np.round(plan * 2**shift).astype(np.int32)
+    radius = max(2, image.shape[1] // 170)
+    done, ahead = points[:n_executed], points[max(0, n_executed - 1) :]
+    cv2.polylines(image, [done[:, None]], False, _DONE, 1, cv2.LINE_AA, shift)
+    cv2.polylines(image, [ahead[:, None]], False, _AHEAD, 2, cv2.LINE_AA, shift)
+    for index, (x, y) in enumerate(points.tolist()):
+        executed = index < n_executed
+        colour, thickness = (_DONE, 1) if executed else (_AHEAD, -1)
+        cv2.circle(image, (x, y), radius << shift, colour, thickness, cv2.LINE_AA, shift)
+
+
+def _tile(frame: Frame, width: int) -> Image.Image:
+    image = Image.fromarray(frame)
+    height = round(image.height * width / image.width)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _page(tiles: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:
+    columns = min(columns, len(tiles))
+    rows = -(-len(tiles) // columns)
+    width, height = tiles[0].size
+    page = Image.new(
+        "RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), (225, 225, 225)
+    )
+    for index, tile in enumerate(tiles):
+        x, y = index % columns, index // columns
+        page.paste(tile, (gap + x * (width + gap), gap + y * (height + gap)))
+    return page
+
+
+@lru_cache(maxsize=1)
+def _font() -> Any:
+    return ImageFont.load_default(size=17)
