@@ -30,11 +30,15 @@ class FlowMap(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Tensor | None = None) -> Tensor:
         """Jump from time t to time s <= t in one evaluation. x (B, ...), t and s (B,)."""
-        return self.path.jump(x, self.net(x, t, s, cond), t, s)
+        return self.path.jump(x, self.output(x, t, s, cond), t, s)
+
+    def output(self, x: Tensor, t: Tensor, s: Tensor, cond: Tensor | None = None) -> Tensor:
+        """F(x, t, s) in the precision of x, so that autocast ends where the path algebra begins."""
+        return self.net(x, t, s, cond).to(x.dtype)
 
     def velocity(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """u(x, t) = F(x, t, t), the tangent condition. By flow time, see ``path.rate``."""
-        return self.net(x, t, t, cond)
+        return self.output(x, t, t, cond)
 
 
 def derivative_jvp(
@@ -46,7 +50,7 @@ def derivative_jvp(
     """
     with torch.no_grad():
         _, derivative = torch.func.jvp(
-            lambda x_, t_: flow_map.net(x_, t_, s, cond),
+            lambda x_, t_: flow_map.output(x_, t_, s, cond),
             (x, t),
             (u, torch.full_like(t, 1.0 / flow_map.path.rate)),
         )
@@ -79,7 +83,7 @@ def derivative_difference(
             ]
         )
         conds = None if cond is None else torch.cat([cond, cond])
-        f = flow_map.net(points, torch.cat([after, before]), torch.cat([s, s]), conds)
+        f = flow_map.output(points, torch.cat([after, before]), torch.cat([s, s]), conds)
         f_after, f_before = f.chunk(2)
         # zero only where t = s = 1, where (t - s) D vanishes whatever D is
         span = ((after - before) * rate).clamp(min=torch.finfo(t.dtype).tiny)

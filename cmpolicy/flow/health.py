@@ -48,7 +48,7 @@ def flow_health(
 
     u = flow_map.velocity(x_t, t, cond)
     d = derivative_difference(flow_map, x_t, t, s, cond, u)
-    f = flow_map.net(x_t, t, s, cond)
+    f = flow_map.output(x_t, t, s, cond)
     tangent = _norm(flow_map.path.residual(f, u, d, x_t, t, s)) / _norm(u)
 
     repeated = None if cond is None else cond.repeat(draws, *(1,) * (cond.ndim - 1))

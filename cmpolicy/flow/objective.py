@@ -269,7 +269,7 @@ class Isd:
             d = derivative_jvp(flow_map, x_t, t, s, c, u)
         else:
             d = derivative_difference(flow_map, x_t, t, s, c, u, self.epsilon)
-        f = flow_map.net(x_t, t, s, c)
+        f = flow_map.output(x_t, t, s, c)
         target = f.detach() + flow_map.path.residual(f.detach(), u, d, x_t, t, s)
         loss_sd = _mean((f - target).square())
 
