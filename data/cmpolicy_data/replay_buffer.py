@@ -24,17 +24,18 @@ from zarr.storage import LocalStore
 
 from cmpolicy_data.selector import Selector, SelectorError
 from cmpolicy_data.store import (
-    FORMAT_VERSION,
     MARK,
     Array,
     ReplayBufferError,
     arrays,
     get_array,
     is_marked,
+    mark,
     missing_chunks,
     missing_message,
     open_root,
     read_rows,
+    writes_all_chunks,
 )
 from cmpolicy_data.windows import WindowError, check_episode_ends
 
@@ -90,7 +91,7 @@ class ReplayBuffer:
         root = zarr.create_group(
             LocalStore(path),
             zarr_format=3,
-            attributes={**(attrs or {}), MARK: {"format_version": FORMAT_VERSION}},
+            attributes={**(attrs or {}), **mark(all_chunks_written=True)},
         )
         root.create_group("data")
         root.create_group("meta").create_array(
@@ -100,7 +101,7 @@ class ReplayBuffer:
 
     def keys(self) -> list[str]:
         """Names of the arrays under data/, sorted."""
-        return list(self._data)
+        return sorted(self._data)
 
     @property
     def n_episodes(self) -> int:
@@ -134,12 +135,12 @@ class ReplayBuffer:
             ReplayBufferError: no such key; lists those there are.
         """
         if key not in self._data:
-            there = ", ".join(self._data) or "none"
+            there = ", ".join(self.keys()) or "none"
             raise ReplayBufferError(f"{self.path} has no key {key!r} under data/ (keys: {there}).")
         return self._data[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._data)
+        return iter(self.keys())
 
     def __contains__(self, key: object) -> bool:
         return key in self._data
@@ -193,7 +194,7 @@ class ReplayBuffer:
                 f"{self.n_steps} (last entry of meta/episode_ends). Every array needs exactly one "
                 "row per step. `cmpolicy-data validate` lists all that does not match."
             )
-        lost = missing_chunks(array, self.n_steps, strict=self._marked)
+        lost = missing_chunks(array, self.n_steps, strict=writes_all_chunks(self._root))
         if lost:
             raise ReplayBufferError(f"{self.path}: {missing_message(lost, array)}.")
 
@@ -211,6 +212,12 @@ class ReplayBuffer:
         """
         self._require_writable()
         values = {key: np.asarray(value) for key, value in episode.items()}
+        # Chunks of nothing but zeros are written too, else they could not be told from lost ones.
+        with zarr.config.set({"array.write_empty_chunks": True}):
+            self._append(values)
+        return self.n_episodes - 1
+
+    def _append(self, values: Mapping[str, npt.NDArray[Any]]) -> None:
         # What is on disk counts: the append that was cut off may have been our own.
         self._data = arrays(self._root, "data", self.path)
         self.episode_ends = self._read_episode_ends()
@@ -230,7 +237,6 @@ class ReplayBuffer:
         ends.resize((self.n_episodes + 1,))
         ends[self.n_episodes] = start + length
         self.episode_ends = np.append(self.episode_ends, np.int64(start + length))
-        return self.n_episodes - 1
 
     def _read_episode_ends(self) -> npt.NDArray[np.int64]:
         array = get_array(self._root, _ENDS, self.path)
@@ -246,7 +252,7 @@ class ReplayBuffer:
             )
         # The last entry may be of an append that was cut off just before its commit, so not there.
         committed = array.shape[0] - 1 if self._marked else array.shape[0]
-        lost = missing_chunks(array, committed, strict=self._marked)
+        lost = missing_chunks(array, committed, strict=writes_all_chunks(self._root))
         if lost:
             raise ReplayBufferError(f"{self.path}: {missing_message(lost, array)}.")
         ends = read_rows(array, 0, array.shape[0], self.path).astype(np.int64)
@@ -297,7 +303,7 @@ class ReplayBuffer:
             # Only from here on may rows past the last end be read as an interrupted append.
             for key in self._data:
                 self.check(key)
-            self._root.attrs.update({MARK: {"format_version": FORMAT_VERSION}})
+            self._root.attrs.update(mark(all_chunks_written=False))
             self._marked = True
         ends = self._root[_ENDS]
         if isinstance(ends, zarr.Array) and ends.shape[0] > self.n_episodes:

@@ -22,8 +22,8 @@ from zarr.storage import LocalStore, ZipStore
 
 Array = zarr.Array[Any]
 
-# Root attribute of stores that `ReplayBuffer` wrote: {"format_version": 1}. In such a store every
-# chunk is written, so a chunk that is not there is lost.
+# Root attribute of stores that `ReplayBuffer` wrote or appended to: {"format_version": 1,
+# "all_chunks_written": bool}. Where it is true, a chunk that is not there is lost for certain.
 MARK = "cmpolicy_data"
 FORMAT_VERSION = 1
 
@@ -69,9 +69,7 @@ def open_root(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Group:
     try:
         if path.is_dir():
             store: LocalStore | ZipStore = LocalStore(path, read_only=mode == "r")
-            # Chunks that hold only the fill value are written too (see MARK).
-            with zarr.config.set({"array.write_empty_chunks": True}):
-                root = zarr.open_group(store, mode=mode)
+            root = zarr.open_group(store, mode=mode)
         else:
             store = ZipStore(path, mode="r")
             root = zarr.open_group(store, mode="r", path=_zip_prefix(path))
@@ -84,8 +82,8 @@ def open_root(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Group:
         raise ReplayBufferError(
             f"{path} is not a readable Zarr store ({_reason(error)}). {_EXPECTED}"
         ) from error
-    mark = cast(Mapping[str, Any], root.attrs.asdict()).get(MARK)
-    version = mark.get("format_version") if isinstance(mark, dict) else None
+    written = cast(Mapping[str, Any], root.attrs.asdict()).get(MARK)
+    version = written.get("format_version") if isinstance(written, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise ReplayBufferError(
             f"{path} was written by a newer cmpolicy (store format version {version}; this one "
@@ -97,6 +95,17 @@ def open_root(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Group:
 def is_marked(root: zarr.Group) -> bool:
     """Whether ``ReplayBuffer`` wrote (or appended to) this store."""
     return MARK in root.attrs.asdict()
+
+
+def writes_all_chunks(root: zarr.Group) -> bool:
+    """Whether every chunk of this store was written, those of nothing but zeros too."""
+    mark = cast(Mapping[str, Any], root.attrs.asdict()).get(MARK)
+    return isinstance(mark, dict) and mark.get("all_chunks_written") is True
+
+
+def mark(*, all_chunks_written: bool) -> dict[str, Any]:
+    """The root attribute that says who wrote a store."""
+    return {MARK: {"format_version": FORMAT_VERSION, "all_chunks_written": all_chunks_written}}
 
 
 def arrays(root: zarr.Group, group: str, path: Path) -> dict[str, Array]:
@@ -169,7 +178,11 @@ def missing_chunks(array: Array, stop: int | None = None, *, strict: bool) -> li
         absent = [chunk for chunk in chunks(array) if not (folder / chunk.name).is_file()]
     limit = array.shape[0] if stop is None else stop
     absent = [chunk for chunk in absent if chunk.start < limit]
-    return absent if strict else [chunk for chunk in absent if not _may_be_fill(array, chunk)]
+    return (
+        absent
+        if strict
+        else [c for run in _runs(absent) if not _may_be_fill(array, run) for c in run]
+    )
 
 
 def read_rows(array: Array, start: int, stop: int, path: Path) -> npt.NDArray[Any]:
@@ -209,7 +222,8 @@ def missing_message(missing: list[Chunk], array: Array) -> str:
     return (
         f"{len(missing)} of {len(chunks(array))} chunks of {array.path} are not there, the first "
         f"is {first.name} (steps {first.start} to {first.stop - 1}): the store is truncated. "
-        "Copy or download it again"
+        "Copy or download it again (or, if these are zeros that the writer left out, write it with "
+        "zarr's write_empty_chunks=True)"
     )
 
 
@@ -227,12 +241,21 @@ def _zip_prefix(path: Path) -> str:
     return found.pop() if found else ""
 
 
-def _may_be_fill(array: Array, chunk: Chunk) -> bool:
+def _runs(absent: list[Chunk]) -> list[list[Chunk]]:
+    """Chunks that follow one another along the steps, together."""
+    runs: dict[tuple[str, int], list[Chunk]] = {}  # (columns, where the run ends)
+    for chunk in absent:  # ordered by steps
+        run = runs.pop((str(chunk.columns), chunk.start), [])
+        runs[str(chunk.columns), chunk.stop] = [*run, chunk]
+    return sorted(runs.values(), key=lambda run: run[0].start)
+
+
+def _may_be_fill(array: Array, run: list[Chunk]) -> bool:
     fill = np.asarray(0 if array.fill_value is None else array.fill_value)
-    for row in (chunk.start - 1, chunk.stop):
+    for row in (run[0].start - 1, run[-1].stop):
         if 0 <= row < array.shape[0]:
             try:
-                beside = np.asarray(array[(slice(row, row + 1), *chunk.columns)])
+                beside = np.asarray(array[(slice(row, row + 1), *run[0].columns)])
             except Exception:  # beside a broken chunk nothing can be told: count it as lost
                 return False
             if not np.array_equal(beside, np.broadcast_to(fill, beside.shape)):

@@ -26,6 +26,7 @@ from cmpolicy_data.store import (
     missing_message,
     open_root,
     read_rows,
+    writes_all_chunks,
 )
 
 _ENDS = "meta/episode_ends"
@@ -77,9 +78,8 @@ def validate(path: str | Path, required: Sequence[str] = ("action",)) -> list[Pr
             Problem(path, "data", None, "there are no arrays under data/, so nothing to train on")
         )
     problems.extend(_required(data, required, path))
-    n_steps = int(ends[-1]) if ends.size else None
     for key, array in data.items():
-        problems.extend(_check_array(f"data/{key}", array, n_steps, ends, is_marked(root), path))
+        problems.extend(_check_array(f"data/{key}", array, ends, root, path))
     return problems
 
 
@@ -102,7 +102,8 @@ def _episode_ends(root: zarr.Group, path: Path, found: list[Problem]) -> npt.NDA
         report(None, f"must be 1-D integers, got shape {array.shape}, dtype {array.dtype}")
         return none
     marked = is_marked(root)
-    lost = missing_chunks(array, array.shape[0] - 1 if marked else None, strict=marked)
+    committed = array.shape[0] - 1 if marked else None
+    lost = missing_chunks(array, committed, strict=writes_all_chunks(root))
     if lost:
         report(lost[0].start, missing_message(lost, array))
     try:
@@ -143,9 +144,8 @@ def _required(data: dict[str, Array], required: Sequence[str], path: Path) -> It
 def _check_array(
     name: str,
     array: Array,
-    n_steps: int | None,
     ends: npt.NDArray[np.int64],
-    marked: bool,
+    root: zarr.Group,
     path: Path,
 ) -> Iterator[Problem]:
     if array.dtype.kind not in "biuf":
@@ -156,6 +156,7 @@ def _check_array(
     if array.ndim == 0:
         yield Problem(path, name, None, "a single number: expected one row per step, (N, ...)")
         return
+    n_steps = int(ends[-1]) if ends.size else None
     length = array.shape[0]
     if n_steps is not None and length != n_steps:
         left = " (rows of an append that was cut off; the next append removes them)"
@@ -164,9 +165,9 @@ def _check_array(
             name,
             min(length, n_steps),
             f"wrong length: {length} steps, but the last episode ends at step {n_steps}"
-            + (left if marked and length > n_steps else ""),
+            + (left if is_marked(root) and length > n_steps else ""),
         )
-    lost = missing_chunks(array, n_steps, strict=marked)
+    lost = missing_chunks(array, n_steps, strict=writes_all_chunks(root))
     if lost:
         yield Problem(path, name, lost[0].start, missing_message(lost, array))
     for start, stop in blocks(array):

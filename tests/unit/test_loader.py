@@ -1,0 +1,62 @@
+"""What the loader refuses, and how it keeps dtypes."""
+
+import numpy as np
+import pytest
+import torch
+
+from cmpolicy.train.loader import DeviceLoader
+from cmpolicy_data import window_index
+
+WINDOWS = window_index([6, 12], horizon=4, n_obs_steps=2, n_action_steps=2)
+OBS = {"state": np.zeros((12, 3), np.float32)}
+ACTION = np.zeros((12, 2), np.float32)
+
+
+def make(obs=None, action=ACTION, windows=WINDOWS, **settings):
+    settings = {"batch_size": 4, "seed": 0, **settings}
+    return DeviceLoader(OBS if obs is None else obs, action, windows, **settings)
+
+
+def test_images_stay_uint8_and_other_numbers_become_float32():
+    obs = {
+        "image": np.arange(12, dtype=np.uint8).reshape(12, 1, 1, 1),
+        "gripper": np.arange(12, dtype=np.int64)[:, None],
+        "open": np.ones((12, 1), dtype=np.bool_),
+    }
+    batch = make(obs, ACTION.astype(np.float64)).batch(0)
+    dtypes = {key: value.dtype for key, value in batch["obs"].items()}
+    assert dtypes == {"image": torch.uint8, "gripper": torch.float32, "open": torch.float32}
+    assert batch["action"].dtype == torch.float32
+
+
+def test_the_data_is_a_copy():
+    state = np.zeros((12, 3), np.float32)
+    loader = make({"state": state})
+    state[:] = 7
+    assert loader.batch(0)["obs"]["state"].abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"seed": -1}, "must not be negative, got -1"),
+        ({"obs": {}}, "no observations"),
+        ({"obs": {"state": np.zeros((11, 3))}}, "'state' has 11 steps but 'action' has 12"),
+        ({"windows": WINDOWS.select([])}, "no training windows"),
+        (
+            {"obs": {"state": np.zeros((9, 3))}, "action": np.zeros((9, 2))},
+            "refers to row 11, but the data has only 9 rows",
+        ),
+    ],
+)
+def test_bad_arguments(change, message):
+    with pytest.raises(ValueError, match=message):
+        make(**change)
+
+
+def test_bad_requests():
+    with pytest.raises(ValueError, match="first_sample >= 0 and count >= 1, got -1 and 4"):
+        make().batch(-1)
+    with pytest.raises(ValueError, match="got 0 and 0"):
+        make().batch(0, 0)
