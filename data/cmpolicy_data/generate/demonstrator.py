@@ -20,9 +20,9 @@ from cmpolicy_data.generate.tee import Array, goal_distance
 from cmpolicy_data.generate.world import State
 
 # What steering chooses from: a change of heading now (rad), and a turn (rad per step) from here on.
-_STEERINGS = (0.0, -0.12, 0.12, -0.3, 0.3)
+_STEERINGS = (0.0, -0.18, 0.18)
 _TURNS = (0.0, -0.07, 0.07)
-_LOOK_AHEAD = 14  # steps
+_LOOK_AHEAD = 12  # steps
 _PATIENCE = 0.004  # price of a step while pushing: low, for a contact is costly to make
 _COMMITTED = 5  # steps of a push before it may be given up: the hand lags and has to arrive
 
@@ -58,14 +58,20 @@ class _Approach:
     path: Array
     push: Push
     end_speed: float
+    planned: int | None
 
 
 @dataclass(frozen=True)
 class _Contact:
-    """Pushing, for `steps` steps already."""
+    """Pushing, for `steps` steps already.
+
+    `planned`: how many steps, of a push that is made for the sake of the next one; None for one
+    that brings the block nearer to the goal, which ends when it no longer does.
+    """
 
     push: Push
     steps: int
+    planned: int | None
 
 
 class Demonstrator:
@@ -106,7 +112,7 @@ class Demonstrator:
             path = route(start, push.entry(), contact, state.block)
             if path is not None:
                 speed = push_speed(goal_distance(state.block), self.style.push_speed)
-                return _Approach(path, push, speed)
+                return _Approach(path, push, speed, outlook.push_steps if outlook.opens else None)
         raise RuntimeError(f"No push can be made from {state}.")
 
     def _walk(self, doing: _Approach, target: Array) -> tuple[Array, _Approach | _Contact]:
@@ -126,7 +132,7 @@ class Demonstrator:
         then: _Approach | _Contact
         if along[-1] <= self._speed:
             point = path[-1]
-            then = _Contact(doing.push, 0)
+            then = _Contact(doing.push, 0, doing.planned)
         else:
             point = np.array([np.interp(self._speed, along, path[:, axis]) for axis in (0, 1)])
             rest = path[int(np.searchsorted(along, self._speed, side="right")) :]
@@ -142,10 +148,15 @@ class Demonstrator:
         self._speed = push_speed(goal_distance(state.block), self.style.push_speed)
         step = self._speed * np.array([np.cos(push.heading), np.sin(push.heading)])
         turned = push._replace(heading=push.heading + push.turn)
-        return target + step + self._tremble(1.0), _Contact(turned, doing.steps + 1)
+        return target + step + self._tremble(1.0), replace(
+            doing, push=turned, steps=doing.steps + 1
+        )
 
     def _steer(self, doing: _Contact, state: State, target: Array) -> _Contact | None:
         """How to push on; None where stopping now is best."""
+        if doing.planned is not None:
+            # Steering looks at this push alone, so it is of no help in a push made for the next.
+            return doing if doing.steps < doing.planned else None
         world, fastest, old = self._search.world, self.style.push_speed, doing.push
         best, choice = np.inf, old
         for turn, steer in product((old.turn, *_TURNS), _STEERINGS):

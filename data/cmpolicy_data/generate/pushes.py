@@ -17,6 +17,7 @@ STAND_OFF = 22.0  # px from the contact back to where a push's straight entry be
 STEP_PRICE = 0.014  # of a control step, in units of log distance to the goal
 _TRAVEL_STEP, _TRAVEL_EXTRA = 11.0, 4.0  # px per step on the way, steps for stopping and turning
 _MAX_PUSH = 32
+_OPENINGS, _OPENING_STEPS = 12, 12
 _LOW, _HIGH = 12.0, 500.0  # where targets may be, px: inside the walls
 
 
@@ -44,12 +45,18 @@ class Prospect(NamedTuple):
 
 @dataclass(frozen=True)
 class Outlook:
-    """What a push is worth with the way to it: value, steps in all, the state it ends in."""
+    """What a push is worth with the way to it.
+
+    value: lower is better; push_steps: of the push; way_steps: on the way to it; end: the state it
+    ends in; opens: whether its worth is in the next push, which it makes possible.
+    """
 
     push: Push
     value: float
-    steps: float
+    push_steps: int
+    way_steps: float
     end: State
+    opens: bool = False
 
 
 def badness(distance: float) -> float:
@@ -109,17 +116,21 @@ class Search:
         self._fastest = fastest
 
     def best(
-        self, state: State, *, taste: float, count: int = 130, beam: int = 5
+        self, state: State, *, taste: float, count: int = 100, beam: int = 4
     ) -> Outlook | None:
         """The push to make from `state`; `taste` is the noise on its choice (log distance)."""
-        first = self._try(state, self._propose(state.block, count))
-        first += self._refine(state, first)
-        first.sort(key=lambda o: o.value)
-        leaders = _distinct(first, beam)
+        tried = self._try(state, self._propose(state.block, count))
+        tried += self._refine(state, tried)
+        now = goal_distance(state.block)
+        enough = now - max(0.25, 0.04 * now)
+        leaders = _distinct([o for o in tried if goal_distance(o.end.block) < enough], beam)
+        if not leaders:
+            leaders = self._open(state, self._propose(state.block, count))
         for i, outlook in enumerate(leaders):
             later = self._try(outlook.end, self._propose(outlook.end.block, count // 3))
             if later:
-                then = min(o.value for o in later) + STEP_PRICE * outlook.steps
+                steps = outlook.push_steps + outlook.way_steps
+                then = min(o.value for o in later) + STEP_PRICE * steps
                 leaders[i] = replace(outlook, value=min(outlook.value, then))
         if not leaders:
             return None
@@ -138,7 +149,7 @@ class Search:
     def _refine(self, state: State, tried: list[Outlook]) -> list[Outlook]:
         """Small variations of the best few."""
         rng, pushes = self._rng, []
-        for outlook in _distinct(sorted(tried, key=lambda o: o.value), 4):
+        for outlook in _distinct(tried, 4):
             p = outlook.push
             for _ in range(8):
                 side = rng.normal(0.0, 5.0)
@@ -153,7 +164,32 @@ class Search:
         return self._try(state, pushes)
 
     def _try(self, state: State, pushes: list[Push]) -> list[Outlook]:
-        block = state.block
+        """Each push up to its best moment."""
+        outlooks = []
+        for push, way in self._within_reach(state, pushes):
+            target = start_push(self.world, push, state.block, self._fastest)
+            value, steps, end = push_on(
+                self.world, push, target, self._fastest, steps=_MAX_PUSH, price=STEP_PRICE
+            )
+            if steps:
+                outlooks.append(Outlook(push, value + STEP_PRICE * way, steps, way, end))
+        return outlooks
+
+    def _open(self, state: State, pushes: list[Push]) -> list[Outlook]:
+        """A few pushes that move the block somewhere else, good or bad; of no value themselves."""
+        outlooks = []
+        for push, way in self._within_reach(state, pushes)[:_OPENINGS]:
+            x, y = start_push(self.world, push, state.block, self._fastest)
+            for _ in range(_OPENING_STEPS):
+                x += self._fastest * math.cos(push.heading)
+                y += self._fastest * math.sin(push.heading)
+                self.world.step(min(max(x, _LOW), _HIGH), min(max(y, _LOW), _HIGH))
+            end = self.world.state()
+            outlooks.append(Outlook(push, math.inf, _OPENING_STEPS, way, end, opens=True))
+        return outlooks
+
+    def _within_reach(self, state: State, pushes: list[Push]) -> list[tuple[Push, float]]:
+        """The pushes that there is room for, and the steps to get there."""
         if not pushes:
             return []
         starts = np.array([(p.x, p.y) for p in pushes])
@@ -161,27 +197,18 @@ class Search:
         free = (
             inside_walls(entries)
             & inside_walls(starts)
-            & (clearance(starts, block) > AGENT_RADIUS + 0.5)
-            & (clearance(entries, block) > AGENT_RADIUS + 3.0)
+            & (clearance(starts, state.block) > AGENT_RADIUS + 0.5)
+            & (clearance(entries, state.block) > AGENT_RADIUS + 3.0)
         )
-        travel = lengths(np.array([state.x, state.y]), entries, block) + STAND_OFF
-        outlooks = []
-        for i in np.nonzero(free)[0]:
-            push = pushes[i]
-            target = start_push(self.world, push, block, self._fastest)
-            value, steps, end = push_on(
-                self.world, push, target, self._fastest, steps=_MAX_PUSH, price=STEP_PRICE
-            )
-            if steps:
-                way = travel[i] / _TRAVEL_STEP + _TRAVEL_EXTRA
-                outlooks.append(Outlook(push, value + STEP_PRICE * way, steps + way, end))
-        return outlooks
+        travel = lengths(np.array([state.x, state.y]), entries, state.block) + STAND_OFF
+        steps = travel / _TRAVEL_STEP + _TRAVEL_EXTRA
+        return [(pushes[i], float(steps[i])) for i in np.nonzero(free)[0]]
 
 
-def _distinct(ranked: list[Outlook], count: int) -> list[Outlook]:
-    """The best of a ranked list that start at least 15 px apart from each other."""
+def _distinct(outlooks: list[Outlook], count: int) -> list[Outlook]:
+    """The best few that start at least 15 px apart from each other, best first."""
     kept: list[Outlook] = []
-    for outlook in ranked:
+    for outlook in sorted(outlooks, key=lambda o: o.value):
         p = outlook.push
         if all(np.hypot(p.x - o.push.x, p.y - o.push.y) > 15.0 for o in kept):
             kept.append(outlook)
