@@ -184,23 +184,30 @@ class DataConfig:
     """Demonstrations, and which of their arrays the policy sees.
 
     Args:
-        path: Zarr store; ``bundled:<name>`` for demonstrations that come with cmpolicy.
+        name: ``pusht_scripted`` (comes with cmpolicy), ``pusht_human``, or ``custom``.
+        path: Zarr store; null where ``name`` alone says which.
         obs: selector by observation key of the policy, e.g. ``{agent_pos: "state[:2]"}``. A plain
             list means that keys and selectors are the same.
         action: selector of the actions.
         val_fraction: share of the episodes held out for validation.
-        augment: ``mirror`` adds every Push-T episode's mirror image.
+        augment: ``mirror`` adds every Push-T episode's mirror image; null leaves the data.
     """
 
-    path: str
+    name: str
+    path: str | None = None
     obs: Mapping[str, str]
     action: str = "action"
     val_fraction: float = 0.02
-    augment: Literal["none", "mirror"] = "none"
+    augment: Literal["mirror"] | None = None
 
     def __post_init__(self) -> None:
         if not self.obs:
             raise ConfigError("data.obs is empty: name at least one key, e.g. data.obs=[state]")
+        if "action" in self.obs:
+            raise ConfigError(
+                "data.obs has the key 'action', which is the policy's output; name the observation "
+                "otherwise, e.g. data.obs={past_action: action}"
+            )
         if not 0 <= self.val_fraction < 1:
             raise ConfigError(f"data.val_fraction={self.val_fraction} must be in [0, 1)")
 
@@ -208,6 +215,11 @@ class DataConfig:
     def from_mapping(cls, data: Mapping[str, Any], *, where: str = "data") -> DataConfig:
         """As any settings, and ``obs`` may be a plain list of keys."""
         obs = data.get("obs") if isinstance(data, Mapping) else None
+        if isinstance(data, Mapping) and obs is None:
+            raise ConfigError(
+                f"{where}.obs is not set: name the keys of the store that the policy sees, e.g. "
+                f"{where}.obs=[state]"
+            )
         if isinstance(obs, str):
             raise ConfigError(f"{where}.obs={obs} must be a list: {where}.obs=[{obs}]")
         if isinstance(obs, list | tuple):

@@ -67,7 +67,6 @@ class Trainer:
         accelerator: device and processes (``accelerate``); its own mixed precision stays off.
         batches, draw, evaluate, keep: see the types above.
         run_dir: the training state goes into ``run_dir/training_state``.
-        trackers: take the numbers; only the main process calls them.
     """
 
     def __init__(
@@ -79,7 +78,6 @@ class Trainer:
         batches: Batches,
         draw: DrawStep,
         run_dir: Path,
-        trackers: Sequence[Tracker] = (),
         evaluate: Evaluate | None = None,
         keep: Keep | None = None,
     ) -> None:
@@ -92,7 +90,7 @@ class Trainer:
         self.samples = 0
         self.best: tuple[float, ...] | None = None
         self._batches, self._draw, self._evaluate, self._keep = batches, draw, evaluate, keep
-        self._trackers = trackers if accelerator.is_main_process else ()
+        self.trackers: Sequence[Tracker] = ()  # take the numbers, in the main process
         self._step_samples: int = config.batch_size * accelerator.num_processes
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self._parameters, config.optim)
@@ -107,6 +105,11 @@ class Trainer:
         self._evaluated_at = 0
         self._saved_at = 0
         self._metrics: dict[str, float] = {}
+
+    @property
+    def seconds(self) -> float:
+        """Training time of the whole run, evaluations not counted."""
+        return self._window.seconds
 
     def train(self, until: int | None = None) -> Outcome:
         """Run to the end of the run (or to sample ``until``, to be resumed), and save.
@@ -188,7 +191,7 @@ class Trainer:
         self._log("train", values)
 
     def _log(self, kind: Kind, values: Mapping[str, Any]) -> None:
-        for tracker in self._trackers:
+        for tracker in self.trackers if self.accelerator.is_main_process else ():
             tracker.log(kind, self.samples, values)
 
     def _run_evaluation(self, stop: StopRequest) -> None:

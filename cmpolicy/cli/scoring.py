@@ -1,0 +1,86 @@
+"""How a policy is scored while it is trained: on held-out windows, and by rollouts."""
+
+from __future__ import annotations
+
+from cmpolicy.cli.training_data import TrainingData
+from cmpolicy.policy.consistency import ConsistencyPolicy
+from cmpolicy.train.config import TrainConfig
+from cmpolicy.train.schema import ConfigError
+from cmpolicy.train.trainer import Evaluation
+from cmpolicy.train.validation import Validator
+from cmpolicy_eval.evaluate import evaluate
+from cmpolicy_eval.protocol import EvalProtocol, get_protocol
+from cmpolicy_eval.result import Result
+
+
+class Scorer:
+    """Scores the EMA weights; the best policy of a run is the one that ranks highest.
+
+    Rollouts rank by success, then by score; without a simulator the validation loss ranks; without
+    held-out episodes either, the latest policy is the best one.
+
+    Attributes:
+        result: of the latest rollouts, None without a simulator.
+    """
+
+    def __init__(
+        self, config: TrainConfig, data: TrainingData, validator: Validator | None, *, command: str
+    ) -> None:
+        self.config = config
+        self.result: Result | None = None
+        self._validator = validator
+        self._source = data.source
+        self._command = command
+        self._protocol: EvalProtocol | None = None
+        if config.task.protocol is not None and config.eval.episodes:
+            self._protocol = get_protocol(config.task.protocol)
+            check_tuning_seeds(self.seeds, self._protocol)
+
+    @property
+    def seeds(self) -> range:
+        """Seeds of the rollouts while training."""
+        first = self.config.eval.first_seed
+        return range(first, first + self.config.eval.episodes)
+
+    def __call__(self, policy: ConsistencyPolicy, samples: int) -> Evaluation:
+        """Score ``policy`` after ``samples`` training samples."""
+        policy.num_steps = self.config.eval.nfe
+        metrics: dict[str, float] = {}
+        rank: tuple[float, ...] = (float(samples),)
+        if self._validator is not None:
+            metrics |= self._validator(policy, samples / self.config.samples).metrics
+            rank = (-metrics["val_loss"],)
+        if self._protocol is not None:
+            self.result = evaluate(
+                policy,
+                self._protocol,
+                self.seeds,
+                nfe=self.config.eval.nfe,
+                policy_name=f"{self.config.task.name} after {samples} samples",
+                n_workers=self.config.eval.workers,
+                device=policy.device.type,
+                data=self._source,
+                command=self._command,
+            ).result
+            rank = (self.result.success_rate, self.result.score_mean)
+            metrics |= {"success": rank[0], "score": rank[1]}
+        return Evaluation(metrics, rank)
+
+
+def check_tuning_seeds(seeds: range, protocol: EvalProtocol) -> None:
+    """Refuse rollouts while training on seeds that are there to be reported, or were trained on.
+
+    Raises:
+        ConfigError: which ones overlap.
+    """
+    reserved = {"the protocol's own": protocol.default_seeds}
+    if protocol.training_seeds is not None:
+        reserved["the demonstrations'"] = protocol.training_seeds
+    for whose, (first, last) in reserved.items():
+        if seeds.start <= last and first < seeds.stop:
+            raise ConfigError(
+                f"eval.first_seed={seeds.start} with eval.episodes={len(seeds)} takes seeds "
+                f"{seeds.start}-{seeds.stop - 1}, but {first}-{last} are {whose} for "
+                f"{protocol.name}: a policy chosen on them could not be scored on them. "
+                "Use another eval.first_seed, e.g. 500000"
+            )

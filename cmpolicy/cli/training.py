@@ -1,0 +1,194 @@
+"""Put a training run together: the place that knows both the trainer and what it trains on."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list
+
+from cmpolicy.cli.model_card import BEST, LAST, PolicyKeeper
+from cmpolicy.cli.scoring import Scorer
+from cmpolicy.cli.settings import read_yaml, write_yaml
+from cmpolicy.cli.training_data import TrainingData, load_training_data
+from cmpolicy.policy.consistency import ConsistencyPolicy
+from cmpolicy.train.checkpoint import state_path
+from cmpolicy.train.config import TrainConfig
+from cmpolicy.train.curves import CURVES_FILE, draw_curves
+from cmpolicy.train.device import make_accelerator
+from cmpolicy.train.schema import ConfigError
+from cmpolicy.train.trackers import JsonLines, TensorBoard, Terminal, Tracker
+from cmpolicy.train.trainer import Outcome, Trainer
+from cmpolicy.train.validation import Validator
+
+CONFIG_FILE = "config.yaml"
+VALIDATION_BATCH = 512
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A run and how it ended. ``is_main`` is false in the other processes of a distributed run."""
+
+    run_dir: Path
+    outcome: Outcome
+    seconds: float
+    parameters: int
+    is_main: bool
+
+
+def new_run_dir(config: TrainConfig, out: str | None) -> Path:
+    """The folder of a new run.
+
+    Raises:
+        ConfigError: ``out`` holds a run or something else already.
+    """
+    if out is None:
+        stem = f"{config.task.name}-{config.objective.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        names = [stem, *(f"{stem}-{n}" for n in range(2, 1000))]
+        return next(p for p in (Path("outputs") / name for name in names) if not p.exists())
+    run_dir = Path(out).expanduser()
+    if state_path(run_dir).is_file():
+        raise ConfigError(
+            f"out={out} already holds a run; go on with it: cmpolicy-train resume={out}, or choose "
+            "another out"
+        )
+    if run_dir.is_file() or (run_dir.is_dir() and any(run_dir.iterdir())):
+        raise ConfigError(f"out={out} exists and is not an empty folder; choose another out")
+    return run_dir
+
+
+def load_run_config(run_dir: Path) -> dict[str, object]:
+    """The settings that a run was started with.
+
+    Raises:
+        ConfigError: ``run_dir`` is not the folder of a run.
+    """
+    path = run_dir / CONFIG_FILE
+    if not path.is_file():
+        raise ConfigError(
+            f"resume={run_dir}: there is no {path}; give the folder of a run, such as outputs/<run>"
+        )
+    return read_yaml(str(path))
+
+
+def train(
+    config: TrainConfig,
+    out: str | None,
+    *,
+    command: str,
+    resume: bool = False,
+    until: int | None = None,
+) -> TrainingRun:
+    """Train a policy.
+
+    Args:
+        config: the settings.
+        out: folder of the run; None for one named after task, objective and time.
+        command: what the user typed, for the model card.
+        resume: continue the run in ``out``.
+        until: stop, resumably, at this sample.
+
+    Raises:
+        ValueError, OSError, NonFiniteError: see the parts.
+    """
+    accelerator = make_accelerator(config)
+    is_main = accelerator.is_main_process
+    places = [Path(str(out)) if resume else new_run_dir(config, out)] if is_main else [None]
+    place = broadcast_object_list(places)[0]
+    if place is None:
+        raise RuntimeError("the main process named no folder for the run")
+    run_dir: Path = place
+
+    data = load_training_data(config)
+    torch.manual_seed(config.seed)
+    policy = ConsistencyPolicy(
+        data.spec(config.policy),
+        config.net.unet,
+        data.normalizer(),
+        path=config.policy.path,
+        sampler=config.objective.sampler,
+        objective=config.objective.build(),
+    ).to(accelerator.device)
+    device = accelerator.device
+    loader = data.loader(train=True, batch_size=config.batch_size, seed=config.seed, device=device)
+    if loader is None:
+        raise ConfigError("no episodes are left to train on; lower data.val_fraction")
+    scorer = Scorer(config, data, _validator(config, data, device), command=command)
+    keeper = PolicyKeeper(config, run_dir, scorer, source=data.source, command=command)
+
+    trainer = Trainer(
+        policy,
+        config,
+        accelerator=accelerator,
+        batches=loader.batch,
+        draw=policy.draw,
+        run_dir=run_dir,
+        evaluate=scorer,
+        keep=keeper,
+    )
+    if resume:
+        trainer.resume()
+    if is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_yaml(config.to_dict(), str(run_dir / CONFIG_FILE))
+        trainer.trackers = _trackers(config, run_dir, trainer.samples)
+    try:
+        outcome = trainer.train(until)
+    finally:
+        for tracker in trainer.trackers:
+            tracker.close()
+    if is_main:
+        draw_curves(run_dir)
+    parameters = sum(p.numel() for p in policy.parameters())
+    return TrainingRun(run_dir, outcome, trainer.seconds, parameters, is_main)
+
+
+def closing_words(run: TrainingRun, config: TrainConfig) -> str:
+    """What was made, where, and what to do next."""
+    outcome = run.outcome
+    kept = BEST if (run.run_dir / BEST).is_dir() else LAST
+    numbers = [
+        f"{name} {outcome.metrics[name]:.3f}"
+        for name in ("success", "score", "val_loss", "val_action_error")
+        if name in outcome.metrics
+    ]
+    lines = [
+        f"trained {outcome.samples} samples in {run.seconds / 60:.1f} min "
+        f"({run.parameters / 1e6:.1f}M parameters)",
+        f"  last scores    {', '.join(numbers) or 'none'}",
+        f"  best policy    {run.run_dir / kept}",
+        f"  curves, log    {run.run_dir / CURVES_FILE}, {run.run_dir / 'log.jsonl'}",
+        f"  training state {state_path(run.run_dir)}",
+    ]
+    if config.task.protocol is not None:
+        lines.append(
+            f"score it: cmpolicy-eval policy={run.run_dir / kept} protocol={config.task.protocol} "
+            f"nfe=[{config.eval.nfe}] out={run.run_dir / 'eval'}"
+        )
+    else:
+        lines.append(
+            "use it: ConsistencyPolicy.from_pretrained"
+            f"({str(run.run_dir / kept)!r}).predict_action_chunk(obs)"
+        )
+    return "\n".join(lines)
+
+
+def _validator(config: TrainConfig, data: TrainingData, device: torch.device) -> Validator | None:
+    """None where no episodes are held out."""
+    loader = data.loader(train=False, batch_size=VALIDATION_BATCH, seed=config.seed, device=device)
+    if loader is None:
+        return None
+    settings = config.eval
+    return Validator(loader, windows=settings.windows, seed=config.seed, num_steps=settings.nfe)
+
+
+def _trackers(config: TrainConfig, run_dir: Path, start: int) -> list[Tracker]:
+    trackers: list[Tracker] = [
+        JsonLines(run_dir, start=start),
+        Terminal(config.samples, start=start, bar=config.log.progress),
+    ]
+    if config.log.tensorboard:
+        trackers.append(TensorBoard(run_dir, start=start))
+    return trackers

@@ -1,0 +1,89 @@
+"""Scores on held-out windows: loss, action error and the health of the flow map."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cmpolicy.policy.consistency import ConsistencyPolicy
+from cmpolicy.train.loader import Batch, DeviceLoader
+
+#: Windows of the health metrics; they cost about 20 evaluations per window.
+HEALTH_WINDOWS = 256
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Numbers of one validation, by name.
+
+    val_loss: unweighted sum of the objective's terms (val_loss_fm, val_loss_sd, ...).
+    val_action_error: root mean square error of the executed actions, per number, in env units.
+    health_*: see :class:`cmpolicy.flow.health.Health`.
+    """
+
+    metrics: dict[str, float]
+
+
+class Validator:
+    """Scores policies on the same windows with the same noise, every time.
+
+    Args:
+        loader: of the held-out windows; its batch size is the batch size here.
+        windows: at most so many are scored, spread evenly.
+        seed: of noise and times.
+        num_steps: network evaluations of the action error.
+    """
+
+    def __init__(self, loader: DeviceLoader, *, windows: int, seed: int, num_steps: int) -> None:
+        count = min(windows, loader.n_windows)
+        numbers = torch.arange(count, device=loader.device) * loader.n_windows // count
+        self._loader = loader
+        self._parts = numbers.split(loader.batch_size)
+        self._seed = seed
+        self._num_steps = num_steps
+
+    @torch.no_grad()
+    def __call__(self, policy: ConsistencyPolicy, progress: float = 1.0) -> Validation:
+        """Score ``policy``; ``progress`` is that of the run, for scheduled objectives."""
+        generator = torch.Generator(self._loader.device).manual_seed(self._seed)
+        sums: dict[str, Tensor] = {}
+        windows = values = 0
+        squares = 0.0
+        for part in self._parts:
+            batch = self._loader.gather(part)
+            output = policy.compute_loss(batch, generator, progress=progress, ema=policy)
+            for name, value in output.metrics.items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value * len(part)
+            noise = torch.randn(
+                len(part), *policy.noise_shape, generator=generator, device=self._loader.device
+            )
+            error, count = _action_error(policy, batch, noise, self._num_steps)
+            squares, values = squares + error, values + count
+            windows += len(part)
+        losses = {f"val_{name}": float(total) / windows for name, total in sums.items()}
+        metrics = {
+            "val_loss": sum(v for name, v in losses.items() if name.startswith("val_loss")),
+            **losses,
+            "val_action_error": float((squares / max(values, 1)) ** 0.5),
+        }
+        health = policy.health(self._loader.gather(self._parts[0][:HEALTH_WINDOWS]), generator)
+        metrics |= {
+            "health_semigroup": float(health.semigroup),
+            "health_tangent": float(health.tangent),
+            "health_variance_ratio": float(health.variance_ratio),
+        }
+        return Validation(metrics)
+
+
+def _action_error(
+    policy: ConsistencyPolicy, batch: Batch, noise: Tensor, num_steps: int
+) -> tuple[float, int]:
+    """Summed squares and number of the executed, not padded, action numbers."""
+    predicted = policy.predict_action_chunk(batch["obs"], num_steps=num_steps, noise=noise)
+    first = policy.n_obs_steps - 1
+    executed = slice(first, first + policy.n_action_steps)
+    real = ~batch["action_is_pad"][:, executed, None]
+    squares = (predicted - batch["action"][:, executed]).square() * real
+    return float(squares.sum()), int(real.sum()) * predicted.shape[-1]
