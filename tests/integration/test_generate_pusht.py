@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from cmpolicy_data import ReplayBuffer
 from cmpolicy_data.generate.pusht import generate, initial_state, replay
 from cmpolicy_envs import keypoints_from_pose
@@ -33,8 +34,9 @@ def test_the_number_of_workers_changes_nothing(generated: Path, tmp_path: Path) 
 def test_contents(generated: Path) -> None:
     store = ReplayBuffer.open(generated)
     assert store.keys() == ["action", "keypoint", "state"]
-    assert {store[key].dtype for key in store.keys()} == {np.dtype("float32")}
-    assert store[("action")].shape[1:] == (2,)
+    dtypes = {store[key].dtype for key in ("action", "keypoint", "state")}
+    assert dtypes == {np.dtype("float32")}
+    assert store["action"].shape[1:] == (2,)
     state = store.load("state")
     expected = keypoints_from_pose(state[:, 2:4], state[:, 4])
     np.testing.assert_allclose(store.load("keypoint"), expected, atol=1e-4)

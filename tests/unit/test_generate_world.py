@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from cmpolicy_data.generate.pushes import Push, start_push
 from cmpolicy_data.generate.route import clearance, route
 from cmpolicy_data.generate.tee import (

@@ -31,6 +31,10 @@ _BRAKING = 1.6
 _SIDEWAYS = 5.0  # px per step squared, limits the speed in bends
 
 
+class NoPushError(RuntimeError):
+    """The demonstrator sees no push that it could make: block and walls leave no room."""
+
+
 @dataclass(frozen=True)
 class Style:
     """How one episode's demonstrator moves. Speeds in px per step."""
@@ -90,7 +94,7 @@ class Demonstrator:
         """The agent's next target (2,) px.
 
         Raises:
-            RuntimeError: no push can be made, because the agent is shut in by block and walls.
+            NoPushError: block and walls leave no room for any push.
         """
         target = np.array([state.x, state.y]) if self._target is None else self._target
         if isinstance(self._doing, _Contact):
@@ -113,7 +117,7 @@ class Demonstrator:
             if path is not None:
                 speed = push_speed(goal_distance(state.block), self.style.push_speed)
                 return _Approach(path, push, speed, outlook.push_steps if outlook.opens else None)
-        raise RuntimeError(f"No push can be made from {state}.")
+        raise NoPushError(f"No push can be made from {state}.")
 
     def _walk(self, doing: _Approach, target: Array) -> tuple[Array, _Approach | _Contact]:
         """A step along the path: gathers speed and brakes gently, slower in bends."""

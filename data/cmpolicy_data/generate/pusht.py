@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cmpolicy_data.generate.demonstrator import Demonstrator
+from cmpolicy_data.generate.demonstrator import Demonstrator, NoPushError
 from cmpolicy_data.generate.tee import Pose
 from cmpolicy_data.generate.world import State
 from cmpolicy_data.pack import pack
@@ -86,13 +86,16 @@ def initial_state(seed: int) -> list[float]:
 
 
 def demonstrate(seed: int) -> Episode:
-    """One attempt; it may fail."""
+    """One attempt; it ends with success, after 300 steps, or when no push can be made."""
     env = PushTEnv()
     _, info = env.reset(options={"reset_to_state": initial_state(seed)})
     demonstrator = Demonstrator(np.random.default_rng([VERSION, seed]))
     states, actions, coverages = [], [], []
     for _ in range(MAX_STEPS):
-        target = demonstrator.act(_state(env))
+        try:
+            target = demonstrator.act(_state(env))
+        except NoPushError:
+            break
         # Actions are stored, hence executed, in float32 and to 1/64 px, which compresses well.
         action = np.clip(np.round(target * 64) / 64, 0.0, ARENA).astype(np.float32)
         states.append(info["state"])
@@ -102,7 +105,10 @@ def demonstrate(seed: int) -> Episode:
         if info["is_success"]:
             break
     return Episode(
-        seed, np.stack(actions), np.stack(states).astype(np.float32), np.array(coverages)
+        seed,
+        np.array(actions, np.float32).reshape(-1, 2),
+        np.array(states, np.float32).reshape(-1, 5),
+        np.array(coverages),
     )
 
 
@@ -174,6 +180,8 @@ def generate(
                     f"{failed} attempts in a row did not reach coverage {SUCCESS_COVERAGE} (last "
                     f"seed {episode.seed}). Check the installed gym-pusht and pymunk versions."
                 )
+    if len(kept) < episodes:
+        raise RuntimeError(f"Only {len(kept)} of {episodes} succeeded before seeds ran out.")
     _write(out, kept, seed)
     steps = sum(len(episode.action) for episode in kept)
     return GenerateReport(attempted, len(kept), steps, time.monotonic() - began, out)
