@@ -1,0 +1,79 @@
+"""``cmpolicy-bench``: what a training step, an action chunk and an evaluation cost here.
+
+Exit status: 0 well, 2 the command could not be carried out.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+
+_USAGE = """\
+usage: cmpolicy-bench COMMAND [key=value ...]
+
+Measure what this machine makes of cmpolicy; a table here, JSON in out=FILE.
+
+commands:
+  step      one isd training step against one fm step, in alternating pairs; the loader's share
+              pairs=30 warmup=5 threads=null out=outputs/bench/step.json
+              and any setting of cmpolicy-train: net=base batch_size=512 device=cuda
+  latency   one action chunk at batch 1, normalisation included
+              policy=pusht nfe=[1,2,4,10,100] device=cpu calls=500 seconds=30 threads=null
+              seed=0 out=outputs/bench/latency.json (policy is required; seconds ends a slow row)
+  rollout   wall time of an evaluation
+              policy=pusht protocol=pusht-dp episodes=50 first_seed=500000 nfe=1 workers=null
+              device=cpu out=outputs/bench/rollout.json (policy is required)
+"""
+_COMMANDS = ("step", "latency", "rollout")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``cmpolicy-bench``; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or {"-h", "--help"} & set(words):
+        print(_USAGE, end="")
+        return 0 if words else 2
+    command, *rest = words
+    if command not in _COMMANDS:
+        print(
+            f"cmpolicy-bench: unknown command {command!r}; choose one of {', '.join(_COMMANDS)}",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        _run(command, rest)
+    except KeyboardInterrupt:
+        print("cmpolicy-bench: stopped", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:  # what the libraries raise on bad input
+        print(f"cmpolicy-bench {command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(command: str, words: Sequence[str]) -> None:
+    # imported here so that --help does not wait for torch
+    from cmpolicy.cli.benchmarks import settings as s
+
+    if command == "step":
+        from cmpolicy.cli.benchmarks.step import measure_step
+
+        step, others = s.split(s.StepSettings, words)
+        report, out = measure_step(step, others), step.out
+    elif command == "latency":
+        from cmpolicy.cli.benchmarks.latency import measure_latency
+
+        latency = s.read(s.LatencySettings, words)
+        report, out = measure_latency(latency), latency.out
+    else:
+        from cmpolicy.cli.benchmarks.rollout import measure_rollout
+
+        rollout = s.read(s.RolloutSettings, words)
+        report, out = measure_rollout(rollout), rollout.out
+    print(report.table())
+    print(f"written to {report.save(out, shlex.join(['cmpolicy-bench', command, *words]))}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What ``cmpolicy-bench`` measures: training step, latency of a chunk, evaluation rollouts."""

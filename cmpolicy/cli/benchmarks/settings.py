@@ -1,0 +1,137 @@
+"""Settings of the benchmarks: ``key=value`` words to frozen dataclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cmpolicy.train.schema import ConfigError, from_mapping
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """Of ``step``; every other word is a setting of ``cmpolicy-train``.
+
+    Args:
+        pairs: measured pairs of one isd and one fm step.
+        warmup: pairs before them that are not measured.
+        threads: of torch on the CPU; null leaves torch's own choice.
+        out: JSON file.
+    """
+
+    pairs: int = 30
+    warmup: int = 5
+    threads: int | None = None
+    out: str = "outputs/bench/step.json"
+
+    def __post_init__(self) -> None:
+        _at_least("pairs", self.pairs, 1)
+        _at_least("warmup", self.warmup, 0)
+        _at_least("threads", self.threads or 1, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencySettings:
+    """Of ``latency``.
+
+    Args:
+        policy: bundle directory, bundled name or hub id.
+        nfe: network evaluations per chunk, one row each.
+        device: where the policy runs.
+        calls: timed calls per row.
+        seconds: a row ends after so long, but not before 20 calls: 100 evaluations are slow.
+        threads: of torch on the CPU; null leaves torch's own choice.
+        seed: of the observations and the noise.
+        out: JSON file.
+    """
+
+    policy: str
+    nfe: tuple[int, ...] = (1, 2, 4, 10, 100)
+    device: str = "cpu"
+    calls: int = 500
+    seconds: float = 30.0
+    threads: int | None = None
+    seed: int = 0
+    out: str = "outputs/bench/latency.json"
+
+    def __post_init__(self) -> None:
+        if not self.nfe:
+            raise ConfigError("nfe=[] names no number of evaluations; give nfe=[1,2,4,10,100]")
+        for nfe in self.nfe:
+            _at_least("nfe", nfe, 1)
+        _at_least("calls", self.calls, 1)
+        _at_least("threads", self.threads or 1, 1)
+        _at_least("seed", self.seed, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSettings:
+    """Of ``rollout``.
+
+    Args:
+        policy: bundle directory, bundled name or hub id.
+        protocol: of the evaluation.
+        episodes: how many, from ``first_seed`` on.
+        first_seed: of the initial states; the default is not one of the protocol's own.
+        nfe: network evaluations per chunk.
+        workers: simulator processes; null takes one per core.
+        device: where the policy runs.
+        out: JSON file.
+    """
+
+    policy: str
+    protocol: str = "pusht-dp"
+    episodes: int = 50
+    first_seed: int = 500_000
+    nfe: int = 1
+    workers: int | None = None
+    device: str = "cpu"
+    out: str = "outputs/bench/rollout.json"
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "nfe"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("first_seed", self.first_seed, 0)
+        _at_least("workers", self.workers or 1, 1)
+
+
+def read(cls: type[T], words: Sequence[str]) -> T:
+    """``key=value`` words as ``cls``.
+
+    Raises:
+        ConfigError: a word that is no key=value, an unknown or missing key, a bad value.
+    """
+    return from_mapping(cls, _mapping(words))
+
+
+def split(cls: type[T], words: Sequence[str]) -> tuple[T, list[str]]:
+    """As :func:`read` of the words that are keys of ``cls``, and the other words.
+
+    Raises:
+        ConfigError: see :func:`read`.
+    """
+    own = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    mine = [word for word in words if word.partition("=")[0] in own]
+    return read(cls, mine), [word for word in words if word not in mine]
+
+
+def _mapping(words: Sequence[str]) -> dict[str, Any]:
+    for word in words:
+        if not word.partition("=")[0] or "=" not in word:
+            raise ConfigError(f"cannot use {word!r}: settings are written key=value")
+    try:
+        values = OmegaConf.to_container(OmegaConf.from_dotlist(list(words)), resolve=True)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"cannot read {' '.join(words)!r}: {error}") from error
+    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{name}={value} must be at least {least}")
