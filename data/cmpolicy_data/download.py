@@ -147,6 +147,8 @@ def fetch(
     Raises:
         DownloadError: the server refuses, the connection keeps breaking, or the digest differs.
     """
+    if not url.startswith(("http://", "https://")):
+        raise DownloadError(f"{url!r} is not an http:// or https:// address.")
     target = Path(target)
     part = target.with_name(target.name + ".part")
     for attempt in range(retries + 1):

@@ -31,7 +31,7 @@ def test_pushes_and_their_mirror_images_go_alike(env: gymnasium.Env):
     rng = np.random.default_rng(0)
     moved = 0.0
     for _ in range(5):
-        # In the middle: the walls stand 5 px and 6 px inside the arena, so they are no mirror images.
+        # In the middle: the walls, 5 px and 6 px inside the arena, are no mirror images.
         start = np.append(rng.uniform(170, 340, 4), rng.uniform(0, 2 * np.pi))
         through = np.clip(2 * start[2:4] - start[:2], 150, 360)  # beyond the block
         actions = np.linspace(start[:2], through, 25) + rng.normal(0, 5, (25, 2))

@@ -1,0 +1,102 @@
+"""``cmpolicy-data`` as a user meets it: output, messages, exit status."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from cmpolicy.cli.data import main
+from cmpolicy_data import ReplayBuffer, validate
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    buffer = ReplayBuffer.create(tmp_path / "demos.zarr")
+    for length in (5, 9):
+        buffer.append_episode({"action": np.ones((length, 2)), "state": np.ones((length, 3))})
+    return buffer.path
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    status = main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    return status, out, err
+
+
+def test_inspect(capsys: pytest.CaptureFixture[str], store: Path):
+    status, out, _ = run(capsys, "inspect", store)
+    assert status == 0
+    assert "2 episodes, 14 steps" in out
+
+
+def test_validate_a_good_and_a_bad_store(capsys: pytest.CaptureFixture[str], store: Path):
+    assert run(capsys, "validate", store)[:2] == (0, f"{store}: no problems\n")
+    assert run(capsys, "validate", store, "keys=[action,state[:3]]")[0] == 0
+    status, out, _ = run(capsys, "validate", store, "keys=pose, action")
+    assert status == 1
+    assert "data/pose: missing key 'pose' (keys: action, state)" in out
+    root = zarr.open_group(store, mode="r+")
+    for key, value in (("action", np.nan), ("state", 1.0)):
+        root[f"data/{key}"].resize((14 + 60, *root[f"data/{key}"].shape[1:]))
+        root[f"data/{key}"][14:] = value
+    root["meta/episode_ends"].resize((2 + 60,))
+    root["meta/episode_ends"][2:] = 15 + np.arange(60)
+    status, out, _ = run(capsys, "validate", store)
+    assert status == 1
+    assert "data/action: nan (not finite) at step 14 (episode 2, its step 0)" in out
+    assert "... and 10 more" in out
+    assert out.endswith(f"{store}: 60 problem(s)\n")
+
+
+def test_pack(capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path):
+    status, out, _ = run(capsys, "pack", store, tmp_path / "demos.zarr.zip")
+    assert status == 0
+    assert out.startswith(f"{tmp_path / 'demos.zarr.zip'}: ")
+    assert validate(tmp_path / "demos.zarr.zip") == []
+
+
+def test_generate(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    out = tmp_path / "one.zarr.zip"
+    status, text, err = run(capsys, "generate", "pusht", "episodes=1", "workers=1", f"out={out}")
+    assert status == 0
+    assert f"{out}: 1 episodes" in text
+    assert err == ""
+    assert validate(out, ["action", "state[:5]", "keypoint"]) == []
+    assert ReplayBuffer.open(out).n_episodes == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "nope"], "'nope' is neither a data set by name"),
+        (["validate", "nope"], "cmpolicy-data download pusht"),
+        (["validate", "STORE", "key=action"], "'key=action': options are written key=value"),
+        (["validate", "STORE", "keys=[state[]"], "Cannot read the selector 'state['"),
+        (["generate", "pusht", "episodes=many"], "episodes must be a whole number, got 'many'"),
+        (["pack", "STORE", "x.tar"], "must end in .zip"),
+        (["inspect", "FILE"], "not a whole .zip archive"),
+    ],
+)
+def test_errors(
+    capsys: pytest.CaptureFixture[str],
+    store: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+):
+    (tmp_path / "file.zip").write_text("no")
+    names = {"STORE": str(store), "FILE": str(tmp_path / "file.zip")}
+    status, out, err = run(capsys, *(names.get(a, a) for a in arguments))
+    assert (status, out) == (2, "")
+    assert err.startswith("cmpolicy-data: ")
+    assert message in err
+
+
+@pytest.mark.parametrize("arguments", [[], ["frob"], ["generate"], ["download", "kitchen"]])
+def test_usage(capsys: pytest.CaptureFixture[str], arguments: list[str]):
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    assert exit_info.value.code == 2
+    assert "usage: cmpolicy-data" in capsys.readouterr().err
