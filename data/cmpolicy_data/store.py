@@ -50,7 +50,8 @@ def open_root(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Group:
     """The root group of the store at ``path``.
 
     In a .zip the store may lie in a folder (the public archives do): the one folder that holds
-    meta/episode_ends is then the root.
+    meta/episode_ends is then the root. Consolidated metadata is not read: it may be older than the
+    arrays.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
@@ -69,10 +70,11 @@ def open_root(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Group:
     try:
         if path.is_dir():
             store: LocalStore | ZipStore = LocalStore(path, read_only=mode == "r")
-            root = zarr.open_group(store, mode=mode)
+            root = zarr.open_group(store, mode=mode, use_consolidated=False)
         else:
             store = ZipStore(path, mode="r")
-            root = zarr.open_group(store, mode="r", path=_zip_prefix(path))
+            prefix = _zip_prefix(path)
+            root = zarr.open_group(store, mode="r", path=prefix, use_consolidated=False)
     except zipfile.BadZipFile as error:
         raise ReplayBufferError(
             f"{path} is not a whole .zip archive ({error}): it is cut off, or not a .zip at all. "

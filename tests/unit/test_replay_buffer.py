@@ -252,6 +252,15 @@ class TestAppending:
         with pytest.raises(ReplayBufferError, match="cannot be appended to"):
             ReplayBuffer.create(tmp_path / "x.zarr.zip")
 
+    @pytest.mark.filterwarnings("ignore:Consolidated metadata")
+    def test_consolidated_metadata_does_not_hide_what_is_appended(self, foreign: Path):
+        zarr.consolidate_metadata(foreign)
+        ReplayBuffer.open(foreign, "r+").append_episode(
+            {"action": np.ones((3, 2), np.float32), "state": np.ones((3, 5), np.float32)}
+        )
+        assert ReplayBuffer.open(foreign).load("action").shape == (23, 2)
+        assert validate(foreign) == []
+
     def test_a_damaged_foreign_store_is_not_appended_to(self, foreign: Path):
         chunk_files(foreign, "state")[1].unlink()
         with pytest.raises(ReplayBufferError, match="1 of 5 chunks of data/state are not there"):
