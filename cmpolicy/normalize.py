@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -15,8 +17,8 @@ CONSTANT_RANGE = 1e-4
 class Normalizer(nn.Module):
     """Per-dimension affine map ``y = x * scale + offset``, one pair of buffers per key.
 
-    Its state dict (``<key>.scale``, ``<key>.offset``) is what a policy bundle stores. Build it with
-    :meth:`fit` from data, or :meth:`identity` from shapes before loading a state dict.
+    Build it with :meth:`fit` from data. A policy bundle stores :meth:`to_arrays`; the names of the
+    buffers are positions, since a key may hold characters that a buffer's name may not.
     """
 
     def __init__(self, affine: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -28,7 +30,7 @@ class Normalizer(nn.Module):
             self.register_buffer(f"offset_{index}", offset.clone())
 
     @classmethod
-    def fit(cls, data: Mapping[str, np.ndarray]) -> Normalizer:
+    def fit(cls, data: Mapping[str, npt.NDArray[Any]]) -> Normalizer:
         """Map each dimension's minimum to -1 and maximum to 1.
 
         A constant dimension (range below :data:`CONSTANT_RANGE`) is only centred, so that it never
@@ -75,7 +77,7 @@ class Normalizer(nn.Module):
         try:
             index = self._keys.index(key)
         except ValueError:
-            raise KeyError(f"normaliser has no key {key!r}; it knows {self._keys}") from None
+            raise KeyError(f"normaliser has no key {key!r}; it knows {list(self._keys)}") from None
         return self.get_buffer(f"scale_{index}"), self.get_buffer(f"offset_{index}")
 
     def normalize(self, key: str, x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 
@@ -29,7 +30,7 @@ class PolicySpec:
     """Shapes and window of a policy.
 
     Args:
-        obs: shape of one observation step per key, e.g. ``{"agent_pos": (2,), "keypoint": (9, 2)}``.
+        obs: shape of one observation step per key: ``{"agent_pos": (2,), "keypoint": (9, 2)}``.
         action_dim: A, the size of one action.
         horizon: T, predicted actions per decision.
         n_obs_steps: To, observation steps a decision looks at.
@@ -50,17 +51,11 @@ class PolicySpec:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise SpecError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if not self.obs:
-            raise SpecError("a policy needs at least one observation key, got none")
-        shapes = {key: tuple(int(n) for n in shape) for key, shape in self.obs.items()}
-        for key, shape in shapes.items():
-            if any(n < 1 for n in shape):
-                raise SpecError(f"observation {key!r} has shape {shape}: every size must be >= 1")
-        object.__setattr__(self, "obs", shapes)
+        object.__setattr__(self, "obs", _checked_shapes(self.obs))
         needed = self.n_obs_steps - 1 + self.n_action_steps
         if self.horizon < needed:
             raise SpecError(
-                f"horizon={self.horizon} is too short: the chunk starts at the first observation, so "
+                f"horizon={self.horizon} is too short: it starts at the oldest observation, so "
                 f"n_obs_steps - 1 + n_action_steps = {needed} actions are needed; raise horizon or "
                 f"lower n_action_steps={self.n_action_steps}"
             )
@@ -81,15 +76,20 @@ class PolicySpec:
             obs = {str(key): tuple(shape) for key, shape in data["obs"].items()}
             rest = {n: data[n] for n in ("action_dim", "horizon", "n_obs_steps", "n_action_steps")}
         except (KeyError, TypeError, AttributeError) as error:
-            raise SpecError(f"policy spec is incomplete: {error} in {dict(data)!r}") from error
+            raise SpecError(f"policy spec is incomplete: {error!r} in {data!r}") from error
         return cls(obs=obs, **rest)
 
-    def check_obs(self, obs: Mapping[str, Tensor] | Mapping[str, np.ndarray]) -> int:
+    def check_obs(self, obs: Mapping[str, Tensor] | Mapping[str, npt.NDArray[Any]]) -> int:
         """Check a batch of observation histories, (B, To, ...) per key, and return B.
 
         Raises:
             SpecError: naming the missing or unknown keys, or the key whose shape is off.
         """
+        if not isinstance(obs, Mapping):
+            raise SpecError(
+                f"observations must be a mapping from {sorted(self.obs)} to arrays, "
+                f"got {type(obs).__name__}"
+            )
         missing = sorted(self.obs.keys() - obs.keys())
         unknown = sorted(obs.keys() - self.obs.keys())
         if missing or unknown:
@@ -99,14 +99,38 @@ class PolicySpec:
             )
         batch = 0  # set by the first key
         for key, shape in self.obs.items():
-            got = tuple(obs[key].shape)
+            got = np.shape(obs[key])
             want = (self.n_obs_steps, *shape)
-            if len(got) != len(want) + 1 or got[1:] != want or got[0] < 1:
+            if not got or got[1:] != want or got[0] < 1:
                 raise SpecError(
-                    f"observation {key!r} has shape {got}, expected (batch, {', '.join(map(str, want))})"
-                    f": n_obs_steps={self.n_obs_steps} steps, oldest first"
+                    f"observation {key!r} has shape {got}, expected "
+                    f"({', '.join(map(str, ('batch', *want)))}): "
+                    f"n_obs_steps={self.n_obs_steps} steps, oldest first"
                 )
             if batch and got[0] != batch:
-                raise SpecError(f"observation {key!r} has batch size {got[0]}, others {batch}")
+                raise SpecError(
+                    f"observation {key!r} has batch size {got[0]}, the others have {batch}"
+                )
             batch = got[0]
         return batch
+
+
+def _checked_shapes(obs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    if not obs:
+        raise SpecError("a policy needs at least one observation key, got none")
+    if "action" in obs:
+        raise SpecError(
+            "'action' is the name of what the policy predicts; give the observation another key, "
+            "e.g. 'last_action'"
+        )
+    shapes: dict[str, tuple[int, ...]] = {}
+    for key, shape in obs.items():
+        try:
+            shapes[key] = tuple(int(n) for n in shape)
+        except (TypeError, ValueError):
+            raise SpecError(
+                f"observation {key!r} has shape {shape!r}; expected whole numbers, e.g. (9, 2)"
+            ) from None
+        if any(n < 1 for n in shapes[key]):
+            raise SpecError(f"observation {key!r} has shape {shapes[key]}: every size must be >= 1")
+    return shapes

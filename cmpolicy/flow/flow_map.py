@@ -49,11 +49,11 @@ def derivative_jvp(
     The network's t moves by 1/rate while flow time moves by 1.
     """
     with torch.no_grad():
-        _, derivative = torch.func.jvp(
+        derivative: Tensor = torch.func.jvp(
             lambda x_, t_: flow_map.output(x_, t_, s, cond),
             (x, t),
             (u, torch.full_like(t, 1.0 / flow_map.path.rate)),
-        )
+        )[1]
     return derivative
 
 

@@ -94,8 +94,11 @@ def build_objective(name: str, **settings: object) -> Objective:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"objective {name!r} has no setting {key!r}{hint} It has {known}")
-    return cls(**settings)
+            raise ValueError(f"objective {name!r} has no setting {key!r}{hint}; it has {known}")
+    try:
+        return cls(**settings)
+    except TypeError as error:  # a comparison with something that is not a number
+        raise ValueError(f"objective {name!r} with settings {settings}: {error}") from error
 
 
 def _mean(x: Tensor) -> Tensor:
@@ -156,12 +159,12 @@ class Isd:
     """Improved self-distillation, arXiv 2601.22679: L = w(L_fm + L_sd), see method steps 1 to 6.
 
     L_fm = mean |F(x_t, t, t) - v|^2 on every sample. L_sd = mean |F(x_t, t, s) - stopgrad(F + R)|^2
-    on a share of them, R the Eulerian residual with tangent ``u``; no gradient flows through u or D.
+    on a share of them, R the Eulerian residual with tangent ``u``; no gradient flows through u, D.
 
     Args:
         tangent: ``self`` takes u = u_hat, the network's own velocity (the paper's iSD); ``data``
-            takes u = v (MeanFlow's target beside a full flow-matching term); ``schedule`` goes from
-            v to u_hat, linearly, between the shares ``tangent_begin`` and ``tangent_end`` of the run.
+            takes u = v (MeanFlow's target beside a full flow-matching term); ``schedule`` goes
+            linearly from v to u_hat, from share ``tangent_begin`` to ``tangent_end`` of the run.
         tangent_weights: u_hat from the ``online`` or the ``ema`` weights.
         derivative: ``difference`` (central, step ``epsilon``) or ``jvp`` (exact).
         weight_power: p of the adaptive weight; 0 turns it off.
@@ -205,8 +208,9 @@ class Isd:
             )
         if not 0 < self.epsilon < 0.5:
             raise ValueError(f"isd: epsilon={self.epsilon} must lie in (0, 0.5)")
-        if self.weight_power < 0 or self.sd_weight < 0:
-            raise ValueError("isd: weight_power and sd_weight must not be negative")
+        for name in ("weight_power", "sd_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"isd: {name}={getattr(self, name)} must not be negative")
         TimeLaw(self.time_a, self.time_b)
 
     def draw(

@@ -15,7 +15,9 @@ SamplerKind = Literal["flow_map", "diagonal"]
 SAMPLERS: tuple[str, ...] = get_args(SamplerKind)
 
 
-def time_grid(num_steps: int, device: torch.device | None = None) -> Tensor:
+def time_grid(
+    num_steps: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
     """1 = t_0 > ... > t_N = 0, evenly spaced, (N + 1,).
 
     Raises:
@@ -23,7 +25,7 @@ def time_grid(num_steps: int, device: torch.device | None = None) -> Tensor:
     """
     if num_steps < 1:
         raise ValueError(f"num_steps (network evaluations) must be at least 1, got {num_steps}")
-    return torch.linspace(1.0, 0.0, num_steps + 1, device=device)
+    return torch.linspace(1.0, 0.0, num_steps + 1, device=device, dtype=dtype)
 
 
 def sample(
@@ -34,8 +36,14 @@ def sample(
     num_steps: int = 1,
     kind: SamplerKind = "flow_map",
 ) -> Tensor:
-    """Carry noise z (B, ...) to data in exactly ``num_steps`` evaluations of the network."""
-    grid = time_grid(num_steps, z.device).to(z.dtype)
+    """Carry noise z (B, ...) to data in exactly ``num_steps`` evaluations of the network.
+
+    Raises:
+        ValueError: ``num_steps`` below 1, or an unknown ``kind``.
+    """
+    if kind not in SAMPLERS:
+        raise ValueError(f"unknown sampler {kind!r}; choose one of {list(SAMPLERS)}")
+    grid = time_grid(num_steps, z.device, z.dtype)
     x = z
     for i in range(num_steps):
         t = grid[i].expand(len(z))

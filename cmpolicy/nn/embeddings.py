@@ -12,6 +12,12 @@ from torch import Tensor, nn
 MIN_FREQUENCY, MAX_FREQUENCY = 0.5, 32.0
 
 
+def check_time_dim(dim: int) -> None:
+    """Raise ValueError unless the features of two times, sine and cosine each, fill ``dim``."""
+    if dim < 8 or dim % 4:
+        raise ValueError(f"time_dim={dim} must be a multiple of 4, at least 8")
+
+
 class TwoTimeEmbedding(nn.Module):
     """t (B,) and t - s (B,) in [0, 1] to (B, dim): sines, cosines, and a small MLP."""
 
@@ -19,8 +25,7 @@ class TwoTimeEmbedding(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        if dim < 8 or dim % 4:
-            raise ValueError(f"time_dim={dim} must be a multiple of 4, at least 8")
+        check_time_dim(dim)
         exponents = torch.linspace(0, 1, dim // 4)
         frequencies = MIN_FREQUENCY * (MAX_FREQUENCY / MIN_FREQUENCY) ** exponents
         self.register_buffer("frequencies", frequencies * math.pi / 2, persistent=False)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmpolicy.nn.embeddings import TwoTimeEmbedding
+from cmpolicy.nn.embeddings import TwoTimeEmbedding, check_time_dim
 from cmpolicy.nn.obs_encoder import ObsEncoder
 
 
@@ -40,6 +40,10 @@ class UNet1DConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "down_dims", tuple(int(n) for n in self.down_dims))
+        for name in ("kernel_size", "n_groups", "time_dim", "obs_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if not self.down_dims:
             raise ValueError("down_dims is empty: a U-Net needs at least one level")
         for dim in self.down_dims:
@@ -48,8 +52,9 @@ class UNet1DConfig:
                     f"down_dims={list(self.down_dims)}: {dim} is not a multiple of "
                     f"n_groups={self.n_groups}"
                 )
-        if self.kernel_size % 2 == 0 or self.kernel_size < 1:
+        if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={self.kernel_size} must be odd, to keep the length")
+        check_time_dim(self.time_dim)
 
     @property
     def horizon_factor(self) -> int:
@@ -72,10 +77,12 @@ class UNet1DConfig:
         return asdict(self) | {"down_dims": list(self.down_dims)}
 
 
-#: About 1M, 4M, 16M and 65M parameters at T = 16, 40 observation numbers and 2 action dimensions.
+#: 1.3M, 3.8M, 17.5M and 66M parameters with 40 observation numbers and 2 action dimensions; the
+#: horizon adds none. ``small`` is a file of 7.7 MB in half precision, ``large`` is the size of
+#: Diffusion Policy's network.
 NET_PRESETS: dict[str, UNet1DConfig] = {
     "tiny": UNet1DConfig((32, 64, 128), kernel_size=5, time_dim=64, obs_dim=128),
-    "small": UNet1DConfig((64, 128, 256), kernel_size=5, time_dim=128, obs_dim=256),
+    "small": UNet1DConfig((64, 128, 256), kernel_size=3, time_dim=128, obs_dim=256),
     "base": UNet1DConfig((128, 256, 512), kernel_size=5, time_dim=128, obs_dim=256),
     "large": UNet1DConfig((256, 512, 1024), kernel_size=5, time_dim=256, obs_dim=256),
 }
@@ -122,7 +129,8 @@ class UNet1D(nn.Module):
     """F(x, t, s, obs): x (B, T, A), t and s (B,), obs (B, To * D) normalised -> (B, T, A).
 
     One linear layer makes the FiLM numbers of all blocks at once. The last convolution starts at
-    zero, so that a fresh flow map is the identity.
+    zero, so a fresh network is F = 0: a flow map that is the identity on the linear path, and
+    x -> cos(d) x on the trigonometric one.
     """
 
     def __init__(self, config: UNet1DConfig, *, action_dim: int, obs_input_dim: int) -> None:

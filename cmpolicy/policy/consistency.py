@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -109,6 +110,16 @@ class ConsistencyPolicy(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
+
+    @property
+    def net(self) -> UNet1D:
+        """The network F inside the flow map: the only weights there are."""
+        return cast(UNet1D, self.flow_map.net)
+
     # -- training -------------------------------------------------------------------------------
 
     def draw(self, batch_size: int, generator: torch.Generator | None = None) -> Draws:
@@ -137,7 +148,7 @@ class ConsistencyPolicy(nn.Module):
             ValueError: no objective was given to the policy.
         """
         objective = self._objective()
-        action = self.normalizer.normalize("action", batch["action"])
+        action = self.normalizer.normalize("action", batch["action"]).to(self.dtype)
         condition = self.encode(batch["obs"])
         if draws is None:
             draws = self.draw(len(action), generator)
@@ -158,7 +169,7 @@ class ConsistencyPolicy(nn.Module):
     @torch.no_grad()
     def health(self, batch: Batch, generator: torch.Generator | None = None) -> Health:
         """How well the network keeps the identities of a flow map on these windows."""
-        action = self.normalizer.normalize("action", batch["action"])
+        action = self.normalizer.normalize("action", batch["action"]).to(self.dtype)
         condition = self.encode(batch["obs"])
         return flow_health(self.flow_map, action, condition, generator, kind=self.sampler)
 
@@ -166,8 +177,11 @@ class ConsistencyPolicy(nn.Module):
 
     def encode(self, obs: Mapping[str, Tensor]) -> Tensor:
         """Observation history in env units, (B, To, ...) per key, to the condition (B, To * D)."""
-        steps = [self.normalizer.normalize(key, obs[key]).flatten(2) for key in self.spec.obs]
-        return torch.cat(steps, dim=-1).flatten(1)
+        steps = []
+        for key in self.spec.obs:
+            step = self.normalizer.normalize(key, obs[key])
+            steps.append(step.reshape(*step.shape[:2], -1))
+        return torch.cat(steps, dim=-1).flatten(1).to(self.dtype)
 
     @torch.inference_mode()
     def predict_trajectory(
@@ -178,7 +192,7 @@ class ConsistencyPolicy(nn.Module):
         noise: Tensor | None = None,
         sampler: SamplerKind | None = None,
     ) -> Tensor:
-        """All predicted actions (B, T, A) in env units; the first belongs to the oldest observation.
+        """All predicted actions (B, T, A) in env units; the first is at the oldest observation.
 
         Args:
             obs: (B, To, ...) per key, env units, oldest first, on the policy's device.
@@ -191,9 +205,17 @@ class ConsistencyPolicy(nn.Module):
             ValueError: ``num_steps`` below 1.
         """
         batch_size = self.spec.check_obs(obs)
+        for key, value in obs.items():
+            if not isinstance(value, Tensor):
+                raise SpecError(
+                    f"observation {key!r} is a {type(value).__name__}; this takes tensors on "
+                    f"{self.device}, and policy.infer(obs) takes arrays"
+                )
         condition = self.encode(obs)
         if noise is None:
-            noise = torch.randn(batch_size, *self.noise_shape, device=condition.device)
+            noise = torch.randn(
+                batch_size, *self.noise_shape, device=condition.device, dtype=condition.dtype
+            )
         elif tuple(noise.shape) != (batch_size, *self.noise_shape):
             raise SpecError(
                 f"noise has shape {tuple(noise.shape)}, expected {(batch_size, *self.noise_shape)}"
@@ -217,21 +239,26 @@ class ConsistencyPolicy(nn.Module):
         first = self.spec.n_obs_steps - 1
         return trajectory[:, first : first + self.spec.n_action_steps]
 
-    def infer(self, obs: Mapping[str, np.ndarray], noise: np.ndarray | None = None) -> np.ndarray:
+    def infer(
+        self, obs: Mapping[str, npt.NDArray[Any]], noise: npt.NDArray[Any] | None = None
+    ) -> npt.NDArray[Any]:
         """:meth:`predict_action_chunk` for numpy, with ``self.num_steps`` evaluations.
 
         Raises:
             SpecError: as there, or an observation that holds NaN or inf (key and count).
         """
+        self.spec.check_obs(obs)
         for key, value in obs.items():
-            if not np.isfinite(value).all():
-                bad = int(np.size(value) - np.isfinite(value).sum())
-                raise SpecError(f"observation {key!r} holds {bad} NaN or infinite numbers")
-        device = self.device
-        tensors = {k: torch.as_tensor(v, dtype=torch.float32).to(device) for k, v in obs.items()}
-        z = None if noise is None else torch.as_tensor(noise, dtype=torch.float32).to(device)
+            bad = np.size(value) - np.count_nonzero(np.isfinite(value))
+            if bad:
+                raise SpecError(
+                    f"observation {key!r} holds {bad} NaN or infinite numbers, expected none"
+                )
+        here: Any = {"dtype": self.dtype, "device": self.device}
+        tensors = {key: torch.as_tensor(value, **here) for key, value in obs.items()}
+        z = None if noise is None else torch.as_tensor(noise, **here)
         chunk = self.predict_action_chunk(tensors, num_steps=self.num_steps, noise=z)
-        result: np.ndarray = chunk.cpu().numpy()
+        result: npt.NDArray[Any] = chunk.cpu().numpy()
         return result
 
     # -- bundles --------------------------------------------------------------------------------
@@ -261,6 +288,19 @@ class ConsistencyPolicy(nn.Module):
         from cmpolicy.policy.pretrained import load_bundle
 
         return load_bundle(name_or_path, device)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, **bundle: Any) -> str:
+        """Upload a bundle to the hub as ``owner/name``; ``bundle`` as for :meth:`save_pretrained`.
+
+        Returns:
+            The repository's address; ``from_pretrained(repo_id)`` loads it anywhere.
+
+        Raises:
+            BundleError: not logged in, not allowed, or no network.
+        """
+        from cmpolicy.policy.hub import push
+
+        return push(self, repo_id, private=private, **bundle)
 
     def _objective(self) -> Objective:
         if self.objective is None:

@@ -13,14 +13,14 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from cmpolicy.nn.unet1d import UNet1DConfig
+from cmpolicy.nn.unet1d import UNet1D, UNet1DConfig
 from cmpolicy.normalize import Normalizer
 from cmpolicy.spec import PolicySpec
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 FORMAT = "cmpolicy-policy"
 FORMAT_VERSION = 1
-CONFIG, MODEL, NORMALIZER, CARD = (
+CONFIG, MODEL, NORMALIZER, CARD = FILES = (
     "config.json",
     "model.safetensors",
     "normalizer.safetensors",
@@ -49,6 +49,9 @@ def bundled_names() -> list[str]:
     return sorted(p.name for p in BUNDLED.iterdir() if (p / CONFIG).is_file())
 
 
+# -- writing --------------------------------------------------------------------------------------
+
+
 def save_bundle(
     policy: ConsistencyPolicy,
     directory: str | os.PathLike[str],
@@ -59,6 +62,8 @@ def save_bundle(
 ) -> None:
     """Write a bundle; an older one at the same place stays whole until the new one is complete.
 
+    Files in the directory that are no part of a bundle (a result, a ``.git``) are kept.
+
     Args:
         policy: its weights are stored as they are (hand in the EMA weights).
         directory: the bundle; replaced if it is one, refused if it is something else.
@@ -67,57 +72,133 @@ def save_bundle(
         weights_dtype: of the stored weights; ``torch.float16`` halves the file.
 
     Raises:
-        BundleError: ``directory`` exists and is no bundle, or a weight is not finite.
-        OSError: the disk is full or not writable.
+        BundleError: ``directory`` exists and is no bundle, a weight is not finite, or the metadata
+            is not JSON-ready.
+        OSError: the disk is full or not writable; the older bundle is intact.
     """
-    target = Path(directory).absolute()
-    if target.exists() and not (target / CONFIG).is_file() and any(target.iterdir()):
-        raise BundleError(f"{target} exists and is not a policy bundle; choose another directory")
+    target = Path(directory).expanduser().absolute()
+    _check_replaceable(target)
+    files = _contents(policy, target, card, dict(metadata or {}), weights_dtype)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            new = work / "new"
+            new.mkdir()
+            for name, data in files.items():
+                _write(new / name, data)
+            _swap(new, target, aside=work / "old")
+        finally:
+            if target.exists() or not (work / "old").exists():
+                shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        raise _write_error(target, sum(map(len, files.values())), error) from error
+
+
+def _swap(new: Path, target: Path, aside: Path) -> None:
+    """Put ``new`` in the place of ``target``, which goes to ``aside`` and comes back on failure.
+
+    What the old directory holds under names that the new one lacks moves on to the new one.
+    """
+    replaced = target.exists()
+    if replaced:
+        target.rename(aside)
+    try:
+        new.rename(target)
+    except BaseException:
+        if replaced:
+            aside.rename(target)
+        raise
+    _fsync(target.parent)
+    if replaced:
+        for entry in aside.iterdir():
+            if not (target / entry.name).exists():
+                entry.rename(target / entry.name)
+
+
+def _check_replaceable(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise BundleError(
+            f"{target} is a file; a policy bundle is a directory: choose another name"
+        )
+    if not any(target.iterdir()):
+        return
+    try:
+        _read_config(target)
+    except BundleError as error:
+        raise BundleError(
+            f"{target} exists and is not a policy bundle ({error}); nothing was written: choose "
+            "another directory, or remove it first"
+        ) from error
+
+
+def _contents(
+    policy: ConsistencyPolicy,
+    target: Path,
+    card: str,
+    metadata: dict[str, Any],
+    weights_dtype: torch.dtype,
+) -> dict[str, bytes]:
+    """The files of a bundle by name; the same policy always gives the same bytes."""
     weights = {
         name: value.detach().cpu().to(weights_dtype).contiguous()
-        for name, value in policy.flow_map.net.state_dict().items()  # type: ignore[union-attr]
+        for name, value in cast(UNet1D, policy.flow_map.net).state_dict().items()
     }
     for name, value in weights.items():
         if not torch.isfinite(value).all():
-            raise BundleError(f"weight {name!r} is not finite: refusing to write {target}")
+            raise BundleError(
+                f"refusing to write {target}: weight {name!r} is not finite as {weights_dtype}"
+            )
     arrays = {k: v.detach().cpu().contiguous() for k, v in policy.normalizer.to_arrays().items()}
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    tensors = {MODEL: save(weights), NORMALIZER: save(arrays)}
+    config = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "spec": policy.spec.to_dict(),
+        "net": policy.net_config.to_dict(),
+        "path": policy.path_name,
+        "sampler": policy.sampler,
+        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in tensors.items()},
+        "metadata": metadata,
+    }
     try:
-        save_file(weights, staging / MODEL)
-        save_file(arrays, staging / NORMALIZER)
-        config = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "spec": policy.spec.to_dict(),
-            "net": policy.net_config.to_dict(),
-            "path": policy.path_name,
-            "sampler": policy.sampler,
-            "sha256": {name: _sha256(staging / name) for name in (MODEL, NORMALIZER)},
-            "metadata": dict(metadata or {}),
-        }
-        (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        (staging / CARD).write_text(card or f"# {target.name}\n\nA cmpolicy policy bundle.\n")
-        for file in staging.iterdir():
-            _fsync(file)
-        staging.chmod(0o755)
-        replace_directory(staging, target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+        text = json.dumps(config, indent=2) + "\n"
+    except (TypeError, ValueError) as error:
+        raise BundleError(f"cannot write {target}: metadata must be JSON-ready: {error}") from error
+    card = card or f"# {target.name}\n\nA cmpolicy policy bundle.\n"
+    return {CONFIG: text.encode(), **tensors, CARD: card.encode()}
 
 
-def replace_directory(staging: Path, target: Path) -> None:
-    """Put ``staging`` in the place of ``target``; the old one is deleted only afterwards."""
-    old: Path | None = None
-    if target.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-        os.rename(target, old / target.name)
-    os.rename(staging, target)
-    _fsync(target.parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+def _write(file: Path, data: bytes) -> None:
+    with file.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _write_error(target: Path, needed: int, error: OSError) -> OSError:
+    folder = next(p for p in target.parents if p.exists())
+    free = shutil.disk_usage(folder).free
+    previous = "; the bundle that was there before is intact" if target.exists() else ""
+    return OSError(
+        error.errno,
+        f"cannot write the policy bundle {target}: {error.strerror or error}; it needs "
+        f"{needed / 1e6:.1f} MB, {folder} has {free / 1e6:.1f} MB free{previous}",
+    )
+
+
+def _fsync(directory: Path) -> None:
+    """Make a rename durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# -- reading --------------------------------------------------------------------------------------
 
 
 def load_bundle(
@@ -136,21 +217,18 @@ def load_bundle(
     arrays = _read_tensors(directory, NORMALIZER, config)
     weights = _read_tensors(directory, MODEL, config)
     try:
-        spec = PolicySpec.from_dict(config["spec"])
-        net = UNet1DConfig(**config["net"])
         policy = ConsistencyPolicy(
-            spec,
-            net,
-            Normalizer.from_arrays(arrays),
+            PolicySpec.from_dict(config["spec"]),
+            UNet1DConfig(**config["net"]),
+            Normalizer.from_arrays({name: value.float() for name, value in arrays.items()}),
             path=config["path"],
             sampler=config["sampler"],
         )
-        policy.flow_map.net.load_state_dict(  # type: ignore[union-attr]
-            {name: value.float() for name, value in weights.items()}
-        )
+        policy.net.load_state_dict({name: value.float() for name, value in weights.items()})
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = f"{CONFIG} lacks {error}" if isinstance(error, KeyError) else str(error)
         raise BundleError(
-            f"{directory}: {CONFIG} and the stored tensors do not fit together: {error}; "
+            f"{directory}: {CONFIG} and the stored tensors do not fit together: {reason}; "
             "the files may come from different bundles, so copy the whole directory again"
         ) from error
     return policy.to(device).eval().requires_grad_(False)
@@ -163,35 +241,31 @@ def read_metadata(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def locate(name_or_path: str | os.PathLike[str]) -> Path:
-    """The directory of a bundle: see :func:`load_bundle`."""
+    """The directory of a bundle: see :func:`load_bundle`. Looked for in that order.
+
+    Raises:
+        BundleError: nothing of that name anywhere.
+    """
     text = os.fspath(name_or_path)
-    path = Path(text)
-    if path.is_dir():
-        return path.absolute()
-    if path.exists():
+    path = Path(text).expanduser().absolute()
+    if path.is_file():
         raise BundleError(f"{path} is a file; a policy bundle is a directory with {CONFIG}")
-    if (BUNDLED / text / CONFIG).is_file():
+    if (path / CONFIG).is_file():
+        return path
+    if text in bundled_names():
         return BUNDLED / text
-    if text.count("/") == 1 and not text.startswith((".", "/", "~", "outputs/")):
-        return _download(text)
+    if path.is_dir():
+        raise BundleError(f"{path} is no policy bundle: {CONFIG} is missing")
+    # owner/name, unless the owner is a folder here: then it is a path with a typing error
+    is_id = text.count("/") == 1 and not text.startswith((".", "/", "~", "outputs/"))
+    if is_id and not path.parent.is_dir():
+        from cmpolicy.policy.hub import download
+
+        return download(text)
     raise BundleError(
-        f"no policy bundle at {path.absolute()}, and {text!r} is not one of the bundled policies "
+        f"no policy bundle at {path}, and {text!r} is not one of the bundled policies "
         f"{bundled_names()}; give a directory with {CONFIG}, or a hub id 'owner/name'"
     )
-
-
-def _download(repo_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        found = snapshot_download(repo_id, allow_patterns=[CONFIG, MODEL, NORMALIZER, CARD])
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise BundleError(
-            f"no policy bundle at {Path(repo_id).absolute()}, and {repo_id!r} could not be fetched "
-            f"from the hub: {error}"
-        ) from error
-    return Path(found)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -199,20 +273,24 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not file.is_file():
         raise BundleError(f"{directory} is no policy bundle: {CONFIG} is missing")
     try:
-        config = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BundleError(f"{file} is truncated or not JSON: {error}") from error
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not text
+        raise BundleError(
+            f"{file} is truncated or not JSON: {error}; copy the bundle again"
+        ) from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise BundleError(
             f"{file} was not written by cmpolicy: expected format {FORMAT!r}; a bundle is made by "
             "policy.save_pretrained or cmpolicy-train"
         )
     version = config.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
         raise BundleError(
             f"{file} has format version {version}; this cmpolicy reads up to {FORMAT_VERSION}: "
             "upgrade cmpolicy"
         )
+    if not isinstance(config.get("sha256"), dict):
+        raise BundleError(f"{file} is damaged: it lacks the hashes of the other files")
     return config
 
 
@@ -220,8 +298,9 @@ def _read_tensors(directory: Path, name: str, config: Mapping[str, Any]) -> dict
     file = directory / name
     if not file.is_file():
         raise BundleError(f"{directory} is incomplete: {name} is missing; copy the bundle again")
-    expected = config.get("sha256", {}).get(name)
-    if expected is not None and _sha256(file) != expected:
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != config["sha256"].get(name):
         raise BundleError(
             f"{file} is truncated or belongs to another bundle: its SHA-256 is not the one in "
             f"{CONFIG}; copy the whole bundle again"
@@ -231,16 +310,3 @@ def _read_tensors(directory: Path, name: str, config: Mapping[str, Any]) -> dict
     except (SafetensorError, OSError) as error:
         raise BundleError(f"{file} cannot be read as safetensors: {error}") from error
     return tensors
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
