@@ -3,7 +3,7 @@
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,15 +47,19 @@ def evaluate(
     progress: str | None = None,
     device: str = "cpu",
     data: str | None = None,
+    training_seeds: Iterable[int] | None = None,
     command: str = "",
 ) -> Evaluation:
     """Score a policy that is already set to ``nfe`` evaluations.
 
-    Warns (:class:`~cmpolicy_eval.seeds.SeedOverlapWarning`) when ``seeds`` meet the seeds of the
-    protocol's public demonstrations. Arguments and errors otherwise as in :func:`rollout`.
+    Warns (:class:`~cmpolicy_eval.seeds.SeedOverlapWarning`) when ``seeds`` meet the
+    ``training_seeds`` that the policy's ``data`` started from; where these are not known, those of
+    the task's public demonstrations. Arguments and errors otherwise as in :func:`rollout`.
     """
     chosen = get_protocol(protocol) if isinstance(protocol, str) else protocol
-    if chosen.training_seeds is not None:
+    if training_seeds is not None:
+        warn_if_overlapping(seeds, training_seeds, data or "the policy's data")
+    elif chosen.training_seeds is not None:
         first, last = chosen.training_seeds
         warn_if_overlapping(seeds, range(first, last + 1), "the public human demonstrations")
     episodes = rollout(

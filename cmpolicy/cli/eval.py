@@ -1,0 +1,253 @@
+"""``cmpolicy-eval``: score a policy under a protocol, or compare results that are there.
+
+Exit status: 0 scored; 1 an environment failed; 2 bad settings, policy or files; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from cmpolicy.train.schema import ConfigError, from_mapping, unknown_key_message
+from cmpolicy_eval.evaluate import Evaluation, evaluate
+from cmpolicy_eval.protocol import EvalProtocol, get_protocol
+from cmpolicy_eval.report import difference_table, table, write_report
+from cmpolicy_eval.result import Result
+from cmpolicy_eval.rollout import RolloutError
+from cmpolicy_eval.seeds import SeedOverlapWarning, parse_seeds
+
+if TYPE_CHECKING:
+    from cmpolicy.policy.consistency import ConsistencyPolicy
+
+_HEADER = """Score a policy in simulation, or compare result files.
+
+cmpolicy-eval policy=outputs/<run>/policy [key=value ...]
+cmpolicy-eval report results=[a.json,b.json] [out=outputs/report]
+
+Settings and their values:
+"""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Settings of ``cmpolicy-eval``; ``eval.yaml`` in ``cmpolicy_conf`` says what each means."""
+
+    policy: str
+    name: str | None
+    protocol: str
+    seeds: Any
+    nfe: tuple[int, ...]
+    sampler: Literal["flow_map", "diagonal"] | None
+    workers: int | None
+    batch_size: int
+    device: Literal["auto", "cpu", "cuda"]
+    videos: int
+    out: str
+
+    def __post_init__(self) -> None:
+        if not self.nfe or min(self.nfe) < 1:
+            raise ConfigError(f"nfe must hold numbers of at least 1, got {list(self.nfe)}")
+        if len(set(self.nfe)) != len(self.nfe):
+            raise ConfigError(f"nfe holds a number twice: {list(self.nfe)}")
+        least = {"batch_size": 1, "videos": 0} | ({} if self.workers is None else {"workers": 1})
+        for key, minimum in least.items():
+            if getattr(self, key) < minimum:
+                raise ConfigError(f"{key} must be at least {minimum}, got {getattr(self, key)}")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Settings of ``cmpolicy-eval report``: result files, and the folder of the report."""
+
+    results: tuple[str, ...]
+    out: str = "outputs/report"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``cmpolicy-eval``; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or {"-h", "--help"} & set(words):
+        print(_HEADER + _defaults_text(), end="")
+        return 0 if words else 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", SeedOverlapWarning)
+        warnings.showwarning = _show_warning
+        return _guarded(words)
+
+
+def _guarded(words: Sequence[str]) -> int:
+    """Run the command; what a user can get wrong becomes one message."""
+    try:
+        if words[0] == "report":
+            return _report(from_mapping(ReportConfig, _parse(words[1:], _names(ReportConfig))))
+        settings = {**_defaults(), **_parse(words, _names(EvalConfig))}
+        if isinstance(settings["nfe"], int):
+            settings["nfe"] = [settings["nfe"]]
+        return _score(from_mapping(EvalConfig, settings), shlex.join(["cmpolicy-eval", *words]))
+    except RolloutError as error:
+        print(f"cmpolicy-eval: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"cmpolicy-eval: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("cmpolicy-eval: stopped", file=sys.stderr)
+        return 130
+
+
+def _score(config: EvalConfig, command: str) -> int:
+    # What is quick to find wrong comes before torch is loaded.
+    protocol = get_protocol(config.protocol)
+    seeds = parse_seeds(config.seeds)
+    policy, metadata = _load(config)
+    label = config.name or config.policy
+    if config.sampler is not None and config.sampler != policy.sampler:
+        label += f" [{config.sampler}]"
+        policy.sampler = config.sampler
+    source = metadata.get("data")
+    out = Path(config.out).expanduser()
+    results: list[Result] = []
+    for nfe in config.nfe:
+        policy.num_steps = nfe
+        evaluation = evaluate(
+            policy,
+            protocol,
+            seeds,
+            nfe=nfe,
+            policy_name=label,
+            n_workers=config.workers,
+            batch_size=config.batch_size,
+            keep_chunks=config.videos,
+            progress=f"nfe={nfe}",
+            device=_device_name(policy),
+            data=source,
+            training_seeds=_training_seeds(source) if not results else (),  # one warning will do
+            command=command,
+        )
+        evaluation.result.save(out / f"result_nfe{nfe}.json")
+        results.append(evaluation.result)
+        _write_videos(out / "videos", protocol, evaluation, config.videos)
+    return _write(results, out, extra=[out / "videos"] if config.videos else [])
+
+
+def _report(config: ReportConfig) -> int:
+    if not config.results:
+        raise ConfigError("results is empty; give result files: results=[a.json,b.json]")
+    results = [Result.load(Path(path).expanduser()) for path in config.results]
+    return _write(results, Path(config.out).expanduser(), extra=[])
+
+
+def _write(results: Sequence[Result], out: Path, *, extra: Iterable[Path]) -> int:
+    text, figure = write_report(results, out)
+    print(table(results))
+    differences = difference_table(results)
+    if differences:
+        print(f"\n{differences}")
+    print("\n" + "\n".join(f"  {path}" for path in (text, figure, *extra)))
+    return 0
+
+
+def _write_videos(folder: Path, protocol: EvalProtocol, evaluation: Evaluation, count: int) -> None:
+    if not count:
+        return
+    from cmpolicy_eval.video import write_grid, write_videos
+
+    episodes = evaluation.episodes[:count]
+    suffix = f"_nfe{evaluation.result.nfe}"
+    write_videos(folder, protocol, episodes, suffix)
+    write_grid(folder / f"grid{suffix}.gif", protocol, episodes)
+
+
+def _load(config: EvalConfig) -> tuple[ConsistencyPolicy, dict[str, Any]]:
+    import torch
+
+    from cmpolicy.policy.consistency import ConsistencyPolicy
+    from cmpolicy.policy.pretrained import read_metadata
+
+    has_gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not has_gpu:
+        raise ConfigError(
+            "device=cuda, but torch sees no GPU; use device=cpu, or install a torch build for your "
+            "GPU"
+        )
+    device = "cuda" if has_gpu and config.device != "cpu" else "cpu"
+    return (
+        ConsistencyPolicy.from_pretrained(config.policy, device).eval(),
+        read_metadata(config.policy),
+    )
+
+
+def _device_name(policy: ConsistencyPolicy) -> str:
+    import torch
+
+    device = policy.device
+    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "cpu"
+
+
+def _training_seeds(source: str | None) -> list[int] | None:
+    """Seeds of the episodes that a policy was trained on, where the data say; else None."""
+    if source != "pusht_scripted":
+        return None
+    from cmpolicy_data import ReplayBuffer, bundled_path
+
+    seeds = ReplayBuffer.open(bundled_path("pusht")).attrs.get("seeds")
+    return None if seeds is None else [int(seed) for seed in seeds]
+
+
+def _parse(words: Sequence[str], known: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` words to a mapping; values are read as YAML.
+
+    Raises:
+        ConfigError: a word without ``=``, a value that is not YAML, an unknown key.
+    """
+    how = "`cmpolicy-eval --help` lists all settings with their values"
+    for word in words:
+        key, equals, _ = word.partition("=")
+        if not equals:
+            raise ConfigError(f"{word!r} is not a setting; settings are given as key=value. {how}")
+        if key not in known:
+            raise ConfigError(unknown_key_message(key, known, how=how))
+    try:
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist(list(words)), resolve=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"cannot read {shlex.join(words)}: {error}") from error
+    settings = (
+        {str(key): value for key, value in parsed.items()} if isinstance(parsed, dict) else {}
+    )
+    for key in {"policy", "name", "out"} & set(settings):
+        if settings[key] is not None:  # a bundle may be called 2026
+            settings[key] = str(settings[key])
+    return settings
+
+
+def _names(config: type) -> list[str]:
+    return [field.name for field in fields(config)]
+
+
+def _defaults_text() -> str:
+    return files("cmpolicy_conf").joinpath("eval.yaml").read_text(encoding="utf-8")
+
+
+def _defaults() -> dict[str, Any]:
+    defaults = OmegaConf.to_container(OmegaConf.create(_defaults_text()))
+    return (
+        {str(key): value for key, value in defaults.items()} if isinstance(defaults, dict) else {}
+    )
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"cmpolicy-eval: warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
