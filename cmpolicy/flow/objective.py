@@ -170,6 +170,8 @@ class Isd:
         weight_power: p of the adaptive weight; 0 turns it off.
         sd_share: share of the batch that carries L_sd, in (0, 1]; spread evenly over the batch.
         sd_weight: factor on L_sd.
+        sd_begin: share of the run before L_sd joins in; until then only L_fm is trained, so that the
+            tangent u_hat means something from the start. In [0, 1).
         zero_share: share of the L_sd samples that jump all the way to s = 0, in [0, 1].
         time_a, time_b: t and s ~ Beta(time_a, time_b), the larger is t.
     """
@@ -183,6 +185,7 @@ class Isd:
     weight_power: float = 1.0
     sd_share: float = 0.5
     sd_weight: float = 1.0
+    sd_begin: float = 0.0
     zero_share: float = 0.0
     time_a: float = 0.8
     time_b: float = 1.0
@@ -199,6 +202,8 @@ class Isd:
                 )
         if not 0 < self.sd_share <= 1:
             raise ValueError(f"isd: sd_share={self.sd_share} must lie in (0, 1]; use fm for 0")
+        if not 0 <= self.sd_begin < 1:
+            raise ValueError(f"isd: sd_begin={self.sd_begin} must lie in [0, 1)")
         if not 0 <= self.zero_share <= 1:
             raise ValueError(f"isd: zero_share={self.zero_share} must lie in [0, 1]")
         if not 0 <= self.tangent_begin <= self.tangent_end <= 1:
@@ -258,6 +263,10 @@ class Isd:
         point = flow_map.path.sample(x, draws.z, draws.t)
         diagonal = flow_map.velocity(point.x_t, draws.t, cond)
         loss_fm = _mean((diagonal - point.velocity).square())
+
+        if progress < self.sd_begin:
+            metrics = {"loss_fm": loss_fm.detach().mean(), "loss_sd": loss_fm.new_zeros(())}
+            return ObjectiveOutput(adaptive_weight(loss_fm, self.weight_power), metrics)
 
         # the samples that carry L_sd, spread evenly so that any even slice of a batch has its share
         index = _spread(len(x), self.sd_share, x.device)

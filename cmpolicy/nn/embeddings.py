@@ -7,9 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-#: Angular frequencies of the features. Bounded, since the objective differentiates by t: a feature
-#: cos(w t) enters dF/dt with factor w, and a difference of step 0.005 must resolve it.
-MIN_FREQUENCY, MAX_FREQUENCY = 0.5, 32.0
+#: Frequencies of the features of t and of t - s, in quarter turns over [0, 1]. Bounded, since the
+#: objective differentiates by t: a feature cos(w t) enters dF/dt with factor w (see also Lu and Song
+#: 2024, "Simplifying, stabilizing and scaling continuous-time consistency models", on time
+#: embeddings). t - s gets the lower ones: F(x, t, s) departs slowly from its diagonal.
+MIN_FREQUENCY, MAX_FREQUENCY_T, MAX_FREQUENCY_DELTA = 0.5, 16.0, 4.0
 
 
 def check_time_dim(dim: int) -> None:
@@ -27,7 +29,8 @@ class TwoTimeEmbedding(nn.Module):
         super().__init__()
         check_time_dim(dim)
         exponents = torch.linspace(0, 1, dim // 4)
-        frequencies = MIN_FREQUENCY * (MAX_FREQUENCY / MIN_FREQUENCY) ** exponents
+        highest = torch.tensor([[MAX_FREQUENCY_T], [MAX_FREQUENCY_DELTA]])
+        frequencies = MIN_FREQUENCY * (highest / MIN_FREQUENCY) ** exponents  # (2, dim / 4)
         self.register_buffer("frequencies", frequencies * math.pi / 2, persistent=False)
         self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.Mish(), nn.Linear(2 * dim, dim))
 
