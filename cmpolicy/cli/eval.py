@@ -217,13 +217,14 @@ def _parse(words: Sequence[str], known: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"{word!r} is not a setting; settings are given as key=value. {how}")
         if key not in known:
             raise ConfigError(unknown_key_message(key, known, how=how))
-    try:
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist(list(words)), resolve=True)
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"cannot read {shlex.join(words)}: {error}") from error
-    settings = (
-        {str(key): value for key, value in parsed.items()} if isinstance(parsed, dict) else {}
-    )
+    settings: dict[str, Any] = {}
+    for word in words:
+        try:
+            parsed = OmegaConf.to_container(OmegaConf.from_dotlist([word]), resolve=True)
+        except (OmegaConfBaseException, YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"cannot read {word!r}: its value is not YAML ({reason})") from error
+        settings |= {str(k): v for k, v in parsed.items()} if isinstance(parsed, dict) else {}
     for key in {"policy", "name", "out"} & set(settings):
         if settings[key] is not None:  # a bundle may be called 2026
             settings[key] = str(settings[key])

@@ -21,13 +21,11 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     commands = sys.stdin.buffer
-    try:
-        setup = pickle.load(commands)
-    except EOFError:
-        return
     envs: LocalEnvs | Failure
     try:
-        envs = LocalEnvs(setup)
+        envs = LocalEnvs(pickle.load(commands))
+    except EOFError:
+        return
     except Exception as error:
         envs = _failure(error)  # the answer to every command
     try:
