@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -40,8 +41,7 @@ def compose_settings(config_name: str, words: Sequence[str]) -> dict[str, Any]:
     for override in choices:
         _check_choice(override, groups[override.key_or_group])
     chosen = {o.key_or_group for o in choices}
-    base = _compose(config_name, [str(o.input_line) for o in choices])
-    known = _keys(OmegaConf.to_container(base, resolve=False))
+    known = _known_keys(config_name, tuple(str(o.input_line) for o in choices))
     for override in overrides:
         key = override.key_or_group
         if key not in chosen and not override.is_add() and not _is_known(key, known):
@@ -103,6 +103,12 @@ def write_yaml(settings: Mapping[str, Any], path: str) -> None:
     OmegaConf.save(OmegaConf.create(dict(settings)), path)
 
 
+@cache
+def _known_keys(config_name: str, choices: tuple[str, ...]) -> tuple[str, ...]:
+    """All dotted keys there are with these choices, of groups and of single settings."""
+    return tuple(_keys(OmegaConf.to_container(_compose(config_name, choices), resolve=False)))
+
+
 def _compose(config_name: str, words: Sequence[str]) -> DictConfig:
     # a caller's own Hydra state, such as that of --multirun, is put back afterwards
     before = GlobalHydra.instance().hydra
@@ -150,7 +156,7 @@ def _check_choice(override: Override, choices: Sequence[str]) -> None:
 
 
 def _keys(config: object, prefix: str = "") -> list[str]:
-    """All dotted keys, of groups and of single settings."""
+    """The dotted keys of a mapping."""
     if not isinstance(config, Mapping):
         return []
     found: list[str] = []

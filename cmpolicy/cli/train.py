@@ -74,13 +74,12 @@ def _run(settings: dict[str, Any], command: str, *, resume: bool = False) -> int
     run = train(config, out, command=command, resume=resume)
     if not run.is_main:
         return 0
-    stopped = run.outcome.signum if run.outcome.samples < config.samples else None
-    if stopped is not None:
+    if not run.outcome.finished:
         print(
             f"stopped at {run.outcome.samples} of {config.samples} samples; go on with:\n"
             f"  cmpolicy-train resume={run.run_dir}"
         )
-        return 128 + stopped
+        return 128 + (run.outcome.signum or 0)
     print(closing_words(run, config))
     return 0
 

@@ -40,9 +40,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: ``signum`` is the signal that stopped it, None where it ran its course."""
+    """How a run ended: ``signum`` is the signal that stopped it before it was finished, if any."""
 
     samples: int
+    finished: bool
     signum: int | None
     best: tuple[float, ...] | None
     metrics: Mapping[str, float]
@@ -104,6 +105,7 @@ class Trainer:
         self._window = Meter(self.device)
         self._evaluated_at = 0
         self._saved_at = 0
+        self._agreed_signum: int | None = None
         self._metrics: dict[str, float] = {}
 
     @property
@@ -123,25 +125,23 @@ class Trainer:
             self.save()  # a disk that cannot hold the state is found now, not in an hour
         with StopRequest() as stop:
             self._window.resume_clock()
-            while self.samples < stop_at:
+            if self._evaluation_due(self.samples >= self.config.samples):
+                self._run_evaluation(stop)  # the one that a signal cut off
+            while self.samples < stop_at and not self._stopping(stop):
                 self.step()
                 finished = self.samples >= self.config.samples
                 if finished or self._due(self.config.log.every):
                     self._log_window()
                 if self._evaluation_due(finished):
                     self._run_evaluation(stop)
-                # signals reach the processes of a distributed run at different steps: agree first
-                if self.accelerator.num_processes == 1 or self._due(self.config.log.every):
-                    signum = self._agreed(stop.signum)
-                    if signum is not None:
-                        break
                 if not finished and self.samples // self.config.save_every > (
                     self._saved_at // self.config.save_every
                 ):
                     self.save()
             self.save()
             self._keep_policy("last", None)
-        return Outcome(self.samples, stop.signum, self.best, dict(self._metrics))
+        finished = self.samples >= self.config.samples and not self._evaluation_due(True)
+        return Outcome(self.samples, finished, self._agreed_signum, self.best, dict(self._metrics))
 
     def step(self) -> None:
         """One optimizer step on the next ``batch_size`` samples of every process."""
@@ -218,13 +218,17 @@ class Trainer:
         if self._keep is not None and self.accelerator.is_main_process:
             self._keep(kind, self.ema.model, self.samples, evaluation)
 
-    def _agreed(self, signum: int | None) -> int | None:
-        """The signal that any process received."""
-        if self.accelerator.num_processes == 1:
-            return signum
-        number = torch.tensor([signum or 0], device=self.device)
-        gathered: Tensor = self.accelerator.gather(number)
-        return int(gathered.max().item()) or None
+    def _stopping(self, stop: StopRequest) -> bool:
+        """Whether a signal asks for the end; several processes agree on it at log intervals."""
+        if self.accelerator.num_processes > 1 and self._due(self.config.log.every):
+            # it reaches them at different steps, and each would wait for the others forever
+            gathered: Tensor = self.accelerator.gather(
+                torch.tensor([stop.signum or 0], device=self.device)
+            )
+            self._agreed_signum = int(gathered.max().item()) or None
+        elif self.accelerator.num_processes == 1:
+            self._agreed_signum = stop.signum
+        return self._agreed_signum is not None
 
     # --- state --------------------------------------------------------------------------------
 
