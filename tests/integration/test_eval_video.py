@@ -1,0 +1,97 @@
+"""Videos show the scored episodes: frame counts, what is drawn, and that replays agree."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+from PIL import Image
+
+from cmpolicy_eval import EpisodeResult, get_protocol, rollout
+from cmpolicy_eval.video import annotate, replay, write_grid, write_videos
+
+PROTOCOL = get_protocol("pusht-dp")
+
+
+@dataclass
+class ToTheBlock:
+    n_obs_steps: int = 2
+    n_action_steps: int = 8
+
+    def infer(self, obs: Mapping[str, np.ndarray]) -> np.ndarray:
+        agent, block = obs["agent_pos"][:, -1], obs["keypoint"][:, -1].mean(1)
+        share = np.linspace(0.2, 1.0, 8, dtype=np.float32)[None, :, None]
+        return agent[:, None] + share * (block - agent)[:, None]
+
+
+@pytest.fixture(scope="module")
+def episodes() -> list[EpisodeResult]:
+    return rollout(
+        PROTOCOL.make_env,
+        ToTheBlock(),
+        [100_000, 100_001],
+        max_steps=20,
+        reset_options=PROTOCOL.reset_options,
+        n_workers=1,
+        batch_size=2,
+        keep_chunks=2,
+    )
+
+
+def test_video_decodes_with_one_frame_per_step(
+    episodes: list[EpisodeResult], tmp_path: Path
+) -> None:
+    (path,) = write_videos(tmp_path, PROTOCOL, episodes[:1], "_nfe1")
+    assert path.name == "seed_100000_nfe1.mp4"
+    with imageio.get_reader(path) as reader:
+        frames = list(reader.iter_data())
+        assert reader.get_meta_data()["fps"] == 10
+    assert len(frames) == 21
+    assert frames[0].shape == (544, 512, 3)
+    assert np.abs(frames[0].astype(int) - frames[-1]).max() > 50
+
+
+def test_replay_walks_through_the_chunks(episodes: list[EpisodeResult]) -> None:
+    moments = list(replay(PROTOCOL, episodes[0]))
+    assert [m.step for m in moments] == list(range(21))
+    # the seam of two chunks shows the new plan; the last moment the rest of the last one
+    assert [m.n_executed for m in moments] == [*range(8), *range(8), *range(5)]
+    np.testing.assert_array_equal(moments[8].plan, moments[15].plan)
+    assert not np.array_equal(moments[7].plan, moments[8].plan)
+    assert [m.step for m in replay(PROTOCOL, episodes[0], every=6)] == [0, 6, 12, 18, 20]
+
+
+def test_executed_and_remaining_actions_look_different(episodes: list[EpisodeResult]) -> None:
+    moment = list(replay(PROTOCOL, episodes[0]))[4]
+    frame = annotate(moment, 100_000)
+    assert frame.shape == (544, 512, 3)
+    assert moment.plan is not None
+    red = (frame[32:].astype(int) - [222, 66, 32]) ** 2
+    is_red = red.sum(-1) < 300
+
+    def near(index: int) -> bool:
+        x, y = np.round(moment.plan[index]).astype(int)  # type: ignore[index]
+        return bool(is_red[y - 2 : y + 3, x - 2 : x + 3].any())
+
+    assert near(6)
+    assert not near(0)
+    assert (frame[:32] < 100).any()  # the caption
+
+
+def test_grid_as_still_and_as_animation(episodes: list[EpisodeResult], tmp_path: Path) -> None:
+    still = write_grid(tmp_path / "g.png", PROTOCOL, episodes, tile=96)
+    moving = write_grid(tmp_path / "g.gif", PROTOCOL, episodes, tile=96, every=5)
+    with Image.open(still) as image, Image.open(moving) as animation:
+        assert image.size == animation.size == (2 * 100 + 4, 102 + 8)
+        assert animation.n_frames == 5  # type: ignore[attr-defined]
+
+
+def test_what_cannot_be_drawn_is_an_error(episodes: list[EpisodeResult], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="seed 100000 were not kept"):
+        list(replay(PROTOCOL, replace(episodes[0], chunks=None)))
+    with pytest.raises(ValueError, match=r"\.png or \.gif.*g\.jpg"):
+        write_grid(tmp_path / "g.jpg", PROTOCOL, episodes)
+    with pytest.raises(RuntimeError, match="not deterministic"):
+        list(replay(PROTOCOL, replace(episodes[0], success=True)))
