@@ -100,14 +100,15 @@ class Result:
         scores = [episode.score for episode in episodes]
         successes = sum(episode.success for episode in episodes)
         times = [ms for episode in episodes for ms in episode.infer_ms]
-        p50, p99 = (float(q) for q in np.quantile(times, [0.5, 0.99]))
+        p50, p99 = (round(float(q), 3) for q in np.quantile(times, [0.5, 0.99]))
         return cls(
             protocol=protocol,
             policy=policy,
             nfe=nfe,
             seeds=tuple(episode.seed for episode in episodes),
             episodes=tuple(
-                EpisodeScore(e.seed, e.score, e.success, e.length, e.infer_ms_p50) for e in episodes
+                EpisodeScore(e.seed, e.score, e.success, e.length, round(e.infer_ms_p50, 3))
+                for e in episodes
             ),
             score_mean=float(np.mean(scores)),
             score_ci95=bootstrap_interval(scores),

@@ -11,19 +11,24 @@ from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
 from cmpolicy.policy.consistency import ConsistencyPolicy
 from cmpolicy.spec import PolicySpec
+from cmpolicy_data import ReplayBuffer, bundled_path
+from cmpolicy_eval import get_protocol, rollout
 from cmpolicy_eval.result import Result
 
 NET = UNet1DConfig((8, 16), kernel_size=3, n_groups=4, time_dim=8, obs_dim=8)
 
 
-def save_policy(folder: Path, obs: dict[str, tuple[int, ...]], action_dim: int = 2) -> Path:
+def save_policy(
+    folder: Path,
+    obs: dict[str, tuple[int, ...]],
+    action_dim: int = 2,
+    data: str = "pusht_human",
+) -> Path:
     spec = PolicySpec(obs, action_dim, horizon=16, n_obs_steps=2, n_action_steps=8)
     shapes = {**obs, "action": (action_dim,)}
     arrays = {k: np.stack([np.zeros(s), np.full(s, 512.0)]) for k, s in shapes.items()}
     normalizer = Normalizer.fit({k: v.astype(np.float32) for k, v in arrays.items()})
-    ConsistencyPolicy(spec, NET, normalizer).save_pretrained(
-        folder, metadata={"data": "pusht_human"}
-    )
+    ConsistencyPolicy(spec, NET, normalizer).save_pretrained(folder, metadata={"data": data})
     return folder
 
 
@@ -103,12 +108,44 @@ def test_another_sampler_is_said_in_the_name_and_videos_are_made(
     assert names == {"seed_100000_nfe1.mp4", "grid_nfe1.gif"}
 
 
+@pytest.mark.parametrize("data", ["pusht_human", "pusht_scripted"])
 def test_training_seeds_are_warned_of(
-    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [f"policy={bundle}", "seeds=205", "workers=1", "batch_size=1", f"out={tmp_path}"]
-    assert main(words) == 0
-    assert "1 of 1 evaluation seeds (205) are training seeds" in capsys.readouterr().err
+    seed = 205
+    if data == "pusht_scripted":
+        seed = ReplayBuffer.open(bundled_path("pusht")).attrs["seeds"][-1]
+    policy = save_policy(tmp_path / "policy", {"agent_pos": (2,)}, data=data)
+    words = [f"policy={policy}", f"seeds={seed}", "workers=1", "batch_size=1"]
+    assert main([*words, f"out={tmp_path}"]) == 0
+    source = {"pusht_human": "the public human demonstrations"}.get(data, data)
+    expected = f"1 of 1 evaluation seeds ({seed}) are training seeds of {source}"
+    assert expected in capsys.readouterr().err
+
+
+def test_an_episode_does_not_depend_on_the_other_seeds(bundle: Path) -> None:
+    policy = ConsistencyPolicy.from_pretrained(bundle)
+    protocol = get_protocol("pusht-dp")
+
+    def chunks(seeds: list[int], seed: int) -> np.ndarray:
+        results = rollout(
+            protocol.make_env,
+            policy,
+            seeds,
+            max_steps=24,
+            reset_options=protocol.reset_options,
+            n_workers=1,
+            batch_size=3,
+            keep_chunks=9,
+        )
+        kept = next(result.chunks for result in results if result.seed == seed)
+        assert kept is not None
+        return kept
+
+    alone = chunks([100_002], 100_002)
+    together = chunks([100_000, 100_001, 100_003, 100_002, 100_004], 100_002)
+    np.testing.assert_allclose(together, alone, atol=1e-3)
+    assert np.abs(alone - chunks([100_003], 100_003)).max() > 1.0
 
 
 def test_help_shows_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
