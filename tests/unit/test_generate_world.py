@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from cmpolicy_data.generate.demonstrator import Demonstrator, NoPushError
 from cmpolicy_data.generate.pushes import Push, start_push
 from cmpolicy_data.generate.route import clearance, route
 from cmpolicy_data.generate.tee import (
@@ -94,3 +95,9 @@ def test_push_starts_under_way() -> None:
     after = world.state()
     moved = np.hypot(after.x - before.x, after.y - before.y)
     assert moved == pytest.approx(5 * 8.0, rel=0.03)
+
+
+def test_a_block_out_of_reach() -> None:
+    demonstrator = Demonstrator(np.random.default_rng(0))
+    with pytest.raises(NoPushError, match="No push can be made from"):
+        demonstrator.act(State(250.0, 250.0, 0.0, 0.0, Pose(-900.0, 250.0, 0.0)))
