@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
 _VALIDATE_OPTIONS = "  keys=[action]     keys or selectors that the store must have\n"
 _GENERATE_OPTIONS = (
-    "  episodes=206      how many\n"
+    "  episodes=300      how many\n"
     "  seed=0            first seed of the initial states\n"
     "  workers=2         simulator processes; the result does not depend on it\n"
     "  out=pusht_scripted.zarr.zip\n"
@@ -119,7 +119,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     options = _options(
         arguments,
-        {"episodes": "206", "seed": "0", "workers": "2", "out": "pusht_scripted.zarr.zip"},
+        {"episodes": "300", "seed": "0", "workers": "2", "out": "pusht_scripted.zarr.zip"},
     )
     episodes = _whole(options, "episodes")
     with tqdm(total=episodes, unit="episode", disable=None) as bar:

@@ -24,6 +24,7 @@ from cmpolicy.train.trainer import Outcome, Trainer
 from cmpolicy.train.validation import Validator
 
 CONFIG_FILE = "config.yaml"
+COMMAND_FILE = "command.txt"
 VALIDATION_BATCH = 512
 
 
@@ -101,6 +102,7 @@ def train(
         raise RuntimeError("the main process named no folder for the run")
     run_dir: Path = place
 
+    command = _first_command(run_dir, command)
     data = load_training_data(config)
     torch.manual_seed(config.seed)
     policy = ConsistencyPolicy(
@@ -133,6 +135,7 @@ def train(
     if is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_yaml(config.to_dict(), str(run_dir / CONFIG_FILE))
+        (run_dir / COMMAND_FILE).write_text(command + "\n")
         trainer.trackers = _trackers(config, run_dir, trainer.samples)
     try:
         outcome = trainer.train(until)
@@ -143,6 +146,12 @@ def train(
         draw_curves(run_dir)
     parameters = sum(p.numel() for p in policy.parameters())
     return TrainingRun(run_dir, outcome, trainer.seconds, parameters, is_main)
+
+
+def _first_command(run_dir: Path, command: str) -> str:
+    """The command that started the run: a resumed run is still that command's."""
+    file = run_dir / COMMAND_FILE
+    return file.read_text().strip() if file.is_file() else command
 
 
 def closing_words(run: TrainingRun, config: TrainConfig) -> str:

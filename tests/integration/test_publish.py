@@ -1,0 +1,59 @@
+"""cmpolicy-publish: the bundle that is handed out, its card and its results."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cmpolicy.cli.eval import main as evaluate
+from cmpolicy.cli.publish import main
+from cmpolicy.cli.train import main as train
+from cmpolicy.policy.consistency import ConsistencyPolicy
+from cmpolicy.policy.pretrained import read_metadata
+
+TINY = ["net=tiny", "net.down_dims=[8,16]", "net.n_groups=4", "net.time_dim=8", "net.obs_dim=8"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy of two training steps."""
+    run = tmp_path_factory.mktemp("run") / "run"
+    words = ["task=pusht", *TINY, "samples=16", "batch_size=8", "optim.warmup=0", f"out={run}"]
+    words += ["eval.episodes=0", "eval.windows=8", "log.tensorboard=false", "device=cpu"]
+    assert train(words) == 0
+    return run / "policy"
+
+
+def test_half_precision_and_results(trained: Path, tmp_path: Path) -> None:
+    """The published bundle is scored as it is stored, then completed in place."""
+    out, scored = tmp_path / "mine", tmp_path / "scored"
+    assert main([f"policy={trained}", f"out={out}"]) == 0
+    size = (out / "model.safetensors").stat().st_size
+    assert size < 0.6 * (trained / "model.safetensors").stat().st_size
+    assert evaluate([f"policy={out}", "seeds=500000-500001", "workers=1", f"out={scored}"]) == 0
+    assert main([f"policy={out}", f"out={out}", f"results=[{scored}/result_nfe1.json]"]) == 0
+    card = (out / "README.md").read_text()
+    assert "## Results" in card
+    assert "cmpolicy-eval policy=" in card
+    assert (out / "results" / "scored_result_nfe1.json").is_file()
+    assert read_metadata(out) == read_metadata(trained)
+    obs = {"agent_pos": np.full((1, 2, 2), 256.0), "keypoint": np.full((1, 2, 9, 2), 256.0)}
+    noise = np.zeros((1, 16, 2))
+    half, full = (ConsistencyPolicy.from_pretrained(p).infer(obs, noise) for p in (out, trained))
+    np.testing.assert_allclose(half, full, atol=0.5)
+
+
+def test_bad_input(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One message, no traceback, and nothing is written."""
+    out = tmp_path / "mine"
+    assert main([f"policy={tmp_path / 'none'}", f"out={out}"]) == 2
+    assert "no policy bundle" in capsys.readouterr().err
+    assert main([f"policy={trained}", f"out={out}", "results=[missing.json]"]) == 2
+    assert "missing.json" in capsys.readouterr().err
+    assert main([f"policy={trained}", f"out={out}", "weights=int8"]) == 2
+    assert "weights" in capsys.readouterr().err
+    bare = tmp_path / "bare"
+    ConsistencyPolicy.from_pretrained(trained).save_pretrained(bare)
+    assert main([f"policy={bare}", f"out={out}"]) == 2
+    assert "does not say how it was trained" in capsys.readouterr().err
+    assert not out.exists()
