@@ -39,7 +39,10 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
 
 
 def use_bf16(config: LoopConfig, device: torch.device) -> bool:
-    """Whether the network runs in bfloat16 (``auto``: on GPUs that have it)."""
-    if config.precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return config.precision == "bf16"
+    """Whether the network runs in bfloat16 (``auto``: where the hardware multiplies in it)."""
+    if config.precision != "auto":
+        return config.precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
