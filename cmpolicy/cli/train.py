@@ -22,6 +22,7 @@ from cmpolicy.train.checkpoint import CheckpointError
 from cmpolicy.train.config import TrainConfig
 from cmpolicy.train.guard import NonFiniteError
 from cmpolicy.train.schema import ConfigError, unknown_key_message
+from cmpolicy_eval.rollout import RolloutError
 
 #: What may change between the parts of a run. The rest would make it another run.
 RESUME_SETTINGS = (
@@ -89,8 +90,9 @@ def _guarded(action: Any) -> int:
     try:
         status: int = action()
         return status
-    except (NonFiniteError, CheckpointError) as error:
-        print(f"cmpolicy-train: {error}", file=sys.stderr)
+    except (NonFiniteError, CheckpointError, RolloutError) as error:
+        notes = getattr(error, "__notes__", [])
+        print("\n".join([f"cmpolicy-train: {error}", *notes]), file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
         print(f"cmpolicy-train: {error}", file=sys.stderr)
@@ -105,6 +107,8 @@ def _hydra_flags(words: Sequence[str]) -> int:
     before, sys.argv = sys.argv, ["cmpolicy-train", *words]
     try:
         _hydra_main()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else 2
     finally:
         sys.argv = before
     return 0

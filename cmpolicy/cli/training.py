@@ -18,6 +18,7 @@ from cmpolicy.train.checkpoint import state_path
 from cmpolicy.train.config import TrainConfig
 from cmpolicy.train.curves import CURVES_FILE, draw_curves
 from cmpolicy.train.device import make_accelerator
+from cmpolicy.train.guard import NonFiniteError
 from cmpolicy.train.schema import ConfigError
 from cmpolicy.train.trackers import JsonLines, TensorBoard, Terminal, Tracker
 from cmpolicy.train.trainer import Outcome, Trainer
@@ -139,6 +140,12 @@ def train(
         trainer.trackers = _trackers(config, run_dir, trainer.samples)
     try:
         outcome = trainer.train(until)
+    except NonFiniteError as error:
+        error.add_note(
+            f"the last good state, sample {trainer.saved_at}, is kept; go on with:\n"
+            f"  cmpolicy-train resume={run_dir} optim.lr={config.optim.lr / 3:.2g}"
+        )
+        raise
     finally:
         for tracker in trainer.trackers:
             tracker.close()

@@ -104,7 +104,7 @@ class Trainer:
         self._guard = FiniteGuard(self.device)
         self._window = Meter(self.device)
         self._evaluated_at = 0
-        self._saved_at = 0
+        self.saved_at = 0
         self._agreed_signum: int | None = None
         self._metrics: dict[str, float] = {}
 
@@ -135,7 +135,7 @@ class Trainer:
                 if self._evaluation_due(finished):
                     self._run_evaluation(stop)
                 if not finished and self.samples // self.config.save_every > (
-                    self._saved_at // self.config.save_every
+                    self.saved_at // self.config.save_every
                 ):
                     self.save()
             self.save()
@@ -235,7 +235,7 @@ class Trainer:
     def save(self) -> None:
         """Write the training state (main process)."""
         self._guard.check()
-        self._saved_at = self.samples
+        self.saved_at = self.samples
         if self.accelerator.is_main_process:
             save_state(self.run_dir, self.state())
         self.accelerator.wait_for_everyone()
@@ -288,7 +288,7 @@ class Trainer:
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         jump_schedule(self.schedule, int(values["steps"]))
         self.ema.counter = int(values["ema_counter"])
-        self.samples = self._saved_at = int(values["samples"])
+        self.samples = self.saved_at = int(values["samples"])
         self.best = None if values["best"] is None else tuple(values["best"])
         self._evaluated_at = int(values["evaluated_at"])
         self._metrics = dict(values["metrics"])

@@ -1,0 +1,297 @@
+"""``cmpolicy-train`` from the words to a bundle that infers, on stores of a few episodes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cmpolicy.cli.settings import read_yaml
+from cmpolicy.cli.train import main
+from cmpolicy.policy.consistency import ConsistencyPolicy
+from cmpolicy.train.checkpoint import load_state
+from cmpolicy.train.trackers import read_log
+from cmpolicy_data import ReplayBuffer
+from cmpolicy_eval.result import Result
+
+TINY = [
+    "net=tiny",
+    "net.down_dims=[8,16]",
+    "net.time_dim=8",
+    "net.obs_dim=8",
+    "policy.horizon=4",
+    "policy.n_action_steps=2",
+    "batch_size=8",
+    "samples=64",
+    "optim.warmup=16",
+    "log.every=16",
+    "log.tensorboard=false",
+    "eval.every=32",
+    "save_every=32",
+    "device=cpu",
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs go to outputs/ under the current folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+def write_store(path: Path, lengths: list[int], **shapes: tuple[int, ...]) -> Path:
+    rng = np.random.default_rng(0)
+    buffer = ReplayBuffer.create(path)
+    for length in lengths:
+        episode = {k: rng.uniform(0, 100, (length, *s)) for k, s in shapes.items()}
+        buffer.append_episode({k: v.astype(np.float32) for k, v in episode.items()})
+    return path
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return write_store(tmp_path / "my.zarr", [12, 15, 9], state=(5,), force=(3, 2), action=(3,))
+
+
+def custom(store: Path, *words: str) -> list[str]:
+    return ["task=custom", f"data.path={store}", "data.obs=[state]", *TINY, *words]
+
+
+def test_a_store_of_ones_own_gives_a_bundle_that_infers(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "task=custom",
+        f"data.path={store}",
+        "data.obs={arm: 'state[:2]', force: force}",
+        *TINY,
+        "out=run",
+        "log.tensorboard=true",
+    ]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "run/policy" in printed
+    assert "from_pretrained" in printed
+
+    run = tmp_path / "run"
+    assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert list((run / "tensorboard").iterdir())
+    evaluations = [e for e in read_log(run) if e["kind"] == "eval"]
+    assert [e["samples"] for e in evaluations] == [32, 64]
+    health = {"health_semigroup", "health_tangent", "health_variance_ratio"}
+    for entry in evaluations:
+        assert entry["val_loss"] == pytest.approx(entry["val_loss_fm"] + entry["val_loss_sd"])
+        assert entry["val_action_error"] > 0
+        assert health <= entry.keys()
+    config = read_yaml(str(run / "config.yaml"))
+    assert config["data"]["obs"] == {"arm": "state[:2]", "force": "force"}
+
+    policy = ConsistencyPolicy.from_pretrained(run / "policy")
+    obs = {"arm": np.zeros((4, 2, 2)), "force": np.zeros((4, 2, 3, 2))}
+    chunk = policy.infer(obs)
+    assert chunk.shape == (4, 2, 3)
+    assert np.isfinite(chunk).all()
+    card = (run / "policy" / "README.md").read_text()
+    assert "task=custom" in card
+    assert "val action error" in card
+    metadata = json.loads((run / "policy" / "config.json").read_text())["metadata"]
+    assert metadata["data"] == "my.zarr"
+    assert str(tmp_path) not in json.dumps(metadata["config"])
+
+
+def test_bundles_hold_the_ema_weights_and_the_best_is_kept(store: Path, tmp_path: Path) -> None:
+    assert main(custom(store, "out=run")) == 0
+    evaluations = [e for e in read_log(tmp_path / "run") if e["kind"] == "eval"]
+    best = min(evaluations, key=lambda e: float(e["val_loss"]))
+    saved = json.loads((tmp_path / "run/policy/config.json").read_text())["metadata"]
+    assert saved["samples"] == best["samples"]
+    assert saved["metrics"]["val_loss"] == best["val_loss"]
+    last = ConsistencyPolicy.from_pretrained(tmp_path / "run/policy_last")
+    ema = load_state(tmp_path / "run").tensors
+    for name, weight in last.named_parameters():
+        assert torch.equal(weight, ema[f"ema/{name}"]), name
+
+
+def test_a_run_can_be_prolonged_but_not_changed(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(custom(store, "out=run")) == 0
+    assert main(["resume=run", "samples=96"]) == 0
+    assert load_state(tmp_path / "run").values["samples"] == 96
+    assert read_yaml("run/config.yaml")["samples"] == 96
+    samples = [e["samples"] for e in read_log(tmp_path / "run") if e["kind"] == "train"]
+    assert samples == [16, 32, 48, 64, 80, 96]
+    capsys.readouterr()
+    assert main(["resume=run", "batch_size=4"]) == 2
+    assert "A resumed run keeps all else from run" in capsys.readouterr().err
+    assert main(["resume=nowhere"]) == 2
+    assert "there is no nowhere/config.yaml" in capsys.readouterr().err
+    assert main(custom(store, "out=run")) == 2
+    assert (
+        "already holds a run; go on with it: cmpolicy-train resume=run" in capsys.readouterr().err
+    )
+
+
+def test_no_held_out_episodes(store: Path, tmp_path: Path) -> None:
+    assert main(custom(store, "out=run", "data.val_fraction=0")) == 0
+    saved = json.loads((tmp_path / "run/policy/config.json").read_text())["metadata"]
+    assert saved["samples"] == 64
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.path=nowhere.zarr"], "nowhere.zarr"),
+        (["data.path=null"], "data.path is not set"),
+        (["data.obs=[stat]"], "has no key 'stat' under data/ (keys: action, force, state)"),
+        (["data.obs=[state,'state[:9]']"], "but state has 5 columns"),
+        (["data.action=force"], "have shape (3, 2) per step"),
+        (["policy.horizon=16"], "Episode 0 has 12 steps, but a window of horizon=16"),
+        (["data.val_fraction=0.9"], "leaves none to train on"),
+        (["optim.lrr=1"], "did you mean 'optim.lr'"),
+        (["out=my.zarr"], "exists and is not an empty folder"),
+        (["device=cuda"], "torch sees no GPU"),
+    ],
+)
+def test_bad_input_is_one_message(
+    store: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    if words == ["device=cuda"] and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(custom(store, *words)) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("cmpolicy-train: ")
+    assert message in printed, printed
+    assert "Traceback" not in printed
+
+
+def test_a_store_with_nan_is_named(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    buffer = ReplayBuffer.open(store, "r+")
+    state = np.zeros((12, 5), np.float32)
+    state[7, 1] = np.nan
+    zeros = np.zeros((12, 3, 2), np.float32)
+    buffer.append_episode({"state": state, "force": zeros, "action": zeros[:, :, 0]})
+    assert main(custom(store)) == 2
+    assert "'state' holds NaN or inf at 1 steps, the first is step 43" in capsys.readouterr().err
+
+
+def test_a_diverging_run_stops_and_keeps_its_state(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(custom(store, "out=run", "optim.lr=1e36", "optim.grad_clip=null")) == 1
+    printed = capsys.readouterr().err
+    assert "non-finite gradient at sample" in printed
+    assert "gradient norm" in printed
+    assert "last good state, sample 0, is kept" in printed
+    assert "cmpolicy-train resume=run optim.lr=" in printed
+    tensors = load_state(tmp_path / "run").tensors.values()
+    assert all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
+
+
+def test_push_t_is_rolled_out_while_training(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "t.zarr", [14, 18], state=(5,), keypoint=(9, 2), action=(2,))
+    words = ["data=pusht_human", f"data.path={store}", *TINY, "out=run"]
+    words += ["samples=32", "eval.episodes=2", "eval.workers=1", "data.augment=mirror"]
+    assert main(words) == 0
+    (entry,) = [e for e in read_log(tmp_path / "run") if e["kind"] == "eval"]
+    assert 0 <= entry["score"] <= 1
+    result = Result.load(tmp_path / "run/result.json")
+    assert result.seeds == (500_000, 500_001)
+    assert result.score_mean == entry["score"]
+    policy = ConsistencyPolicy.from_pretrained(tmp_path / "run/policy")
+    assert policy.spec.obs == {"agent_pos": (2,), "keypoint": (9, 2)}
+
+
+def test_rollouts_never_use_the_seeds_of_the_protocol(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = write_store(tmp_path / "t.zarr", [14, 18], state=(5,), keypoint=(9, 2), action=(2,))
+    words = ["data=pusht_human", f"data.path={store}", *TINY, "eval.episodes=20"]
+    assert main([*words, "eval.first_seed=99990"]) == 2
+    assert "takes seeds 99990-100009, but 100000-100499 are" in capsys.readouterr().err
+
+
+def test_flow_matching_needs_only_another_objective(store: Path, tmp_path: Path) -> None:
+    assert main(custom(store, "objective=fm", "out=run")) == 0
+    policy = ConsistencyPolicy.from_pretrained(tmp_path / "run/policy")
+    assert policy.sampler == "diagonal"
+    assert "loss_sd" not in read_log(tmp_path / "run")[0]
+
+
+def test_multirun_makes_one_run_of_each(store: Path, tmp_path: Path) -> None:
+    assert main(["--multirun", *custom(store, "samples=32", "optim.lr=1e-3,1e-4")]) == 0
+    rates = {read_yaml(str(p))["optim"]["lr"] for p in (tmp_path / "outputs").glob("*/config.yaml")}
+    assert rates == {1e-3, 1e-4}
+
+
+def test_help_lists_groups_and_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "cmpolicy-train resume=" in printed
+    assert "preset: demo, gpu, quick, standard" in printed
+    assert "weight_decay" in printed
+
+
+def start(words: list[str], **environ: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "cmpolicy.cli.train", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "OMP_NUM_THREADS": "1",
+            **environ,
+        },
+    )
+
+
+def test_sigterm_leaves_a_run_that_can_be_resumed(store: Path, tmp_path: Path) -> None:
+    process = start(custom(store, "out=run", "samples=10000000", "eval.every=10000000"))
+    log = tmp_path / "run/log.jsonl"
+    while process.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 143, err
+    assert "go on with:\n  cmpolicy-train resume=run" in out
+    samples = int(load_state(tmp_path / "run").values["samples"])
+    assert main(["resume=run", f"samples={samples + 16}"]) == 0
+    assert load_state(tmp_path / "run").values["samples"] == samples + 16
+
+
+def test_two_processes_are_one_with_twice_the_batch(store: Path, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    words = custom(store, "objective.tangent_weights=ema")
+    processes = [
+        start([*words, "out=two"], RANK=str(r), LOCAL_RANK=str(r), **shared) for r in range(2)
+    ]
+    try:
+        assert main([*words, "out=one", "batch_size=16"]) == 0
+        for process in processes:
+            _, err = process.communicate(timeout=120)
+            assert process.returncode == 0, err
+    finally:
+        for process in processes:
+            process.kill()
+
+    one, two = (read_log(tmp_path / name) for name in ("one", "two"))
+    assert [e["samples"] for e in one] == [e["samples"] for e in two]
+    for a, b in zip(one, two, strict=True):
+        for name in a.keys() - {"kind", "seconds", "samples_per_s", "grad_norm_max"}:
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-6), (a["samples"], name)
+    weights: list[dict[str, Any]] = [load_state(tmp_path / n).tensors for n in ("one", "two")]
+    for name in weights[0]:
+        if name.startswith("model/"):
+            assert torch.allclose(weights[0][name], weights[1][name], atol=1e-4), name
