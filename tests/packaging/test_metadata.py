@@ -13,7 +13,7 @@ import pytest
 import cmpolicy
 
 ROOTS = ("cmpolicy", "envs", "data", "eval", "conf")
-SCRIPTS = ("cmpolicy-train", "cmpolicy-eval", "cmpolicy-data", "cmpolicy-bench")
+SCRIPTS = ("cmpolicy-train", "cmpolicy-eval", "cmpolicy-data", "cmpolicy-bench", "cmpolicy-publish")
 
 
 def _canonical(name: str) -> str:
