@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(word.startswith("-") for word in words):
         return _hydra_flags(words)
     command = shlex.join(["cmpolicy-train", *words])
-    return _guarded(lambda: _run_words(words, command))
+    return guarded(lambda: _run_words(words, command))
 
 
 def _run_words(words: Sequence[str], command: str) -> int:
@@ -85,20 +85,19 @@ def _run(settings: dict[str, Any], command: str, *, resume: bool = False) -> int
     return 0
 
 
-def _guarded(action: Any) -> int:
+def guarded(action: Callable[[], int], program: str = "cmpolicy-train") -> int:
     """Run ``action``; what a user can get wrong becomes one message."""
     try:
-        status: int = action()
-        return status
+        return action()
     except (NonFiniteError, CheckpointError, RolloutError) as error:
         notes = getattr(error, "__notes__", [])
-        print("\n".join([f"cmpolicy-train: {error}", *notes]), file=sys.stderr)
+        print("\n".join([f"{program}: {error}", *notes]), file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
-        print(f"cmpolicy-train: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("cmpolicy-train: stopped", file=sys.stderr)
+        print(f"{program}: stopped", file=sys.stderr)
         return 130
 
 
@@ -122,7 +121,7 @@ def _hydra_main(config: DictConfig) -> None:
     plain = {str(key): value for key, value in settings.items()}
     words = HydraConfig.get().overrides.task
     command = shlex.join(["cmpolicy-train", *words])
-    status = _guarded(lambda: _run(plain, command))
+    status = guarded(lambda: _run(plain, command))
     if status:
         raise SystemExit(status)
 
