@@ -99,7 +99,7 @@ class PolicySpec:
             )
         batch = 0  # set by the first key
         for key, shape in self.obs.items():
-            got = np.shape(obs[key])
+            got = tuple(np.shape(obs[key]))
             want = (self.n_obs_steps, *shape)
             if not got or got[1:] != want or got[0] < 1:
                 raise SpecError(

@@ -64,12 +64,12 @@ class UNet1DConfig:
     def check_horizon(self, horizon: int) -> None:
         """Raise ValueError unless the depth divides the horizon."""
         if horizon % self.horizon_factor:
-            below = horizon // self.horizon_factor * self.horizon_factor
+            below = horizon - horizon % self.horizon_factor
+            nearest = [str(n) for n in (below, below + self.horizon_factor) if n]
             raise ValueError(
                 f"horizon={horizon} is not divisible by {self.horizon_factor}, which "
                 f"{len(self.down_dims)} levels (down_dims={list(self.down_dims)}) need; use "
-                f"horizon={below or self.horizon_factor} or {below + self.horizon_factor}, "
-                "or fewer levels"
+                f"horizon={' or '.join(nearest)}, or fewer levels"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from cmpolicy.flow.flow_map import FlowMap
+from cmpolicy.flow.path import PATHS
+from cmpolicy.flow.sampler import SamplerKind, sample, time_grid
+
+
+class Recorder:
+    """F = -cond, and what it was asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[float, float]] = []
+
+    def __call__(self, x: Tensor, t: Tensor, s: Tensor, cond: Tensor | None) -> Tensor:
+        assert t.shape == s.shape == (len(x),)
+        self.calls.append((t[0].item(), s[0].item()))
+        return torch.zeros_like(x) if cond is None else -cond
+
+
+def test_time_grid() -> None:
+    assert time_grid(1).tolist() == [1.0, 0.0]
+    assert time_grid(4, dtype=torch.float64).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_flow_map_sampler_asks_for_each_jump_once(steps: int) -> None:
+    net = Recorder()
+    z = torch.randn(3, 16, 2)
+    sample(FlowMap(net, PATHS["linear"]), z, num_steps=steps)
+    grid = time_grid(steps).tolist()
+    assert net.calls == list(itertools.pairwise(grid))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_diagonal_sampler_asks_for_velocities(steps: int) -> None:
+    net = Recorder()
+    z, cond = torch.randn(2, 3, 16, 2)
+    found = sample(FlowMap(net, PATHS["linear"]), z, cond, num_steps=steps, kind="diagonal")
+    assert net.calls == [(t, t) for t in time_grid(steps).tolist()[:-1]]
+    torch.testing.assert_close(found, z + cond)
+
+
+@pytest.mark.parametrize("kind", ["flow_map", "diagonal"])
+def test_noise_is_left_alone(kind: SamplerKind) -> None:
+    z = torch.randn(3, 4)
+    before = z.clone()
+    sample(FlowMap(Recorder(), PATHS["trigonometric"]), z, z + 1, num_steps=3, kind=kind)
+    assert torch.equal(z, before)
+
+
+def test_bad_arguments() -> None:
+    flow_map = FlowMap(Recorder(), PATHS["linear"])
+    with pytest.raises(ValueError, match=r"evaluations.*at least 1, got 0"):
+        sample(flow_map, torch.zeros(1, 2), num_steps=0)
+    with pytest.raises(ValueError, match=r"'heun'.*\['flow_map', 'diagonal'\]"):
+        sample(flow_map, torch.zeros(1, 2), kind="heun")  # type: ignore[arg-type]

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cmpolicy.nn.embeddings import MAX_FREQUENCY, TwoTimeEmbedding
+from cmpolicy.nn.unet1d import NET_PRESETS, UNet1D, UNet1DConfig, net_config
+
+TINY = UNet1DConfig((16, 32, 64), kernel_size=3, n_groups=4, time_dim=16, obs_dim=16)
+
+
+def _net(config: UNet1DConfig = TINY, *, action_dim: int = 2, seed: int = 0) -> UNet1D:
+    """A network whose last layer is not zero, as after some training."""
+    torch.manual_seed(seed)
+    net = UNet1D(config, action_dim=action_dim, obs_input_dim=6)
+    torch.nn.init.normal_(net.head[-1].weight, std=0.1)  # type: ignore[arg-type]
+    return net
+
+
+def _inputs(batch: int = 3, horizon: int = 16, action_dim: int = 2) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, horizon, action_dim, generator=generator)
+    times = torch.rand(2, batch, generator=generator)
+    return x, times.amax(0), times.amin(0), torch.randn(batch, 6, generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("preset", "low", "high"),
+    [
+        ("tiny", 0.8e6, 1.5e6),
+        ("small", 3.5e6, 4.19e6),
+        ("base", 15e6, 18e6),
+        ("large", 63e6, 68e6),
+    ],
+)
+def test_presets(preset: str, low: float, high: float) -> None:
+    with torch.device("meta"):  # shapes alone: nothing is allocated
+        net = UNet1D(NET_PRESETS[preset], action_dim=2, obs_input_dim=40)
+    assert low <= sum(p.numel() for p in net.parameters()) <= high
+
+
+def test_small_preset_fits_a_bundled_policy() -> None:
+    """8 MB in half precision, the limit of a bundled policy's weights."""
+    with torch.device("meta"):
+        net = UNet1D(NET_PRESETS["small"], action_dim=2, obs_input_dim=40)
+    assert 2 * sum(p.numel() for p in net.parameters()) < 8e6
+
+
+@pytest.mark.parametrize("horizon", [4, 8, 12, 16, 20, 64])
+@pytest.mark.parametrize("action_dim", [1, 7])
+def test_any_horizon_that_the_depth_divides(horizon: int, action_dim: int) -> None:
+    x, t, s, obs = _inputs(horizon=horizon, action_dim=action_dim)
+    assert _net(action_dim=action_dim)(x, t, s, obs).shape == x.shape
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3, 4])
+def test_depths(levels: int) -> None:
+    config = UNet1DConfig((16,) * levels, kernel_size=3, n_groups=4, time_dim=16, obs_dim=16)
+    assert config.horizon_factor == 2 ** (levels - 1)
+    x, t, s, obs = _inputs(horizon=8)
+    assert _net(config)(x, t, s, obs).shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("horizon", "words"),
+    [
+        (10, ["horizon=10", "divisible by 4", "3 levels", "horizon=8 or 12"]),
+        (3, ["horizon=3", "divisible by 4", "horizon=4, or fewer"]),
+    ],
+)
+def test_horizon_that_it_does_not_divide(horizon: int, words: list[str]) -> None:
+    x, t, s, obs = _inputs(horizon=horizon)
+    with pytest.raises(ValueError, match=words[0]) as caught:
+        _net()(x, t, s, obs)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_observation_is_required() -> None:
+    x, t, s, _ = _inputs()
+    with pytest.raises(ValueError, match=r"needs the observation history.*None"):
+        _net()(x, t, s, None)
+
+
+def test_fresh_network_is_zero() -> None:
+    net = UNet1D(TINY, action_dim=2, obs_input_dim=6)
+    assert not net(*_inputs()).any()
+
+
+def test_gradient_reaches_every_parameter() -> None:
+    net = _net()
+    net(*_inputs()).square().mean().backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+def test_every_input_matters() -> None:
+    net, (x, t, s, obs) = _net(), _inputs()
+    f = net(x, t, s, obs)
+    for changed in (
+        net(x + 0.1, t, s, obs),
+        net(x, t * 0.9, s * 0.9, obs),
+        net(x, t, s * 0.5, obs),
+        net(x, t, s, obs + 0.1),
+    ):
+        assert not torch.allclose(changed, f)
+
+
+def test_samples_are_independent() -> None:
+    net, (x, t, s, obs) = _net().double(), _inputs()
+    x, t, s, obs = x.double(), t.double(), s.double(), obs.double()
+    whole = net(x, t, s, obs)
+    for i in range(len(x)):
+        one = slice(i, i + 1)
+        torch.testing.assert_close(net(x[one], t[one], s[one], obs[one]), whole[one])
+
+
+def test_double_precision_throughout() -> None:
+    """No operation falls back to single precision: a step of 1e-9 is resolved."""
+    net, (x, t, s, obs) = _net().double(), (v.double() for v in _inputs())
+    f = net(x, t, s, obs)
+    assert f.dtype == torch.float64
+    h = 1e-9
+    change = (net(x, t + h, s, obs) - net(x, t - h, s, obs)) / (2 * h)
+    coarse = (net(x, t + 1e-4, s, obs) - net(x, t - 1e-4, s, obs)) / 2e-4
+    torch.testing.assert_close(change, coarse, rtol=1e-3, atol=1e-5)
+
+
+def test_config_round_trip() -> None:
+    data = json.loads(json.dumps(TINY.to_dict()))
+    assert UNet1DConfig(**data) == TINY
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"down_dims": ()}, ["down_dims is empty"]),
+        ({"down_dims": (64, 100)}, ["[64, 100]", "100 is not a multiple of n_groups=8"]),
+        ({"kernel_size": 4}, ["kernel_size=4", "odd"]),
+        ({"kernel_size": -1}, ["kernel_size", "at least 1", "-1"]),
+        ({"n_groups": 0}, ["n_groups", "at least 1", "0"]),
+        ({"time_dim": 6}, ["time_dim=6", "multiple of 4"]),
+        ({"obs_dim": 2.5}, ["obs_dim", "whole number", "2.5"]),
+    ],
+)
+def test_impossible_configs(changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError, match=re.escape(words[0])) as caught:
+        UNet1DConfig(**changes)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_net_config() -> None:
+    assert net_config("small", kernel_size=5).kernel_size == 5
+    with pytest.raises(ValueError, match=r"'huge'.*\['base', 'large', 'small', 'tiny'\]"):
+        net_config("huge")
+    with pytest.raises(ValueError, match=r"'width'.*known.*down_dims"):
+        net_config("small", width=3)
+
+
+# -- time embedding -----------------------------------------------------------------------------
+
+
+def test_time_embedding_is_smooth() -> None:
+    """Its features change by at most w per unit of time, so a difference of 0.005 resolves them."""
+    embedding = TwoTimeEmbedding(64).double()
+    embedding.mlp = torch.nn.Identity()  # the features themselves
+    t = torch.linspace(0, 1, 2001, dtype=torch.float64)
+    features = embedding(t, torch.zeros_like(t))
+    assert features.shape == (2001, 64)
+    slope = (features.diff(dim=0) / t.diff()[:, None]).abs().max().item()
+    limit = MAX_FREQUENCY * torch.pi / 2
+    assert 0.9 * limit < slope <= limit
+    assert slope * 0.005 < 0.3
+
+
+def test_time_embedding_tells_times_apart() -> None:
+    embedding = TwoTimeEmbedding(64).double()
+    embedding.mlp = torch.nn.Identity()
+    grid = torch.linspace(0, 1, 101, dtype=torch.float64)
+    distance = torch.cdist(*[embedding(grid, torch.zeros_like(grid))] * 2)
+    distance.fill_diagonal_(1.0)
+    assert distance.min() > 0.05
+
+
+def test_time_embedding_of_the_diagonal_is_one_constant() -> None:
+    """The half that knows t - s is the same for every t where s = t."""
+    embedding = TwoTimeEmbedding(16)
+    embedding.mlp = torch.nn.Identity()
+    t = torch.tensor([0.1, 0.7])
+    features = embedding(t, t).reshape(2, 2, 8)
+    assert torch.equal(features[0, 1], features[1, 1])
+    assert not torch.allclose(features[0, 0], features[1, 0])
