@@ -170,8 +170,8 @@ class Isd:
         weight_power: p of the adaptive weight; 0 turns it off.
         sd_share: share of the batch that carries L_sd, in (0, 1]; spread evenly over the batch.
         sd_weight: factor on L_sd.
-        sd_begin: share of the run before L_sd joins in; until then only L_fm is trained, so that the
-            tangent u_hat means something from the start. In [0, 1).
+        sd_begin: share of the run before L_sd joins in; until then only L_fm is trained, so that
+            the tangent u_hat means something from the start. In [0, 1).
         zero_share: share of the L_sd samples that jump all the way to s = 0, in [0, 1].
         time_a, time_b: t and s ~ Beta(time_a, time_b), the larger is t.
     """

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 #: Frequencies of the features of t and of t - s, in quarter turns over [0, 1]. Bounded, since the
-#: objective differentiates by t: a feature cos(w t) enters dF/dt with factor w (see also Lu and Song
-#: 2024, "Simplifying, stabilizing and scaling continuous-time consistency models", on time
+#: objective differentiates by t: a feature cos(w t) enters dF/dt with factor w (see also Lu and
+#: Song 2024, "Simplifying, stabilizing and scaling continuous-time consistency models", on time
 #: embeddings). t - s gets the lower ones: F(x, t, s) departs slowly from its diagonal.
 MIN_FREQUENCY, MAX_FREQUENCY_T, MAX_FREQUENCY_DELTA = 0.5, 16.0, 4.0
 
