@@ -138,6 +138,19 @@ def test_tangent_mix() -> None:
     assert Isd().tangent_mix(0.0) == 1.0
 
 
+def test_self_distillation_joins_in_later() -> None:
+    """Before its share of the run the loss is flow matching's, afterwards the whole."""
+    flow_map, x, cond, draws = _problem()
+    late = build_objective("isd", sd_begin=0.5, weight_power=1.0)
+    before = late(flow_map, x, cond, draws, progress=0.49)
+    fm = build_objective("fm")(flow_map, x, cond, draws).per_sample
+    torch.testing.assert_close(before.per_sample, fm / (fm.detach() + 0.01))
+    assert before.metrics["loss_sd"] == 0
+    after = late(flow_map, x, cond, draws, progress=0.5)
+    expected = build_objective("isd")(flow_map, x, cond, draws)
+    torch.testing.assert_close(after.per_sample, expected.per_sample)
+
+
 def test_data_tangent_is_the_conditional_velocity() -> None:
     flow_map, x, cond, draws = _problem()
     isd = build_objective(
@@ -288,6 +301,7 @@ def test_larger_of_two_is_t() -> None:
         ("isd", {"derivative": "vjp"}, ["'vjp'", "['jvp', 'difference']"]),
         ("isd", {"sd_share": 0.0}, ["sd_share=0.0", "use fm"]),
         ("isd", {"sd_share": 1.5}, ["sd_share=1.5", "(0, 1]"]),
+        ("isd", {"sd_begin": 1.0}, ["sd_begin=1.0", "[0, 1)"]),
         ("isd", {"zero_share": -0.1}, ["zero_share=-0.1", "[0, 1]"]),
         ("isd", {"tangent_begin": 0.8, "tangent_end": 0.2}, ["0.8", "0.2", "in order"]),
         ("isd", {"epsilon": 0.0}, ["epsilon=0.0", "(0, 0.5)"]),

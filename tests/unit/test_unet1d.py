@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cmpolicy.nn.embeddings import MAX_FREQUENCY, TwoTimeEmbedding
+from cmpolicy.nn.embeddings import MAX_FREQUENCY_DELTA, MAX_FREQUENCY_T, TwoTimeEmbedding
 from cmpolicy.nn.unet1d import NET_PRESETS, UNet1D, UNet1DConfig, net_config
+from cmpolicy.policy.pretrained import FORMAT_VERSION
 
 TINY = UNet1DConfig((16, 32, 64), kernel_size=3, n_groups=4, time_dim=16, obs_dim=16)
 
@@ -164,36 +165,46 @@ def test_net_config() -> None:
         net_config("small", width=3)
 
 
-# -- time embedding -----------------------------------------------------------------------------
+# -- time embedding -------------------------------------------------------------------------------
 
 
-def test_time_embedding_is_smooth() -> None:
-    """Its features change by at most w per unit of time, so a difference of 0.005 resolves them."""
-    embedding = TwoTimeEmbedding(64).double()
-    embedding.mlp = torch.nn.Identity()  # the features themselves
+def _features(t: Tensor, s: Tensor, dim: int = 64) -> Tensor:
+    """Those of t and those of t - s, (2, B, dim / 2), before the MLP."""
+    embedding = TwoTimeEmbedding(dim).double()
+    embedding.mlp = torch.nn.Identity()
+    return embedding(t, s).unflatten(1, (2, dim // 2)).transpose(0, 1)
+
+
+def test_time_features_are_smooth() -> None:
+    """They change by at most w per unit of time, so a difference of step 0.02 resolves them."""
     t = torch.linspace(0, 1, 2001, dtype=torch.float64)
-    features = embedding(t, torch.zeros_like(t))
-    assert features.shape == (2001, 64)
-    slope = (features.diff(dim=0) / t.diff()[:, None]).abs().max().item()
-    limit = MAX_FREQUENCY * torch.pi / 2
-    assert 0.9 * limit < slope <= limit
-    assert slope * 0.005 < 0.3
+    for features, highest in zip(
+        _features(t, torch.zeros_like(t)), (MAX_FREQUENCY_T, MAX_FREQUENCY_DELTA), strict=True
+    ):
+        slope = (features.diff(dim=0) / t.diff()[:, None]).abs().max().item()
+        assert 0.9 * highest * torch.pi / 2 < slope <= highest * torch.pi / 2
+        assert slope * 0.02 < 0.6
 
 
-def test_time_embedding_tells_times_apart() -> None:
-    embedding = TwoTimeEmbedding(64).double()
-    embedding.mlp = torch.nn.Identity()
+def test_time_features_tell_times_apart() -> None:
     grid = torch.linspace(0, 1, 101, dtype=torch.float64)
-    distance = torch.cdist(*[embedding(grid, torch.zeros_like(grid))] * 2)
-    distance.fill_diagonal_(1.0)
-    assert distance.min() > 0.05
+    for features in _features(grid, torch.zeros_like(grid)):
+        distance = torch.cdist(features, features)
+        distance.fill_diagonal_(1.0)
+        assert distance.min() > 0.02
 
 
-def test_time_embedding_of_the_diagonal_is_one_constant() -> None:
-    """The half that knows t - s is the same for every t where s = t."""
-    embedding = TwoTimeEmbedding(16)
-    embedding.mlp = torch.nn.Identity()
-    t = torch.tensor([0.1, 0.7])
-    features = embedding(t, t).reshape(2, 2, 8)
-    assert torch.equal(features[0, 1], features[1, 1])
-    assert not torch.allclose(features[0, 0], features[1, 0])
+def test_diagonal_is_one_constant() -> None:
+    """Where s = t, the half that knows t - s is the same for every t."""
+    t = torch.tensor([0.1, 0.7], dtype=torch.float64)
+    of_t, of_delta = _features(t, t)
+    assert torch.equal(of_delta[0], of_delta[1])
+    assert not torch.allclose(of_t[0], of_t[1])
+
+
+def test_frequencies_are_part_of_the_bundle_format() -> None:
+    """Bundles do not store them: whoever changes one raises FORMAT_VERSION, or old bundles lie."""
+    quarter_turns = TwoTimeEmbedding(16).frequencies / (torch.pi / 2)
+    expected = [[0.5, 1.5874, 5.0397, 16.0], [0.5, 1.0, 2.0, 4.0]]
+    torch.testing.assert_close(quarter_turns, torch.tensor(expected), rtol=1e-4, atol=0)
+    assert FORMAT_VERSION == 1
