@@ -158,8 +158,8 @@ class ReplayBuffer:
                 the episodes, or chunks that are missing or damaged.
         """
         chosen = Selector.parse(selector)
-        array = self[chosen.key]
         self.check(chosen.key)
+        array = self[chosen.key]
         rows = read_rows(array, 0, self.n_steps, self.path)
         try:
             rows = chosen.take(rows)
@@ -175,12 +175,13 @@ class ReplayBuffer:
         Raises:
             ReplayBufferError: as ``load``.
         """
-        array = self[key]
+        # before the key: a store without episodes has no keys either
         if self.n_episodes == 0:
             raise ReplayBufferError(
                 f"{self.path} has no episodes (meta/episode_ends is empty). Append or generate at "
                 "least one first."
             )
+        array = self[key]
         if array.dtype.kind not in "biuf":
             raise ReplayBufferError(
                 f"{self.path}: data/{key} has dtype {array.dtype}; only numbers (float, int, "

@@ -374,6 +374,8 @@ class TestBadStores:
         ReplayBuffer.create(tmp_path / "x.zarr")
         buffer = ReplayBuffer.open(tmp_path / "x.zarr")
         assert (buffer.n_episodes, buffer.n_steps, buffer.keys()) == (0, 0, [])
+        with pytest.raises(ReplayBufferError, match="no episodes"):
+            buffer.load("action")
         root = zarr.open_group(tmp_path / "x.zarr", mode="r+")
         root.create_array("data/action", shape=(0, 2), dtype="float32")
         with pytest.raises(ReplayBufferError, match="no episodes"):
