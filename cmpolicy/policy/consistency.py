@@ -249,7 +249,8 @@ class ConsistencyPolicy(nn.Module):
         """
         self.spec.check_obs(obs)
         for key, value in obs.items():
-            bad = np.size(value) - np.count_nonzero(np.isfinite(value))
+            array = np.asarray(value)  # also of a list or a tensor
+            bad = array.size - np.count_nonzero(np.isfinite(array))
             if bad:
                 raise SpecError(
                     f"observation {key!r} holds {bad} NaN or infinite numbers, expected none"

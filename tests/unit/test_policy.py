@@ -149,6 +149,8 @@ def test_infer_takes_any_number_type_and_lists() -> None:
         found = policy.infer({k: v.astype(convert) for k, v in whole.items()}, noise)
         assert np.array_equal(found, expected)
     assert np.array_equal(policy.infer({k: v.tolist() for k, v in whole.items()}, noise), expected)
+    tensors = {k: torch.as_tensor(v) for k, v in whole.items()}
+    assert np.array_equal(policy.infer(tensors, noise), expected)
 
 
 def test_infer_changes_nothing() -> None:
