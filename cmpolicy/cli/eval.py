@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]
 
+from cmpolicy.cli.settings import read_words
 from cmpolicy.train.schema import ConfigError, from_mapping, unknown_key_message
 from cmpolicy_eval.evaluate import Evaluation, evaluate
 from cmpolicy_eval.protocol import EvalProtocol, get_protocol
@@ -217,14 +216,7 @@ def _parse(words: Sequence[str], known: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"{word!r} is not a setting; settings are given as key=value. {how}")
         if key not in known:
             raise ConfigError(unknown_key_message(key, known, how=how))
-    settings: dict[str, Any] = {}
-    for word in words:
-        try:
-            parsed = OmegaConf.to_container(OmegaConf.from_dotlist([word]), resolve=True)
-        except (OmegaConfBaseException, YAMLError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"cannot read {word!r}: its value is not YAML ({reason})") from error
-        settings |= {str(k): v for k, v in parsed.items()} if isinstance(parsed, dict) else {}
+    settings = read_words(words)
     for key in {"policy", "name", "out"} & set(settings):
         if settings[key] is not None:  # a bundle may be called 2026
             settings[key] = str(settings[key])

@@ -47,8 +47,10 @@ def compose_settings(config_name: str, words: Sequence[str]) -> dict[str, Any]:
         if key not in chosen and not override.is_add() and not _is_known(key, known):
             leaves = [k for k in known if not any(o.startswith(f"{k}.") for o in known)]
             raise ConfigError(unknown_key_message(key, [*leaves, *groups], how=HOW))
-    composed = _compose(config_name, [str(o.input_line) for o in overrides])
-    return _container(composed)
+    # Hydra would merge a mapping of the user's own into the one of the chosen group
+    replaced = [o for o in overrides if o.key_or_group in OPEN_GROUPS and _is_plain(o)]
+    merged = [str(o.input_line) for o in overrides if o not in replaced]
+    return apply(_container(_compose(config_name, merged)), replaced)
 
 
 def parse(words: Iterable[str]) -> list[Override]:
@@ -79,8 +81,27 @@ def apply(settings: Mapping[str, Any], overrides: Iterable[Override]) -> dict[st
     """Finished settings with some values replaced; used for a run that is resumed."""
     config = OmegaConf.create(dict(settings))
     for override in overrides:
-        OmegaConf.update(config, override.key_or_group, override.value())
+        OmegaConf.update(config, override.key_or_group, override.value(), merge=False)
     return _container(config)
+
+
+def read_words(words: Iterable[str]) -> dict[str, Any]:
+    """``key=value`` words as a mapping, for commands without groups; values are read as YAML.
+
+    Raises:
+        ConfigError: a word without ``=``, or a value that is not YAML.
+    """
+    settings: dict[str, Any] = {}
+    for word in words:
+        if not word.partition("=")[0] or "=" not in word:
+            raise ConfigError(f"{word!r} is not a setting; settings are given as key=value")
+        try:
+            read = OmegaConf.to_container(OmegaConf.from_dotlist([word]), resolve=True)
+        except Exception as error:  # omegaconf's own, or of the YAML reader below it
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"cannot read {word!r}: its value is not YAML ({reason})") from error
+        settings |= {str(k): v for k, v in read.items()} if isinstance(read, dict) else {}
+    return settings
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -163,6 +184,11 @@ def _keys(config: object, prefix: str = "") -> list[str]:
     for key, value in config.items():
         found += [f"{prefix}{key}", *_keys(value, f"{prefix}{key}.")]
     return found
+
+
+def _is_plain(override: Override) -> bool:
+    """Whether it is ``key=value``, neither ``+key=value`` nor ``~key``."""
+    return not (override.is_add() or override.is_delete() or override.is_force_add())
 
 
 def _is_known(key: str, known: Sequence[str]) -> bool:

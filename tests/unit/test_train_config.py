@@ -55,6 +55,12 @@ def test_custom_task_takes_a_list_or_a_mapping_of_observations() -> None:
     assert dict(mapping.data.obs) == {"arm": "state[:2]", "keypoint": "keypoint"}
 
 
+def test_observations_replace_those_of_the_data_group() -> None:
+    assert dict(build("task=pusht", "data.obs=[state]").data.obs) == {"state": "state"}
+    mapping = build("task=pusht", "data.obs={agent_pos: 'state[:2]'}")
+    assert dict(mapping.data.obs) == {"agent_pos": "state[:2]"}
+
+
 def test_settings_survive_a_round_trip() -> None:
     config = build("net.down_dims=[16, 32]", "optim.grad_clip=null")
     assert TrainConfig.from_mapping(config.to_dict()) == config
@@ -93,9 +99,9 @@ def test_a_word_that_means_nothing_is_explained(words: str, message: str) -> Non
         ("optim.schedule=linear", r"optim.schedule='linear' is not one of cosine, constant"),
         ("optim.lr=-1", r"optim.lr=-1.0 must be above 0"),
         ("optim.betas=[0.9]", r"optim.betas must be two numbers in \[0, 1\), got \[0.9\]"),
-        ("ema.min_decay=0.9999", r"ema.min_decay=0.9999 and ema.decay=0.999 must be in order"),
+        ("ema.min_decay=0.9999", r"ema.min_decay=0.9999 and ema.decay=0.99\d+ must be in order"),
         ("batch_size=0", r"batch_size=0 must be at least 1"),
-        ("samples=100", r"samples=100 is less than one batch \(batch_size=256\)"),
+        ("samples=100", r"samples=100 is less than one batch \(batch_size=\d+\)"),
         ("optim.warmup=9000000000", r"optim.warmup=9000000000 leaves nothing of samples="),
         ("policy.horizon=15", r"policy.horizon=15 is not divisible by 4.*horizon=12 or 16"),
         ("policy.n_action_steps=16", r"policy.horizon=16 is too short.*n_obs_steps=2.*least 17"),

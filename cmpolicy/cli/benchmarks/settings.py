@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
+from cmpolicy.cli.settings import read_words
 from cmpolicy.train.schema import ConfigError, from_mapping
 
 T = TypeVar("T")
@@ -107,7 +105,7 @@ def read(cls: type[T], words: Sequence[str]) -> T:
     Raises:
         ConfigError: a word that is no key=value, an unknown or missing key, a bad value.
     """
-    return from_mapping(cls, _mapping(words))
+    return from_mapping(cls, read_words(words))
 
 
 def split(cls: type[T], words: Sequence[str]) -> tuple[T, list[str]]:
@@ -119,17 +117,6 @@ def split(cls: type[T], words: Sequence[str]) -> tuple[T, list[str]]:
     own = {field.name for field in fields(cls)}  # type: ignore[arg-type]
     mine = [word for word in words if word.partition("=")[0] in own]
     return read(cls, mine), [word for word in words if word not in mine]
-
-
-def _mapping(words: Sequence[str]) -> dict[str, Any]:
-    for word in words:
-        if not word.partition("=")[0] or "=" not in word:
-            raise ConfigError(f"cannot use {word!r}: settings are written key=value")
-    try:
-        values = OmegaConf.to_container(OmegaConf.from_dotlist(list(words)), resolve=True)
-    except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"cannot read {' '.join(words)!r}: {error}") from error
-    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 
 
 def _at_least(name: str, value: int, least: int) -> None:
