@@ -11,6 +11,7 @@ from cmpolicy.train.validation import Validator
 from cmpolicy_eval.evaluate import evaluate
 from cmpolicy_eval.protocol import EvalProtocol, get_protocol
 from cmpolicy_eval.result import Result
+from cmpolicy_eval.rollout import check_fit
 
 
 class Scorer:
@@ -41,6 +42,15 @@ class Scorer:
         """Seeds of the rollouts while training."""
         first = self.config.eval.first_seed
         return range(first, first + self.config.eval.episodes)
+
+    def check(self, policy: ConsistencyPolicy) -> None:
+        """Refuse a policy that the simulator cannot run, before it is trained for hours.
+
+        Raises:
+            PolicyMismatchError: observations or actions that differ from the simulator's.
+        """
+        if self._protocol is not None:
+            check_fit(self._protocol.make_env, policy)
 
     def __call__(self, policy: ConsistencyPolicy, samples: int) -> Evaluation:
         """Score ``policy`` after ``samples`` training samples."""

@@ -119,6 +119,7 @@ def train(
     if loader is None:
         raise ConfigError("no episodes are left to train on; lower data.val_fraction")
     scorer = Scorer(config, data, _validator(config, data, device), command=command)
+    scorer.check(policy)
     keeper = PolicyKeeper(config, run_dir, scorer, source=data.source, command=command)
 
     trainer = Trainer(
@@ -133,6 +134,11 @@ def train(
     )
     if resume:
         trainer.resume()
+        if trainer.samples - config.batch_size * accelerator.num_processes >= config.samples:
+            raise ConfigError(
+                f"samples={config.samples} is less than the {trainer.samples} that {run_dir} has "
+                "been trained on; give more to go on, or leave it out"
+            )
     if is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_yaml(config.to_dict(), str(run_dir / CONFIG_FILE))

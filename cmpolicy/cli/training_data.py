@@ -18,6 +18,7 @@ from cmpolicy.train.schema import ConfigError
 from cmpolicy_data import EpisodeSplit, WindowIndex, split_episodes, window_index
 from cmpolicy_data.catalog import resolve
 from cmpolicy_data.demonstrations import Demonstrations, load_demonstrations
+from cmpolicy_data.windows import WindowError
 
 ACTION = "action"
 
@@ -85,12 +86,15 @@ def load_training_data(config: TrainConfig) -> TrainingData:
         _check_finite(data.obs[key], values, path)
     _check_finite(data.action, arrays.action, path)
     sizes = config.policy
-    windows = window_index(
-        arrays.episode_ends,
-        horizon=sizes.horizon,
-        n_obs_steps=sizes.n_obs_steps,
-        n_action_steps=sizes.n_action_steps,
-    )
+    try:
+        windows = window_index(
+            arrays.episode_ends,
+            horizon=sizes.horizon,
+            n_obs_steps=sizes.n_obs_steps,
+            n_action_steps=sizes.n_action_steps,
+        )
+    except WindowError as error:
+        raise ConfigError(f"{path}: {error}") from error
     stored = int(arrays.source_episode.max()) + 1
     split = arrays.expand(split_episodes(stored, data.val_fraction, config.seed))
     return TrainingData(arrays, windows, split, path.name if data.name == "custom" else data.name)

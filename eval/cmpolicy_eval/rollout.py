@@ -28,7 +28,7 @@ from cmpolicy_eval.episode import Array, ChunkOutcome, MakeEnv
 from cmpolicy_eval.policy import ActionChunkPolicy, PolicyMismatchError, check_policy_fits
 from cmpolicy_eval.pool import Command, EnvPool, Reset, RolloutError, Step
 
-__all__ = ["EpisodeResult", "RolloutError", "rollout"]
+__all__ = ["EpisodeResult", "RolloutError", "check_fit", "rollout"]
 
 
 DEFAULT_BATCH_SIZE = 50
@@ -103,7 +103,7 @@ def rollout(
         ValueError: no seeds, or an impossible setting.
     """
     _check_settings(seeds, max_steps=max_steps, n_workers=n_workers, batch_size=batch_size)
-    keys = _check_fit(make_env, policy)
+    keys = check_fit(make_env, policy)
     n_slots = min(batch_size, len(seeds))
     options = reset_options or (lambda seed: None)
     results: dict[int, EpisodeResult] = {}
@@ -207,7 +207,12 @@ def _result(slot: _Slot) -> EpisodeResult:
     )
 
 
-def _check_fit(make_env: MakeEnv, policy: ActionChunkPolicy) -> tuple[str, ...]:
+def check_fit(make_env: MakeEnv, policy: ActionChunkPolicy) -> tuple[str, ...]:
+    """Observation keys to hand to the policy, of the environments that ``make_env`` makes.
+
+    Raises:
+        PolicyMismatchError: names what the policy wants and what the environment gives.
+    """
     env = make_env()
     try:
         return check_policy_fits(policy, env.observation_space, env.action_space)

@@ -129,6 +129,9 @@ def test_a_run_can_be_prolonged_but_not_changed(
     samples = [e["samples"] for e in read_log(tmp_path / "run") if e["kind"] == "train"]
     assert samples == [16, 32, 48, 64, 80, 96]
     capsys.readouterr()
+    assert main(["resume=run", "samples=32"]) == 2
+    assert "samples=32 is less than the 96 that run" in capsys.readouterr().err
+    assert read_yaml("run/config.yaml")["samples"] == 96
     assert main(["resume=run", "batch_size=4"]) == 2
     assert "A resumed run keeps all else from run" in capsys.readouterr().err
     assert main(["resume=nowhere"]) == 2
@@ -153,7 +156,7 @@ def test_no_held_out_episodes(store: Path, tmp_path: Path) -> None:
         (["data.obs=[stat]"], "has no key 'stat' under data/ (keys: action, force, state)"),
         (["data.obs=[state,'state[:9]']"], "but state has 5 columns"),
         (["data.action=force"], "have shape (3, 2) per step"),
-        (["policy.horizon=16"], "Episode 0 has 12 steps, but a window of horizon=16"),
+        (["policy.horizon=16"], "my.zarr: Episode 0 has 12 steps, but a window of horizon=16"),
         (["data.val_fraction=0.9"], "leaves none to train on"),
         (["optim.lrr=1"], "did you mean 'optim.lr'"),
         (["out=my.zarr"], "exists and is not an empty folder"),
@@ -170,6 +173,28 @@ def test_bad_input_is_one_message(
     assert printed.startswith("cmpolicy-train: ")
     assert message in printed, printed
     assert "Traceback" not in printed
+
+
+def test_a_store_without_episodes_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(custom(ReplayBuffer.create(tmp_path / "empty.zarr").path)) == 2
+    assert "empty.zarr has no episodes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.obs=[state]"], "the policy observes {state: (5,)}, but the environment gives"),
+        (["data.obs={agent_pos: 'state[:2]'}"], "actions of 3 numbers, but the environment takes"),
+    ],
+)
+def test_what_the_simulator_cannot_run_is_not_trained(
+    store: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert main([f"data.path={store}", *TINY, "eval.episodes=1", "out=run", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("run").exists()
 
 
 def test_a_store_with_nan_is_named(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
