@@ -97,7 +97,8 @@ def load_training_data(config: TrainConfig) -> TrainingData:
         raise ConfigError(f"{path}: {error}") from error
     stored = int(arrays.source_episode.max()) + 1
     split = arrays.expand(split_episodes(stored, data.val_fraction, config.seed))
-    return TrainingData(arrays, windows, split, path.name if data.name == "custom" else data.name)
+    named = data.path is None or data.name == "pusht_human"  # else a store of the user's own
+    return TrainingData(arrays, windows, split, data.name if named else path.name)
 
 
 def _check_finite(selector: str, values: npt.NDArray[Any], path: Path) -> None:

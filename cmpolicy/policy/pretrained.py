@@ -255,7 +255,9 @@ def locate(name_or_path: str | os.PathLike[str]) -> Path:
     if text in bundled_names():
         return BUNDLED / text
     if path.is_dir():
-        raise BundleError(f"{path} is no policy bundle: {CONFIG} is missing")
+        inside = sorted(p.parent.name for p in path.glob(f"*/{CONFIG}"))
+        hint = f"; did you mean {path / inside[0]}?" if inside else ""
+        raise BundleError(f"{path} is no policy bundle: {CONFIG} is missing{hint}")
     # owner/name, unless the owner is a folder here: then it is a path with a typing error
     is_id = text.count("/") == 1 and not text.startswith((".", "/", "~", "outputs/"))
     if is_id and not path.parent.is_dir():
