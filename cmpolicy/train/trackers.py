@@ -109,7 +109,8 @@ class Terminal:
                 self._bar.update(samples - self._bar.n)
                 return
             first = self._last_line == self._start
-            if not first and samples - self._last_line < self._total / 10 < self._total - samples:
+            near = samples - self._last_line < self._total / 10
+            if near and not first and samples < self._total:
                 return
             self._last_line = samples
         elif kind == "event":

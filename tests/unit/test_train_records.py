@@ -1,0 +1,118 @@
+"""What a run writes down: JSON lines, TensorBoard, the terminal, curves, training states."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cmpolicy.train.checkpoint import CheckpointError, TrainingState, load_state, save_state
+from cmpolicy.train.curves import draw_curves, smoothed
+from cmpolicy.train.trackers import JsonLines, TensorBoard, Terminal, read_log
+
+
+def test_json_lines_hold_kind_samples_and_null_for_nan(tmp_path: Path) -> None:
+    log = JsonLines(tmp_path)
+    log.log("train", 10, {"loss": 0.5, "grad_norm": float("nan")})
+    log.close()
+    entry = json.loads((tmp_path / "log.jsonl").read_text())
+    assert entry == {"kind": "train", "samples": 10, "loss": 0.5, "grad_norm": None}
+
+
+def test_a_resumed_log_drops_what_it_will_write_again(tmp_path: Path) -> None:
+    log = JsonLines(tmp_path)
+    for samples in (10, 20, 30):
+        log.log("train", samples, {"loss": 1.0})
+    log.close()
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"kind": "train", "sam')  # cut off by a crash
+    JsonLines(tmp_path, start=20).close()
+    assert [e["samples"] for e in read_log(tmp_path)] == [10, 20]
+
+
+def test_tensorboard_counts_samples(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path)
+    board.log("train", 128, {"loss": 0.25})
+    board.log("event", 128, {"note": "words"})
+    board.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()  # type: ignore[no-untyped-call]
+    (scalar,) = events.Scalars("train/loss")
+    assert (scalar.step, scalar.value) == (128, 0.25)
+
+
+def test_terminal_without_a_terminal_writes_few_lines() -> None:
+    stream = io.StringIO()
+    terminal = Terminal(1000, stream=stream)
+    for samples in range(10, 1001, 10):
+        terminal.log("train", samples, {"loss": 1 / samples, "ignored": 3.0})
+    terminal.log("eval", 1000, {"success": 0.5, "score": 0.75})
+    terminal.close()
+    lines = stream.getvalue().splitlines()
+    assert 10 <= len(lines) <= 13
+    assert lines[0] == "  1%    0.0k samples  loss 0.1"
+    assert lines[-1] == "100%    1.0k samples  success 0.5  score 0.75"
+    assert lines[-2].startswith("100%")
+
+
+def test_terminal_shows_a_bar_when_asked() -> None:
+    stream = io.StringIO()
+    terminal = Terminal(100, start=20, bar=True, stream=stream)
+    terminal.log("train", 60, {"loss": 0.5})
+    terminal.close()
+    assert "60" in stream.getvalue()
+    assert "loss 0.5" in stream.getvalue()
+
+
+def test_curves_draw_what_there_is(tmp_path: Path) -> None:
+    log = JsonLines(tmp_path)
+    for n in range(1, 30):
+        log.log("train", n * 100, {"loss_fm": 1 / n, "loss_sd": 0.0, "grad_norm": 1.0, "lr": 1e-3})
+    log.log("eval", 2900, {"val_loss_fm": 0.2, "val_action_error": 3.0, "health_tangent": 0.1})
+    log.close()
+    target = draw_curves(tmp_path)
+    assert target is not None
+    image = np.asarray(Image.open(target).convert("L"))
+    assert image.shape[1] > 1000
+    assert 0.01 < (image < 200).mean() < 0.3  # neither empty nor black
+
+
+def test_no_curves_before_the_first_entry(tmp_path: Path) -> None:
+    JsonLines(tmp_path).close()
+    assert draw_curves(tmp_path) is None
+
+
+def test_smoothing_keeps_constants_and_length() -> None:
+    assert np.allclose(smoothed(np.full(50, 3.0)), 3.0)
+    noisy = np.random.default_rng(0).normal(size=200)
+    assert smoothed(noisy).shape == noisy.shape
+    assert smoothed(noisy).std() < 0.6 * noisy.std()
+
+
+def test_states_come_back_exactly(tmp_path: Path) -> None:
+    tensors = {"model/a": torch.randn(3, 4), "rng/cpu": torch.get_rng_state()}
+    values = {"samples": 7, "best": [0.1, 1 / 3], "none": None}
+    save_state(tmp_path, TrainingState(tensors, values))
+    state = load_state(tmp_path)
+    assert state.values == values
+    assert all(torch.equal(state.tensors[k], v) for k, v in tensors.items())
+
+
+def test_a_state_of_a_newer_version_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cmpolicy.train.checkpoint.FORMAT_VERSION", 2)
+    save_state(tmp_path, TrainingState({"a": torch.zeros(1)}, {}))
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"has format version 2, this cmpolicy reads 1"):
+        load_state(tmp_path)
+
+
+def test_a_foreign_file_is_no_state(tmp_path: Path) -> None:
+    save_state(tmp_path, TrainingState({"a": torch.zeros(1)}, {}))
+    (tmp_path / "training_state/state.safetensors").write_bytes(b"something else")
+    with pytest.raises(CheckpointError, match="damaged or not one of cmpolicy's"):
+        load_state(tmp_path)
