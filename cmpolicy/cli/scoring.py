@@ -58,7 +58,7 @@ class Scorer:
         metrics: dict[str, float] = {}
         rank: tuple[float, ...] = (float(samples),)
         if self._validator is not None:
-            metrics |= self._validator(policy, samples / self.config.samples).metrics
+            metrics |= self._validator(policy).metrics
             rank = (-metrics["val_loss"],)
         if self._protocol is not None:
             self.result = evaluate(

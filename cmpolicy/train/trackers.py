@@ -12,14 +12,14 @@ from typing import Any, Literal, Protocol, TextIO
 from tqdm import tqdm
 
 LOG_FILE = "log.jsonl"
-#: ``train``: averages since the last entry; ``eval``: an evaluation; ``event``: words.
-Kind = Literal["train", "eval", "event"]
+#: ``train``: averages since the last entry; ``eval``: an evaluation.
+Kind = Literal["train", "eval"]
 
 
 class Tracker(Protocol):
     """Takes the numbers of a run; all of them are plain floats already."""
 
-    def log(self, kind: Kind, samples: int, values: Mapping[str, Any]) -> None:
+    def log(self, kind: Kind, samples: int, values: Mapping[str, float]) -> None:
         """Record ``values`` at this number of training samples."""
 
     def close(self) -> None:
@@ -39,9 +39,9 @@ class JsonLines:
             path.write_text("".join(f"{line}\n" for line in kept))
         self._file = path.open("a")
 
-    def log(self, kind: Kind, samples: int, values: Mapping[str, Any]) -> None:
+    def log(self, kind: Kind, samples: int, values: Mapping[str, float]) -> None:
         """See :class:`Tracker`. NaN and infinities, which JSON lacks, are written as null."""
-        finite = {k: None if _is_nan(v) else v for k, v in values.items()}
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         entry = {"kind": kind, "samples": samples, **finite}
         self._file.write(json.dumps(entry, allow_nan=False) + "\n")
         self._file.flush()
@@ -71,13 +71,10 @@ class TensorBoard:
 
         self._writer = SummaryWriter(run_dir / "tensorboard", purge_step=start)
 
-    def log(self, kind: Kind, samples: int, values: Mapping[str, Any]) -> None:
+    def log(self, kind: Kind, samples: int, values: Mapping[str, float]) -> None:
         """See :class:`Tracker`."""
         for name, value in values.items():
-            if isinstance(value, int | float):
-                self._writer.add_scalar(f"{kind}/{name}", value, samples)
-            else:
-                self._writer.add_text(f"{kind}/{name}", str(value), samples)
+            self._writer.add_scalar(f"{kind}/{name}", value, samples)
 
     def close(self) -> None:
         """See :class:`Tracker`."""
@@ -100,7 +97,7 @@ class Terminal:
             else None
         )
 
-    def log(self, kind: Kind, samples: int, values: Mapping[str, Any]) -> None:
+    def log(self, kind: Kind, samples: int, values: Mapping[str, float]) -> None:
         """See :class:`Tracker`."""
         text = "  ".join(f"{k} {_short(v)}" for k, v in values.items() if k in _SHOWN)
         if kind == "train":
@@ -113,8 +110,6 @@ class Terminal:
             if near and not first and samples < self._total:
                 return
             self._last_line = samples
-        elif kind == "event":
-            text = "  ".join(str(v) for v in values.values())
         self._line(f"{samples / self._total:4.0%} {_count(samples):>7} samples  {text}")
 
     def close(self) -> None:
@@ -142,16 +137,12 @@ _SHOWN = (
 )
 
 
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) and value < 1000 else f"{value:.0f}"
+def _short(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _count(n: int) -> str:
     return f"{n / 1e6:.2f}M" if n >= 1e6 else f"{n / 1e3:.1f}k"
-
-
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _is_before(line: str, start: int) -> bool:

@@ -190,7 +190,7 @@ class Trainer:
         self._metrics.update(values)
         self._log("train", values)
 
-    def _log(self, kind: Kind, values: Mapping[str, Any]) -> None:
+    def _log(self, kind: Kind, values: Mapping[str, float]) -> None:
         for tracker in self.trackers if self.accelerator.is_main_process else ():
             tracker.log(kind, self.samples, values)
 

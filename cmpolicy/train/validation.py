@@ -45,15 +45,18 @@ class Validator:
         self._num_steps = num_steps
 
     @torch.no_grad()
-    def __call__(self, policy: ConsistencyPolicy, progress: float = 1.0) -> Validation:
-        """Score ``policy``; ``progress`` is that of the run, for scheduled objectives."""
+    def __call__(self, policy: ConsistencyPolicy) -> Validation:
+        """Score ``policy``, by the objective as it is at the end of a run.
+
+        As scheduled, policies from before a term joins in would look better than later ones.
+        """
         generator = torch.Generator(self._loader.device).manual_seed(self._seed)
         sums: dict[str, Tensor] = {}
         windows = values = 0
         squares = 0.0
         for part in self._parts:
             batch = self._loader.gather(part)
-            output = policy.compute_loss(batch, generator, progress=progress, ema=policy)
+            output = policy.compute_loss(batch, generator, progress=1.0, ema=policy)
             for name, value in output.metrics.items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value * len(part)
             noise = torch.randn(

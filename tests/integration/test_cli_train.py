@@ -320,3 +320,14 @@ def test_two_processes_are_one_with_twice_the_batch(store: Path, tmp_path: Path)
     for name in weights[0]:
         if name.startswith("model/"):
             assert torch.allclose(weights[0][name], weights[1][name], atol=1e-4), name
+
+
+def test_validation_counts_every_term_before_it_joins_the_training(
+    store: Path, tmp_path: Path
+) -> None:
+    """Else a policy from before L_sd joins would be kept as the best of the run."""
+    assert main(custom(store, "objective.sd_begin=0.9", "out=run")) == 0
+    entries = read_log(tmp_path / "run")
+    first = next(e for e in entries if e["kind"] == "train")
+    assert first["loss_sd"] == 0
+    assert all(e["val_loss_sd"] > 0 for e in entries if e["kind"] == "eval")
