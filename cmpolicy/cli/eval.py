@@ -47,6 +47,7 @@ class EvalConfig:
     seeds: Any
     nfe: tuple[int, ...]
     sampler: Literal["flow_map", "diagonal"] | None
+    noise_scale: float | None
     workers: int | None
     batch_size: int
     device: Literal["auto", "cpu", "cuda"]
@@ -58,6 +59,8 @@ class EvalConfig:
             raise ConfigError(f"nfe must hold numbers of at least 1, got {list(self.nfe)}")
         if len(set(self.nfe)) != len(self.nfe):
             raise ConfigError(f"nfe holds a number twice: {list(self.nfe)}")
+        if self.noise_scale is not None and not self.noise_scale > 0:
+            raise ConfigError(f"noise_scale must be above 0, got {self.noise_scale}")
         least = {"batch_size": 1, "videos": 0} | ({} if self.workers is None else {"workers": 1})
         for key, minimum in least.items():
             if getattr(self, key) < minimum:
@@ -113,6 +116,8 @@ def _score(config: EvalConfig, command: str) -> int:
     if config.sampler is not None and config.sampler != policy.sampler:
         label += f" [{config.sampler}]"
         policy.sampler = config.sampler
+    if config.noise_scale is not None:
+        policy.noise_scale = config.noise_scale
     source = metadata.get("data")
     out = Path(config.out).expanduser()
     results: list[Result] = []

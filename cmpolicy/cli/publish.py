@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Literal
 
 from cmpolicy.cli.benchmarks.settings import read
+from cmpolicy.train.schema import ConfigError
 from cmpolicy_eval.report import difference_table, table
 from cmpolicy_eval.result import Result
 
 _USAGE = """\
-usage: cmpolicy-publish policy=BUNDLE out=BUNDLE [weights=fp16|fp32] [results=[a.json,b.json]]
+usage: cmpolicy-publish policy=BUNDLE out=BUNDLE [weights=fp16|fp32] [noise_scale=0.8]
+                        [results=[a.json,b.json]]
 
-Write the bundle to hand out: weights in that precision, and the results in its model card and in
-results/. `out` may be `policy` itself, so that a published bundle is scored and then completed:
+Write the bundle to hand out: weights in that precision, the noise of a sample multiplied by that
+scale (not given: the policy's own; choose it on tuning seeds), and the results in its model card
+and in results/. `out` may be `policy` itself: a published bundle is scored and then completed:
 
   cmpolicy-publish policy=outputs/my-run/policy out=mine weights=fp16
   cmpolicy-eval policy=mine nfe=[1,2,4] out=outputs/mine
@@ -36,7 +39,12 @@ class PublishSettings:
     policy: str
     out: str
     weights: Literal["fp16", "fp32"] = "fp16"
+    noise_scale: float | None = None
     results: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.noise_scale is not None and not self.noise_scale > 0:
+            raise ConfigError(f"noise_scale must be above 0, got {self.noise_scale}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,6 +78,8 @@ def publish(settings: PublishSettings) -> Path:
     results = {Path(path): Result.load(Path(path).expanduser()) for path in settings.results}
     policy = ConsistencyPolicy.from_pretrained(settings.policy)
     metadata = read_metadata(settings.policy)
+    if settings.noise_scale is not None:
+        policy.noise_scale = settings.noise_scale
     if "config" not in metadata:
         raise BundleError(
             f"{settings.policy} does not say how it was trained; publish a bundle that "

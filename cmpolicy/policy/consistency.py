@@ -81,6 +81,7 @@ class ConsistencyPolicy(nn.Module):
         self.path_name = path
         self.sampler: SamplerKind = sampler
         self.num_steps = 1
+        self.noise_scale = 1.0
         self.objective = objective
         self.normalizer = normalizer
         unet = UNet1D(
@@ -197,7 +198,9 @@ class ConsistencyPolicy(nn.Module):
         Args:
             obs: (B, To, ...) per key, env units, oldest first, on the policy's device.
             num_steps: network evaluations.
-            noise: (B, T, A) standard normal; drawn here if not given.
+            noise: (B, T, A) standard normal; drawn here if not given. It is multiplied by the
+                policy's ``noise_scale``: below 1 samples are less diverse and more typical (the
+                low-temperature sampling of Ajay et al. 2023).
             sampler: another one than the policy's own.
 
         Raises:
@@ -222,7 +225,11 @@ class ConsistencyPolicy(nn.Module):
                 " (batch, horizon, action_dim)"
             )
         action = sample(
-            self.flow_map, noise, condition, num_steps=num_steps, kind=sampler or self.sampler
+            self.flow_map,
+            noise * self.noise_scale,
+            condition,
+            num_steps=num_steps,
+            kind=sampler or self.sampler,
         )
         return self.normalizer.unnormalize("action", action)
 

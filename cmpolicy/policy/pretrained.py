@@ -160,6 +160,7 @@ def _contents(
         "net": policy.net_config.to_dict(),
         "path": policy.path_name,
         "sampler": policy.sampler,
+        "noise_scale": policy.noise_scale,
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in tensors.items()},
         "metadata": metadata,
     }
@@ -224,6 +225,7 @@ def load_bundle(
             path=config["path"],
             sampler=config["sampler"],
         )
+        policy.noise_scale = float(config.get("noise_scale", 1.0))
         policy.net.load_state_dict({name: value.float() for name, value in weights.items()})
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = f"{CONFIG} lacks {error}" if isinstance(error, KeyError) else str(error)

@@ -57,3 +57,25 @@ def test_bad_input(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main([f"policy={bare}", f"out={out}"]) == 2
     assert "does not say how it was trained" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_noise_scale_travels(trained: Path, tmp_path: Path) -> None:
+    """It is stored, and multiplies the noise of every sample."""
+    out = tmp_path / "mine"
+    assert main([f"policy={trained}", f"out={out}", "weights=fp32", "noise_scale=0.5"]) == 0
+    scaled, plain = (ConsistencyPolicy.from_pretrained(p) for p in (out, trained))
+    assert (scaled.noise_scale, plain.noise_scale) == (0.5, 1.0)
+    obs = {"agent_pos": np.full((1, 2, 2), 256.0), "keypoint": np.full((1, 2, 9, 2), 256.0)}
+    noise = np.random.default_rng(0).standard_normal((1, 16, 2))
+    np.testing.assert_array_equal(scaled.infer(obs, noise), plain.infer(obs, noise * 0.5))
+    assert np.abs(scaled.infer(obs, noise) - plain.infer(obs, noise)).max() > 1e-3
+
+
+def test_noise_scale_must_be_positive(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By both commands that take it, before anything is loaded or written."""
+    assert main([f"policy={trained}", f"out={tmp_path / 'mine'}", "noise_scale=0"]) == 2
+    assert evaluate([f"policy={trained}", "noise_scale=-1", f"out={tmp_path / 'scored'}"]) == 2
+    assert capsys.readouterr().err.count("noise_scale must be above 0") == 2
+    assert not (tmp_path / "mine").exists()
