@@ -116,7 +116,8 @@ def _score(config: EvalConfig, command: str) -> int:
     if config.sampler is not None and config.sampler != policy.sampler:
         label += f" [{config.sampler}]"
         policy.sampler = config.sampler
-    if config.noise_scale is not None:
+    if config.noise_scale is not None and config.noise_scale != policy.noise_scale:
+        label += f" [noise {config.noise_scale}]"
         policy.noise_scale = config.noise_scale
     source = metadata.get("data")
     out = Path(config.out).expanduser()
