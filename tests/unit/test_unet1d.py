@@ -133,6 +133,16 @@ def test_double_precision_throughout() -> None:
     torch.testing.assert_close(change, coarse, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("batch", [1, 5])
+def test_inference_gives_the_numbers_of_training(batch: int) -> None:
+    """At small batch inference computes the convolutions in another way."""
+    net, inputs = _net(), _inputs(batch)
+    expected = net(*inputs)
+    with torch.inference_mode():
+        found = net(*inputs)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_config_round_trip() -> None:
     data = json.loads(json.dumps(TINY.to_dict()))
     assert UNet1DConfig(**data) == TINY
