@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
+from torch import nn
 
 from cmpolicy.cli.model_card import BEST, LAST, PolicyKeeper
 from cmpolicy.cli.scoring import Scorer
@@ -115,6 +116,8 @@ def train(
         objective=config.objective.build(),
     ).to(accelerator.device)
     device = accelerator.device
+    if config.compile and isinstance(policy.flow_map.net, nn.Module):
+        policy.flow_map.net.compile()  # in place: names of weights stay; the loss itself is cheap
     loader = data.loader(train=True, batch_size=config.batch_size, seed=config.seed, device=device)
     if loader is None:
         raise ConfigError("no episodes are left to train on; lower data.val_fraction")

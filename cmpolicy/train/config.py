@@ -134,7 +134,7 @@ class LoopConfig:
         precision: ``bf16`` runs the network under autocast; ``auto`` is bf16 on GPUs and CPUs
             that multiply in it (a quarter faster on a CPU with AVX512-BF16).
         device: ``auto`` takes the GPU if there is one.
-        compile: torch.compile the loss; pays off in long runs.
+        compile: torch.compile the network; takes minutes once, pays off in long runs.
         save_every: samples between training states on disk.
     """
 

@@ -98,8 +98,7 @@ class Trainer:
         self.schedule = build_schedule(
             self.optimizer, config.optim, samples=config.samples, step_samples=self._step_samples
         )
-        compiled = torch.compile(self.model) if config.compile else self.model
-        self._forward: nn.Module = accelerator.prepare_model(compiled)
+        self._forward: nn.Module = accelerator.prepare_model(self.model)
         self._bf16 = use_bf16(config, self.device)
         self._guard = FiniteGuard(self.device)
         self._window = Meter(self.device)
