@@ -22,6 +22,7 @@ from cmpolicy.train.trackers import read_log
 from cmpolicy_data import ReplayBuffer
 from cmpolicy_eval.result import Result
 
+HANG = 600  # seconds after which a process is taken to hang; a busy machine needs minutes
 TINY = [
     "net=tiny",
     "net.down_dims=[8,16]",
@@ -285,7 +286,7 @@ def test_sigterm_leaves_a_run_that_can_be_resumed(store: Path, tmp_path: Path) -
     while process.poll() is None and not (log.exists() and log.stat().st_size):
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=HANG)
     assert process.returncode == 143, err
     assert "go on with:\n  cmpolicy-train resume=run" in out
     samples = int(load_state(tmp_path / "run").values["samples"])
@@ -305,7 +306,7 @@ def test_two_processes_are_one_with_twice_the_batch(store: Path, tmp_path: Path)
     try:
         assert main([*words, "out=one", "batch_size=16"]) == 0
         for process in processes:
-            _, err = process.communicate(timeout=120)
+            _, err = process.communicate(timeout=HANG)
             assert process.returncode == 0, err
     finally:
         for process in processes:
@@ -315,9 +316,7 @@ def test_two_processes_are_one_with_twice_the_batch(store: Path, tmp_path: Path)
     assert [e["samples"] for e in one] == [e["samples"] for e in two]
     for a, b in zip(one, two, strict=True):
         for name in a.keys() - {"kind", "seconds", "samples_per_s", "grad_norm_max"}:
-            # health is a ratio of small numbers, so the order of a sum shows in it first
-            rel = 1e-2 if name.startswith("health") else 1e-3
-            assert a[name] == pytest.approx(b[name], rel=rel, abs=1e-6), (a["samples"], name)
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-6), (a["samples"], name)
     weights: list[dict[str, Any]] = [load_state(tmp_path / n).tensors for n in ("one", "two")]
     for name in weights[0]:
         if name.startswith("model/"):
