@@ -4,7 +4,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# No timed assertion in the suite: a busy machine is not a failure.
+hypothesis.settings.register_profile("cmpolicy", deadline=None)
+hypothesis.settings.load_profile("cmpolicy")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

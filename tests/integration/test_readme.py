@@ -29,6 +29,11 @@ TRAIN = [*NET, *RUN, "log.tensorboard=false", "device=cpu"]
 SHORT = {
     "cmpolicy-train task=": TRAIN,
     "cmpolicy-train task=pusht preset=": [*TRAIN, "out=outputs/my-run"],
+    "cmpolicy-train task=pusht preset=standard data=pusht_human "
+    "data.path=pusht_cchi_v7_replay.zarr data.augment=mirror precision=bf16": [
+        *TRAIN,
+        "out=outputs/the-bundled",
+    ],
     "cmpolicy-train resume=": ["samples=24"],
     "cmpolicy-data inspect": [],
     "cmpolicy-data validate": [],
