@@ -17,17 +17,16 @@ CONSTANT_RANGE = 1e-4
 class Normalizer(nn.Module):
     """Per-dimension affine map ``y = x * scale + offset``, one pair of buffers per key.
 
-    Build it with :meth:`fit` from data. A policy bundle stores :meth:`to_arrays`; the names of the
-    buffers are positions, since a key may hold characters that a buffer's name may not.
+    Build it with :meth:`fit` from data. A policy bundle stores :meth:`to_arrays`. Buffers are named
+    after their key, so a state dict fits whatever the order of the keys was.
     """
 
     def __init__(self, affine: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         self._keys = tuple(affine)
-        for index, key in enumerate(self._keys):
-            scale, offset = affine[key]
-            self.register_buffer(f"scale_{index}", scale.clone())
-            self.register_buffer(f"offset_{index}", offset.clone())
+        for key, (scale, offset) in affine.items():
+            self.register_buffer(_buffer("scale", key), scale.clone())
+            self.register_buffer(_buffer("offset", key), offset.clone())
 
     @classmethod
     def fit(cls, data: Mapping[str, npt.NDArray[Any]]) -> Normalizer:
@@ -74,11 +73,9 @@ class Normalizer(nn.Module):
         return self._keys
 
     def _affine(self, key: str) -> tuple[Tensor, Tensor]:
-        try:
-            index = self._keys.index(key)
-        except ValueError:
-            raise KeyError(f"normaliser has no key {key!r}; it knows {list(self._keys)}") from None
-        return self.get_buffer(f"scale_{index}"), self.get_buffer(f"offset_{index}")
+        if key not in self._keys:
+            raise KeyError(f"normaliser has no key {key!r}; it knows {list(self._keys)}")
+        return getattr(self, _buffer("scale", key)), getattr(self, _buffer("offset", key))
 
     def normalize(self, key: str, x: Tensor) -> Tensor:
         """(..., *shape) in env units to [-1, 1]."""
@@ -116,3 +113,8 @@ class Normalizer(nn.Module):
                 raise ValueError(f"normaliser entry {key!r} holds zeros or non-finite numbers")
             affine[key] = (scale, offset)
         return cls(affine)
+
+
+def _buffer(kind: str, key: str) -> str:
+    """Name of a buffer: a dot in it would mean a submodule to torch."""
+    return f"{kind}/{key.replace('%', '%25').replace('.', '%2E')}"

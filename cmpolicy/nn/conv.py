@@ -27,7 +27,7 @@ def convolution_for(x: Tensor) -> Convolve:
     """The quicker way for a batch like x (B, ...): products only in inference, on a CPU."""
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return by_library
-    return by_product if x.device.type == "cpu" and len(x) <= MAX_BATCH else by_library
+    return by_product if x.device.type == "cpu" and x.shape[0] <= MAX_BATCH else by_library
 
 
 def by_library(convolution: nn.Module, x: Tensor) -> Tensor:
@@ -54,15 +54,14 @@ def by_product(convolution: nn.Module, x: Tensor) -> Tensor:
 
 
 def _convolution(convolution: nn.Conv1d, x: Tensor) -> Tensor:
-    steps, (width,) = x.transpose(1, 2), convolution.kernel_size
+    weight, (width,) = convolution.weight.flatten(1), convolution.kernel_size
+    steps = x.transpose(1, 2)
     if width > 1:
         pad = width // 2
         padded = torch.constant_pad_nd(steps, (0, 0, pad, pad))
-        steps = padded.unfold(1, width, convolution.stride[0]).flatten(2)  # (B, T, I K)
-    y: Tensor = functional.linear(
-        steps.flatten(0, 1), convolution.weight.flatten(1), convolution.bias
-    )
-    return y.view(len(x), -1, y.shape[1]).transpose(1, 2)
+        steps = padded.unfold(1, width, convolution.stride[0])  # (B, T, I, K)
+    y = functional.linear(steps.reshape(-1, weight.shape[1]), weight, convolution.bias)
+    return y.view(x.shape[0], -1, y.shape[1]).transpose(1, 2)
 
 
 def _doubling(convolution: nn.ConvTranspose1d, x: Tensor) -> Tensor:
@@ -71,7 +70,7 @@ def _doubling(convolution: nn.ConvTranspose1d, x: Tensor) -> Tensor:
     So y[2 t] = w_1 x[t] + w_3 x[t - 1] and y[2 t + 1] = w_2 x[t] + w_0 x[t + 1].
     """
     rows = x.transpose(1, 2).flatten(0, 1)
-    taps = torch.mm(rows, convolution.weight.flatten(1)).reshape(len(x), x.shape[2], -1, 4)
+    taps = torch.mm(rows, convolution.weight.flatten(1)).view(*x.shape[::2], -1, 4)
     after, even, odd, before = taps.unbind(-1)
     even[:, 1:] += before[:, :-1]
     odd[:, :-1] += after[:, 1:]

@@ -174,6 +174,15 @@ class UNet1D(nn.Module):
             nn.Mish(), nn.Linear(config.time_dim + config.obs_dim, sum(self.film_sizes))
         )
 
+    def lay_out_for_inference(self) -> None:
+        """Store the film layer's weight, a third of all numbers, by columns instead of rows.
+
+        A product with few rows is as fast as memory is read, and this order is read twice as fast.
+        The numbers, names and shapes stay what they were.
+        """
+        weight = self.film.get_parameter("1.weight")
+        weight.data = weight.data.t().contiguous().t()
+
     def forward(self, x: Tensor, t: Tensor, s: Tensor, obs: Tensor | None) -> Tensor:
         """See the class. ``obs`` is required.
 

@@ -233,6 +233,7 @@ def load_bundle(
             f"{directory}: {CONFIG} and the stored tensors do not fit together: {reason}; "
             "the files may come from different bundles, so copy the whole directory again"
         ) from error
+    policy.net.lay_out_for_inference()
     return policy.to(device).eval().requires_grad_(False)
 
 

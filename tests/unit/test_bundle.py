@@ -52,6 +52,13 @@ def _chunk(policy: ConsistencyPolicy) -> torch.Tensor:
     return policy.predict_action_chunk(obs, noise=torch.randn(3, 8, 2, generator=generator))
 
 
+def _is_still(directory: Path, policy: ConsistencyPolicy) -> None:
+    """Every number of the bundle is the policy's, bit by bit."""
+    loaded = ConsistencyPolicy.from_pretrained(directory).state_dict()
+    for name, value in policy.state_dict().items():
+        assert torch.equal(loaded[name], value), name
+
+
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     """A good bundle, to be damaged."""
@@ -75,9 +82,19 @@ def test_round_trip_is_bit_equal(tmp_path: Path, options: dict[str, Any]) -> Non
     assert loaded.spec == policy.spec
     assert loaded.net_config == policy.net_config
     assert (loaded.path_name, loaded.sampler) == (policy.path_name, policy.sampler)
-    assert torch.equal(_chunk(loaded), _chunk(policy))
+    _is_still(tmp_path / "policy", policy)
+    torch.testing.assert_close(_chunk(loaded), _chunk(policy), rtol=0, atol=1e-3)  # of 500 px
     assert (tmp_path / "policy" / CARD).read_text() == "# Mine\n"
     assert read_metadata(tmp_path / "policy") == {"result": {"score": 0.9}}
+
+
+def test_noise_scale_travels_along(tmp_path: Path) -> None:
+    policy = _policy()
+    policy.noise_scale = 0.85
+    policy.save_pretrained(tmp_path / "policy")
+    assert ConsistencyPolicy.from_pretrained(tmp_path / "policy").noise_scale == 0.85
+    _edit(noise_scale=None)(tmp_path / "policy")  # a bundle from before there was one
+    assert ConsistencyPolicy.from_pretrained(tmp_path / "policy").noise_scale == 1.0
 
 
 def test_loaded_policy_is_for_inference(bundle: Path) -> None:
@@ -132,7 +149,7 @@ def test_overwrite(bundle: Path) -> None:
     (bundle / ".git").mkdir()
     policy = _policy(1, width=32)
     policy.save_pretrained(bundle)
-    assert torch.equal(_chunk(ConsistencyPolicy.from_pretrained(bundle)), _chunk(policy))
+    _is_still(bundle, policy)
     assert {p.name for p in bundle.iterdir()} == FILES | {"result.json", ".git"}
     assert [p.name for p in bundle.parent.iterdir()] == ["policy"]
 
@@ -175,13 +192,13 @@ def test_refuses_weights_that_are_not_finite(bundle: Path) -> None:
         big.net.head[-1].bias[0] = 1e6  # type: ignore[index]
     with pytest.raises(BundleError, match=r"not finite as torch\.float16"):
         big.save_pretrained(bundle, weights_dtype=torch.float16)
-    assert torch.equal(_chunk(ConsistencyPolicy.from_pretrained(bundle)), _chunk(_policy()))
+    _is_still(bundle, _policy())
 
 
 def test_refuses_metadata_that_is_not_json(bundle: Path) -> None:
     with pytest.raises(BundleError, match="metadata must be JSON-ready"):
         _policy(1).save_pretrained(bundle, metadata={"device": torch.device("cpu")})
-    assert torch.equal(_chunk(ConsistencyPolicy.from_pretrained(bundle)), _chunk(_policy()))
+    _is_still(bundle, _policy())
 
 
 def test_full_disk_leaves_the_previous_bundle(bundle: Path) -> None:
@@ -200,7 +217,7 @@ def test_full_disk_leaves_the_previous_bundle(bundle: Path) -> None:
         assert word in str(caught.value)
     assert {p.name: p.read_bytes() for p in bundle.iterdir()} == before
     assert [p.name for p in bundle.parent.iterdir()] == ["policy"], "litter"
-    assert torch.equal(_chunk(ConsistencyPolicy.from_pretrained(bundle)), _chunk(_policy()))
+    _is_still(bundle, _policy())
 
 
 def test_interrupted_swap_puts_the_previous_bundle_back(
@@ -219,7 +236,7 @@ def test_interrupted_swap_puts_the_previous_bundle_back(
         _policy(1).save_pretrained(bundle)
     monkeypatch.undo()
     assert [p.name for p in bundle.parent.iterdir()] == ["policy"]
-    assert torch.equal(_chunk(ConsistencyPolicy.from_pretrained(bundle)), _chunk(_policy()))
+    _is_still(bundle, _policy())
 
 
 # -- bad bundles --------------------------------------------------------------------------------

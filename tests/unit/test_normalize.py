@@ -76,6 +76,16 @@ def test_arrays_round_trip() -> None:
         assert torch.equal(again.to_arrays()[name], value)
 
 
+def test_state_dict_does_not_depend_on_the_order_of_keys() -> None:
+    data = _data() | {"goal": _data()["action"] * 3}
+    fitted = Normalizer.fit(data)
+    twin = Normalizer.identity({key: data[key].shape[1:] for key in reversed(data)})
+    twin.load_state_dict(fitted.state_dict())
+    for key, values in data.items():
+        x = torch.as_tensor(values)
+        assert torch.equal(twin.normalize(key, x), fitted.normalize(key, x))
+
+
 def test_buffers_follow_the_module() -> None:
     normalizer = Normalizer.fit(_data())
     assert normalizer.normalize("action", torch.zeros(2)).dtype == torch.float32

@@ -163,6 +163,16 @@ def test_infer_changes_nothing() -> None:
     assert np.array_equal(noise, before[1])
 
 
+def test_noise_scale() -> None:
+    """F = 0 leaves the noise, times the scale."""
+    policy = _policy()
+    torch.nn.init.zeros_(policy.net.head[-1].weight)  # type: ignore[arg-type]
+    policy.noise_scale = 0.5
+    obs, noise = _obs(policy, 2), _noise(policy, 2)
+    expected = policy.normalizer.unnormalize("action", 0.5 * noise)
+    assert torch.equal(policy.predict_trajectory(obs, noise=noise), expected)
+
+
 def test_noise_is_drawn_where_none_is_given() -> None:
     policy = _policy()
     obs = _obs(policy, 2)

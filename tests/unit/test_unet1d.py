@@ -143,6 +143,24 @@ def test_inference_gives_the_numbers_of_training(batch: int) -> None:
     torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_layout_for_inference_keeps_the_numbers() -> None:
+    net, inputs = _net(), _inputs()
+    expected, state = net(*inputs), {k: v.clone() for k, v in net.state_dict().items()}
+    net.lay_out_for_inference()
+    torch.testing.assert_close(net(*inputs), expected, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+    # and it can be trained as before: gradient and optimizer state take the layout of the weight
+    weights = []
+    for laid_out in (True, False):
+        net = _net()
+        if laid_out:
+            net.lay_out_for_inference()
+        net(*inputs).square().mean().backward()
+        torch.optim.AdamW(net.parameters(), lr=0.1, eps=1e-3, fused=True).step()
+        weights.append(net.film.get_parameter("1.weight"))
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-4)
+
+
 def test_config_round_trip() -> None:
     data = json.loads(json.dumps(TINY.to_dict()))
     assert UNet1DConfig(**data) == TINY
