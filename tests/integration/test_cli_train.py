@@ -316,7 +316,9 @@ def test_two_processes_are_one_with_twice_the_batch(store: Path, tmp_path: Path)
     assert [e["samples"] for e in one] == [e["samples"] for e in two]
     for a, b in zip(one, two, strict=True):
         for name in a.keys() - {"kind", "seconds", "samples_per_s", "grad_norm_max"}:
-            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-6), (a["samples"], name)
+            # health is a ratio of small numbers, so the order of a sum shows in it first
+            rel = 1e-2 if name.startswith("health") else 1e-3
+            assert a[name] == pytest.approx(b[name], rel=rel, abs=1e-6), (a["samples"], name)
     weights: list[dict[str, Any]] = [load_state(tmp_path / n).tensors for n in ("one", "two")]
     for name in weights[0]:
         if name.startswith("model/"):
