@@ -65,6 +65,11 @@ class PolicySpec:
         """Numbers in one observation step, all keys together."""
         return sum(int(np.prod(shape)) for shape in self.obs.values())
 
+    @property
+    def n_plan_steps(self) -> int:
+        """P = T - To + 1: predicted actions from the newest observation on, at least Ta."""
+        return self.horizon - self.n_obs_steps + 1
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form; :meth:`from_dict` is its inverse."""
         return asdict(self) | {"obs": {key: list(shape) for key, shape in self.obs.items()}}

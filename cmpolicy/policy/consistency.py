@@ -254,6 +254,23 @@ class ConsistencyPolicy(nn.Module):
         Raises:
             SpecError: as there, or an observation that holds NaN or inf (key and count).
         """
+        return self.infer_plan(obs, noise)[:, : self.spec.n_action_steps]
+
+    def infer_plan(
+        self, obs: Mapping[str, npt.NDArray[Any]], noise: npt.NDArray[Any] | None = None
+    ) -> npt.NDArray[Any]:
+        """Every predicted action from the newest observation on, (B, P, A) with P = T - To + 1.
+
+        Its first Ta actions are those of :meth:`infer`. A control loop needs the others: with an
+        inference that takes d steps, actions d to d + Ta - 1 are the first that can be executed.
+
+        Args:
+            obs: (B, To, ...) per key, env units, oldest first.
+            noise: (B, T, A) standard normal; drawn here if not given.
+
+        Raises:
+            SpecError: as :meth:`infer`.
+        """
         self.spec.check_obs(obs)
         for key, value in obs.items():
             array = np.asarray(value)  # also of a list or a tensor
@@ -265,9 +282,9 @@ class ConsistencyPolicy(nn.Module):
         here: Any = {"dtype": self.dtype, "device": self.device}
         tensors = {key: torch.as_tensor(value, **here) for key, value in obs.items()}
         z = None if noise is None else torch.as_tensor(noise, **here)
-        chunk = self.predict_action_chunk(tensors, num_steps=self.num_steps, noise=z)
-        result: npt.NDArray[Any] = chunk.cpu().numpy()
-        return result
+        trajectory = self.predict_trajectory(tensors, num_steps=self.num_steps, noise=z)
+        plan: npt.NDArray[Any] = trajectory[:, self.spec.n_obs_steps - 1 :].cpu().numpy()
+        return plan
 
     # -- bundles --------------------------------------------------------------------------------
 

@@ -358,3 +358,27 @@ def test_health_is_finite() -> None:
     for value in (health.semigroup, health.tangent, health.variance_ratio):
         assert torch.isfinite(value)
         assert value >= 0
+
+
+# -- plans --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("to", "horizon", "ta"), [(1, 8, 8), (2, 8, 4), (3, 16, 8), (2, 2, 1)])
+def test_a_plan_is_the_trajectory_from_the_newest_observation_on(
+    to: int, horizon: int, ta: int
+) -> None:
+    policy = _policy(n_obs_steps=to, horizon=horizon, n_action_steps=ta, action_dim=3)
+    obs, noise = _obs(policy, 2), _noise(policy, 2)
+    plan = policy.infer_plan(_numpy(obs), noise.numpy())
+    assert plan.shape == (2, policy.spec.n_plan_steps, 3) == (2, horizon - to + 1, 3)
+    trajectory = policy.predict_trajectory(obs, noise=noise).numpy()
+    np.testing.assert_array_equal(plan, trajectory[:, to - 1 :])
+    np.testing.assert_array_equal(plan[:, :ta], policy.infer(_numpy(obs), noise.numpy()))
+
+
+def test_a_plan_refuses_what_infer_refuses() -> None:
+    policy = _policy()
+    obs = _numpy(_obs(policy, 1))
+    obs["keypoint"][0, 0, 0, 0] = np.nan
+    with pytest.raises(SpecError, match="'keypoint' holds 1 NaN"):
+        policy.infer_plan(obs)

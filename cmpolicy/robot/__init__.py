@@ -1,0 +1,1 @@
+"""From policy to robot: chunking, control loop, safety, policy server and its client."""

@@ -1,0 +1,68 @@
+"""What a policy has to offer to drive a robot; numpy on both sides, no torch.
+
+Kept by ``ConsistencyPolicy``, by its exports and by the client of a policy server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from numpy.typing import NDArray
+
+from cmpolicy.spec import PolicySpec
+
+Array = NDArray[Any]
+
+
+@runtime_checkable
+class ChunkPolicy(Protocol):
+    """A stateless policy: observation history in, a plan of actions out.
+
+    Legend: B batch, To observation steps, T horizon, Ta executed actions, A action size,
+    P = T - To + 1 planned actions (``spec.n_plan_steps``). Units are the robot's own::
+
+        time          t-To+1 ...  t    t+1  ...  t+Ta-1  ...  t+P-1
+        obs           o      ...  o
+        infer                     a    a    ...  a                      (B, Ta, A)
+        infer_plan                a    a    ...  a       ...  a         (B, P, A)
+    """
+
+    @property
+    def spec(self) -> PolicySpec:
+        """Observation keys and shapes, A, T, To and Ta."""
+        ...
+
+    @property
+    def n_obs_steps(self) -> int:
+        """To: length of the observation history."""
+        ...
+
+    @property
+    def n_action_steps(self) -> int:
+        """Ta: actions executed per call."""
+        ...
+
+    @property
+    def noise_shape(self) -> tuple[int, int]:
+        """(T, A): shape of the noise of one decision."""
+        ...
+
+    def infer(self, obs: Mapping[str, Array], noise: Array | None = None) -> Array:
+        """The actions to execute now.
+
+        Args:
+            obs: (B, To, ...) per key of ``spec.obs``, oldest first.
+            noise: (B, T, A), standard normal (the policy scales it); drawn inside if not given.
+
+        Returns:
+            (B, Ta, A).
+
+        Raises:
+            SpecError: a key, shape or value that does not fit.
+        """
+        ...
+
+    def infer_plan(self, obs: Mapping[str, Array], noise: Array | None = None) -> Array:
+        """As :meth:`infer`, but every action from the newest observation on: (B, P, A)."""
+        ...
