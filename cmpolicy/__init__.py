@@ -1,22 +1,29 @@
 """One-step consistency policies: trained from scratch, scored in simulation, run on a robot.
 
-The public entry point is `ConsistencyPolicy`; it is resolved on first use, so that
-`import cmpolicy` alone (a version check, a command's --help) does not load torch.
+The public names are resolved on first use, so that `import cmpolicy` alone (a version check, a
+command's --help) loads neither torch nor a network library.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cmpolicy.policy.consistency import ConsistencyPolicy
+    from cmpolicy.robot.remote import RemotePolicy
+    from cmpolicy.robot.server import PolicyServer
 
 __version__ = "0.1.0"
-__all__ = ["ConsistencyPolicy", "__version__"]
+__all__ = ["ConsistencyPolicy", "PolicyServer", "RemotePolicy", "__version__"]
+
+_MODULES = {
+    "ConsistencyPolicy": "cmpolicy.policy.consistency",
+    "PolicyServer": "cmpolicy.robot.server",
+    "RemotePolicy": "cmpolicy.robot.remote",
+}
 
 
 def __getattr__(name: str) -> object:
     """Resolve the lazy exports (PEP 562)."""
-    if name == "ConsistencyPolicy":
-        from cmpolicy.policy.consistency import ConsistencyPolicy
-
-        return ConsistencyPolicy
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

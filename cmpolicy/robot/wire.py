@@ -191,7 +191,11 @@ def _decode_scalar(fields: Mapping[Any, Any]) -> Any:
             f"a numpy scalar of dtype {dtype.str!r} holds a {expected.__name__}, "
             f"got {type(value).__name__}"
         )
-    if dtype.kind in "iu" and not np.iinfo(dtype).min <= value <= np.iinfo(dtype).max:
+    if (
+        isinstance(value, int)
+        and dtype.kind in "iu"
+        and not np.iinfo(dtype).min <= value <= np.iinfo(dtype).max
+    ):
         raise WireError(f"{value} does not fit a numpy scalar of dtype {dtype.str!r}")
     with np.errstate(over="ignore"):  # a float too large for float32 is inf, as in numpy itself
         return dtype.type(value)

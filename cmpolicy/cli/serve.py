@@ -1,0 +1,172 @@
+"""``cmpolicy-serve``: a policy behind a WebSocket, for robots and openpi clients.
+
+Exit status: 0 stopped by Ctrl-C or SIGTERM, after its running requests; 2 it could not be started;
+130 a second Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cmpolicy.cli.settings import read_words
+from cmpolicy.train.schema import ConfigError, from_mapping
+
+if TYPE_CHECKING:
+    from cmpolicy.robot.policy import ChunkPolicy
+    from cmpolicy.robot.server import PolicyServer
+
+_USAGE = """\
+usage: cmpolicy-serve policy=pusht [key=value ...]
+
+Serve a policy over WebSocket in openpi's protocol, until Ctrl-C.
+
+  policy=pusht        bundle directory, bundled name, hub id, or an exported file (policy.onnx)
+  port=8000           0 takes a free one
+  host=127.0.0.1      0.0.0.0 lets other machines in; give a token then
+  token=null          clients must send it; better in the environment variable CMPOLICY_TOKEN,
+                      since a command line is visible to everyone on the machine
+  nfe=1               network evaluations per action chunk
+  device=cpu          cpu | cuda
+  threads=1           of the CPU, for one policy call
+  sessions=64         clients at once
+  batch=64            observations per policy call
+  seed=null           of the sessions' noise; null: another one each time
+
+GET /healthz on the same port answers 200. An observation is one step per key (the server keeps the
+history of each connection; {"reset": true} begins an episode) or a whole history per key.
+"""
+_TOKEN_VARIABLE = "CMPOLICY_TOKEN"
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """Settings of ``cmpolicy-serve``; its ``--help`` says what each means."""
+
+    policy: str
+    port: int = 8000
+    host: str = "127.0.0.1"
+    token: str | None = None
+    nfe: int = 1
+    device: str = "cpu"
+    threads: int = 1
+    sessions: int = 64
+    batch: int = 64
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("nfe", "threads", "sessions", "batch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port={self.port} must lie between 0 and 65535")
+        if self.seed is not None and self.seed < 0:
+            raise ConfigError(f"seed={self.seed} must be at least 0")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``cmpolicy-serve``; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or {"-h", "--help"} & set(words):
+        print(_USAGE, end="")
+        return 0 if words else 2
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    try:
+        return _serve(_settings(words))
+    except (ValueError, OSError, ImportError) as error:
+        print(f"cmpolicy-serve: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("cmpolicy-serve: stopped", file=sys.stderr)
+        return 130
+
+
+def _settings(words: Sequence[str]) -> ServeSettings:
+    read = read_words(words)
+    for key in {"policy", "host", "token"} & set(read):
+        if read[key] is not None:  # a token may be 1234
+            read[key] = str(read[key])
+    return from_mapping(ServeSettings, read)
+
+
+def _serve(settings: ServeSettings) -> int:
+    from cmpolicy.robot.server import PolicyServer, ServerError
+
+    token = _token(settings)
+    if token is None and settings.host not in _LOOPBACK:
+        print(
+            f"cmpolicy-serve: warning: anyone who can reach {settings.host} can use this server; "
+            f"set {_TOKEN_VARIABLE}",
+            file=sys.stderr,
+        )
+    server = PolicyServer(
+        _load(settings),
+        settings.host,
+        settings.port,
+        token=token,
+        name=settings.policy,
+        max_sessions=settings.sessions,
+        max_batch=settings.batch,
+        seed=settings.seed,
+    )
+    try:
+        server.run(lambda ready: _announce(ready, settings, needs_token=token is not None))
+    except ServerError as error:
+        print(f"cmpolicy-serve: {error}", file=sys.stderr)
+        return 2
+    print("cmpolicy-serve: stopped", file=sys.stderr)
+    return 0
+
+
+def _token(settings: ServeSettings) -> str | None:
+    if settings.token is not None:
+        print(
+            "cmpolicy-serve: warning: a token on the command line is visible to everyone on this "
+            f"machine; set {_TOKEN_VARIABLE} instead",
+            file=sys.stderr,
+        )
+        return settings.token
+    token = os.environ.get(_TOKEN_VARIABLE)
+    if token == "":
+        raise ConfigError(f"{_TOKEN_VARIABLE} is empty: give it a value, or unset it for no token")
+    return token
+
+
+def _load(settings: ServeSettings) -> ChunkPolicy:
+    import torch
+
+    from cmpolicy.cli.benchmarks.latency import available_device
+    from cmpolicy.policy.consistency import ConsistencyPolicy
+
+    torch.set_num_threads(settings.threads)
+    device = available_device(settings.device)
+    policy = ConsistencyPolicy.from_pretrained(settings.policy, device).eval()
+    policy.num_steps = settings.nfe
+    return policy
+
+
+def _announce(server: PolicyServer, settings: ServeSettings, *, needs_token: bool) -> None:
+    """Where it listens, what it serves, and how to use it."""
+    spec = server.spec
+    shapes = ", ".join(
+        f"{key!r}: {('B', spec.n_obs_steps, *shape)}".replace("'B'", "B")
+        for key, shape in spec.obs.items()
+    )
+    token = ", token=..." if needs_token else ""
+    print(
+        f"serving {settings.policy} at {server.address} "
+        f"({settings.nfe} evaluation(s) per chunk, {settings.device}); Ctrl-C ends it\n"
+        f'  from cmpolicy import RemotePolicy; policy = RemotePolicy("{server.address}"{token})\n'
+        f"  actions = policy.infer({{{shapes}}})  "
+        f"# (B, {spec.n_action_steps}, {spec.action_dim})",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
