@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
+from cmpolicy.robot.schedule import Window
 from cmpolicy.spec import PolicySpec
 
 Array = NDArray[Any]
@@ -66,3 +67,21 @@ class ChunkPolicy(Protocol):
     def infer_plan(self, obs: Mapping[str, Array], noise: Array | None = None) -> Array:
         """As :meth:`infer`, but every action from the newest observation on: (B, P, A)."""
         ...
+
+
+def plan_window(policy: ChunkPolicy) -> Window:
+    """The policy's P, Ta and A.
+
+    Raises:
+        TypeError: the object does not keep the protocol; names what it lacks.
+    """
+    names = ("spec", "n_obs_steps", "n_action_steps", "noise_shape", "infer", "infer_plan")
+    missing = [name for name in names if not hasattr(policy, name)]
+    if missing:
+        raise TypeError(
+            f"{type(policy).__name__} cannot drive a robot: it has no {', '.join(missing)}. "
+            "Expected a ConsistencyPolicy, OnnxPolicy, RemotePolicy or another ChunkPolicy "
+            "(cmpolicy.robot.policy)"
+        )
+    spec = policy.spec
+    return Window(spec.n_plan_steps, spec.n_action_steps, spec.action_dim)

@@ -1,0 +1,109 @@
+"""LeRobot's flat dictionaries of floats, to and from the arrays of a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cmpolicy.robot.history import ObservationError
+
+Array = NDArray[Any]
+
+
+class LeRobotAdapter:
+    """A robot that names every motor (``{"shoulder.pos": 0.1, ...}``), as one of arrays.
+
+    Example::
+
+        joints = ["shoulder.pos", "elbow.pos", "gripper.pos"]
+        robot = LeRobotAdapter(robot, observation={"state": joints}, action=joints)
+        with ControlLoop(policy, robot, hz=30) as loop: ...
+
+    Args:
+        robot: with LeRobot's interface; all its other members can be reached through the adapter.
+        observation: for each key of the policy the names whose values it consists of, in the order
+            of training. Other entries, such as images, pass through under their own names.
+        action: names of the action's dimensions, in the order of training; None takes those of
+            ``robot.action_features``.
+
+    Raises:
+        ValueError: no names for a key or for the action.
+    """
+
+    def __init__(
+        self,
+        robot: Any,
+        *,
+        observation: Mapping[str, Sequence[str]],
+        action: Sequence[str] | None = None,
+    ) -> None:
+        self._robot = robot
+        self._observation = {key: tuple(names) for key, names in observation.items()}
+        self._used = {name for names in self._observation.values() for name in names}
+        given = getattr(robot, "action_features", ()) if action is None else action
+        self._action = tuple(str(name) for name in given)
+        empty = [key for key, names in self._observation.items() if not names]
+        if empty:
+            raise ValueError(f"LeRobotAdapter: no names for the observations {empty}")
+        if not self._action:
+            raise ValueError(
+                "LeRobotAdapter: no names for the action; give action=[...] in the order of "
+                "training (the robot has no action_features)"
+            )
+
+    @property
+    def unwrapped(self) -> Any:
+        """The robot itself."""
+        return self._robot
+
+    def connect(self) -> None:
+        """Connect the robot."""
+        self._robot.connect()
+
+    def disconnect(self) -> None:
+        """Disconnect the robot."""
+        self._robot.disconnect()
+
+    def get_observation(self) -> dict[str, Any]:
+        """One observation, (n,) float64 per key of ``observation``.
+
+        Raises:
+            ObservationError: the robot gave no such name, or no number for it.
+        """
+        flat = self._robot.get_observation()
+        arrays: dict[str, Any] = {k: v for k, v in flat.items() if k not in self._used}
+        for key, names in self._observation.items():
+            try:
+                arrays[key] = np.array([float(flat[name]) for name in names])
+            except KeyError as error:
+                raise ObservationError(
+                    f"the robot gave no {error.args[0]!r} for observation {key!r}; "
+                    f"it gave {sorted(map(str, flat))}"
+                ) from None
+            except (TypeError, ValueError) as error:
+                raise ObservationError(
+                    f"observation {key!r} needs one number for each of {list(names)}: {error}"
+                ) from error
+        return arrays
+
+    def send_action(self, action: Array) -> Any:
+        """Send ``action`` (A,) by name.
+
+        Raises:
+            ValueError: it has another size.
+        """
+        if action.shape != (len(self._action),):
+            raise ValueError(
+                f"LeRobotAdapter: an action of shape {action.shape} for {len(self._action)} names: "
+                f"{list(self._action)}"
+            )
+        return self._robot.send_action(dict(zip(self._action, action.tolist(), strict=True)))
+
+    def __getattr__(self, name: str) -> Any:
+        """``stop``, ``id``, ``fps``, ``is_connected`` and what else the robot has."""
+        if name == "_robot":  # not set yet, e.g. while copying
+            raise AttributeError(name)
+        return getattr(self._robot, name)

@@ -1,0 +1,115 @@
+"""The last To observations of a robot, checked on their way in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cmpolicy.spec import PolicySpec, SpecError
+
+Array = NDArray[Any]
+
+
+class ObservationError(SpecError):
+    """An observation that does not fit the policy; the message names the key."""
+
+
+class NonFiniteObservationError(ObservationError):
+    """An observation of the right form that holds NaN or infinite numbers."""
+
+
+class ObservationHistory:
+    """To observations as the policy wants them, (1, To, ...) float32 per key, oldest first.
+
+    After :meth:`reset` the first observation stands for all To (Diffusion Policy's padding).
+    Nothing is allocated per observation: a step is written twice, To apart, so that the last To
+    steps always lie side by side::
+
+        To = 3, after five steps      buffer   3 4 2 3 4 2      view = buffer[2:5] = 2 3 4
+    """
+
+    def __init__(self, spec: PolicySpec) -> None:
+        self._shapes = dict(spec.obs)
+        self._to = spec.n_obs_steps
+        self._buffers = {
+            key: np.zeros((2 * self._to, *shape), np.float32) for key, shape in spec.obs.items()
+        }
+        self._scratch = {key: np.zeros(shape, np.float32) for key, shape in spec.obs.items()}
+        self._views = [
+            {key: buffer[None, start : start + self._to] for key, buffer in self._buffers.items()}
+            for start in range(self._to)
+        ]
+        self._oldest = 0
+        self._empty = True
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._oldest = 0
+        self._empty = True
+
+    @property
+    def obs(self) -> Mapping[str, Array]:
+        """(1, To, ...) per key: views that the next :meth:`push` may change.
+
+        Raises:
+            RuntimeError: there is no observation yet.
+        """
+        if self._empty:
+            raise RuntimeError("no observation yet: push one first")
+        return self._views[self._oldest]
+
+    def push(self, obs: Mapping[str, Any]) -> None:
+        """Add one observation step, (...) per key; keys that the policy does not know are left.
+
+        Raises:
+            ObservationError: no mapping, a missing key, a wrong shape or kind of number. The
+                history is then as before.
+            NonFiniteObservationError: NaN or infinite numbers; likewise.
+        """
+        if not isinstance(obs, Mapping):
+            raise ObservationError(
+                f"an observation must be a mapping from {sorted(self._shapes)} to arrays, "
+                f"got {type(obs).__name__}"
+            )
+        for key, scratch in self._scratch.items():
+            self._read(key, obs, scratch)
+        for key, scratch in self._scratch.items():
+            buffer = self._buffers[key]
+            if self._empty:
+                buffer[...] = scratch
+            else:
+                buffer[self._oldest] = buffer[self._oldest + self._to] = scratch
+        if self._empty:
+            self._empty = False
+        else:
+            self._oldest = (self._oldest + 1) % self._to
+
+    def _read(self, key: str, obs: Mapping[str, Any], out: Array) -> None:
+        if key not in obs:
+            raise ObservationError(
+                f"the observation has no {key!r}; the policy needs {sorted(self._shapes)}, "
+                f"the robot gave {sorted(map(str, obs))}"
+            )
+        try:
+            value = np.asarray(obs[key])
+        except (TypeError, ValueError) as error:
+            raise ObservationError(f"observation {key!r} is no array: {error}") from error
+        if value.dtype.kind not in "biuf":
+            raise ObservationError(
+                f"observation {key!r} has dtype {value.dtype}; expected real numbers"
+            )
+        if value.shape != out.shape:
+            raise ObservationError(
+                f"observation {key!r} has shape {value.shape}, expected {out.shape}: one step, "
+                "without batch or time axis"
+            )
+        with np.errstate(over="ignore"):  # too large for float32 becomes inf, refused below
+            out[...] = value
+        bad = out.size - np.count_nonzero(np.isfinite(out))
+        if bad:
+            raise NonFiniteObservationError(
+                f"observation {key!r} holds {bad} NaN or infinite numbers, expected none"
+            )

@@ -1,0 +1,180 @@
+"""Where a control loop's inferences run: in the loop itself, or in a thread beside it."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cmpolicy.robot.metronome import clock
+from cmpolicy.robot.noise import NoiseSource
+from cmpolicy.robot.policy import ChunkPolicy
+
+Array = NDArray[Any]
+
+_log = logging.getLogger(__name__)
+
+UNAVAILABLE = (ConnectionError, TimeoutError)
+"""What a policy raises that may be there again in a moment, such as a policy server that restarts;
+a loop holds the robot and asks again. Any other error of a policy ends the run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an inference ended: with a plan (P, A), or with an error."""
+
+    plan: Array | None
+    error: BaseException | None
+    seconds: float
+    """From the call of the policy to its return."""
+    finished: float
+    """On the loop's clock."""
+
+
+class Inference(Protocol):
+    """Takes one observation history at a time, and has its plan some time later."""
+
+    def start(self) -> None:
+        """Get ready."""
+        ...
+
+    def submit(self, obs: Mapping[str, Array]) -> None:
+        """Begin an inference; the one before must have been polled."""
+        ...
+
+    def poll(self) -> Outcome | None:
+        """The outcome, once; None while there is none."""
+        ...
+
+    def close(self, timeout: float) -> bool:
+        """End; False if it is still busy after ``timeout`` seconds."""
+        ...
+
+
+class InlineInference:
+    """Runs the policy within :meth:`submit`; the caller waits."""
+
+    def __init__(self, policy: ChunkPolicy, noise: NoiseSource) -> None:
+        self._policy = policy
+        self._noise = noise
+        self._outcome: Outcome | None = None
+
+    def start(self) -> None:
+        """Nothing is left of an earlier run."""
+        self._outcome = None
+
+    def submit(self, obs: Mapping[str, Array]) -> None:
+        """Infer now."""
+        self._outcome = infer(self._policy, obs, self._noise.draw())
+
+    def poll(self) -> Outcome | None:
+        """See :class:`Inference`."""
+        outcome, self._outcome = self._outcome, None
+        return outcome
+
+    def close(self, timeout: float) -> bool:
+        """Nothing to end."""
+        return True
+
+
+class ThreadedInference:
+    """Runs the policy in a thread. The networks' libraries release the interpreter lock meanwhile.
+
+    The observations are copied into buffers of its own, which are free whenever nothing is under
+    way, so the loop and the policy never share memory. The thread is a daemon: a policy that never
+    returns cannot keep the program from ending.
+    """
+
+    def __init__(self, policy: ChunkPolicy, noise: NoiseSource) -> None:
+        spec = policy.spec
+        self._policy = policy
+        self._noise = noise
+        self._obs = {
+            key: np.zeros((1, spec.n_obs_steps, *shape), np.float32)
+            for key, shape in spec.obs.items()
+        }
+        self._busy = False
+        self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._straggler: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the thread.
+
+        Raises:
+            RuntimeError: the policy has still not returned from an earlier run.
+        """
+        if self._straggler is not None and self._straggler.is_alive():
+            raise RuntimeError("the policy has not returned from its last inference; it hangs")
+        self._busy = False
+        # New queues: what an earlier thread left in the old ones is no answer to this run.
+        self._requests, self._outcomes = queue.SimpleQueue(), queue.SimpleQueue()
+        self._thread = threading.Thread(
+            target=self._work,
+            args=(self._requests, self._outcomes),
+            name="cmpolicy-inference",
+            daemon=True,
+        )
+        self._thread.start()
+
+    def submit(self, obs: Mapping[str, Array]) -> None:
+        """Hand over a copy of ``obs``."""
+        if self._busy:
+            raise RuntimeError("an inference is still under way")
+        for key, buffer in self._obs.items():
+            buffer[...] = obs[key]
+        self._busy = True
+        self._requests.put(True)
+
+    def poll(self) -> Outcome | None:
+        """See :class:`Inference`."""
+        if not self._busy or self._outcomes.empty():
+            return None
+        self._busy = False
+        return self._outcomes.get()
+
+    def close(self, timeout: float) -> bool:
+        """End the thread once its inference, if there is one, is done."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return True
+        self._requests.put(False)
+        thread.join(timeout)
+        if thread.is_alive():
+            _log.warning("the policy still runs %.1f s after the end of the loop", timeout)
+            self._straggler = thread
+            return False
+        return True
+
+    def _work(
+        self, requests: queue.SimpleQueue[bool], outcomes: queue.SimpleQueue[Outcome]
+    ) -> None:
+        obs = self._obs
+        while requests.get():
+            outcomes.put(infer(self._policy, obs, self._noise.draw()))
+
+
+def infer(policy: ChunkPolicy, obs: Mapping[str, Array], noise: Array) -> Outcome:
+    """One call of the policy, timed; what it raises is in the outcome."""
+    spec = policy.spec
+    expected = (1, spec.n_plan_steps, spec.action_dim)
+    begin = clock()
+    try:
+        plan = np.asarray(policy.infer_plan(obs, noise))
+        if plan.shape != expected:
+            raise ValueError(
+                f"{type(policy).__name__}.infer_plan returned shape {plan.shape}, expected "
+                f"{expected}: (1, P, A)"
+            )
+    except BaseException as error:  # also what only a thread would see
+        end = clock()
+        return Outcome(None, error, end - begin, end)
+    end = clock()
+    return Outcome(plan[0], None, end - begin, end)

@@ -1,0 +1,284 @@
+"""ControlLoop: drives a robot with a policy at a fixed rate, and leaves it stopped."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from cmpolicy.robot.claim import Claim
+from cmpolicy.robot.engine import Run, Tick, Timestamps
+from cmpolicy.robot.history import ObservationHistory
+from cmpolicy.robot.inference import Inference, InlineInference, ThreadedInference
+from cmpolicy.robot.noise import NoiseSource
+from cmpolicy.robot.policy import ChunkPolicy, plan_window
+from cmpolicy.robot.report import LoopReport
+from cmpolicy.robot.robot import Robot, RobotError, check_rates, check_robot
+from cmpolicy.robot.safety import SafetyFilter, SafetyLimits
+from cmpolicy.robot.schedule import Asynchronous, Schedule, Synchronous
+from cmpolicy.robot.signals import SignalGuard, raise_for
+
+_log = logging.getLogger(__name__)
+
+_PATIENCE = 2.0
+"""Seconds that the end of a run waits for an inference under way."""
+
+
+class ControlLoop:
+    """Observes, infers and acts ``hz`` times a second::
+
+        with ControlLoop(policy, robot, hz=10) as loop:
+            report = loop.run(seconds=60)
+        print(report)
+
+    Entering connects the robot; leaving stops and disconnects it, whatever happened. Every
+    :meth:`run` is an episode of its own: it begins with an empty history and the seed's noise, and
+    ends with the robot at rest: by ``robot.stop()`` if it has that, else by ``safety.rest``, else
+    by the last safe action once more.
+
+    Ctrl-C and SIGTERM end a run after the present tick; a second one interrupts at once whatever
+    call hangs. A run that was ended so is the loop's last.
+
+    Args:
+        policy: a ConsistencyPolicy, OnnxPolicy, RemotePolicy or another
+            :class:`~cmpolicy.robot.policy.ChunkPolicy`.
+        robot: see :class:`~cmpolicy.robot.robot.Robot`; for LeRobot's dictionaries of floats there
+            is :class:`~cmpolicy.robot.adapter.LeRobotAdapter`.
+        hz: actions per second; the rate of the demonstrations.
+        schedule: ``Asynchronous(...)``, the default, or ``Synchronous()``: see
+            :mod:`cmpolicy.robot.schedule`.
+        safety: limits on the actions, and what to do without one; give at least ``low`` and
+            ``high``, and ``rest`` if actions are velocities or other relative commands.
+        seed: of the policy's noise; None takes a new one for every run.
+        timestamps: the observations' own, for the watchdog; None takes the time when
+            ``get_observation`` was called.
+        on_tick: is called with a :class:`~cmpolicy.robot.engine.Tick` at the end of every tick, to
+            record or to watch; the loop waits for it.
+
+    Raises:
+        TypeError: no policy, or no robot.
+        ValueError: a limit or rate that is impossible.
+        RateMismatchError: robot or policy are made for another rate.
+    """
+
+    def __init__(
+        self,
+        policy: ChunkPolicy,
+        robot: Robot,
+        hz: float = 10.0,
+        *,
+        schedule: Schedule | None = None,
+        safety: SafetyLimits | None = None,
+        seed: int | None = None,
+        timestamps: Timestamps | None = None,
+        on_tick: Callable[[Tick], None] | None = None,
+    ) -> None:
+        self._window = plan_window(policy)
+        check_robot(robot)
+        check_rates(hz, robot, policy)
+        self._policy = policy
+        self._robot = robot
+        self._hz = float(hz)
+        self._schedule: Schedule = schedule if schedule is not None else Asynchronous()
+        if not isinstance(self._schedule, Synchronous | Asynchronous):
+            raise TypeError(
+                f"schedule={schedule!r} must be Asynchronous(...) or Synchronous() "
+                "(cmpolicy.robot.schedule)"
+            )
+        self._limits = safety if safety is not None else SafetyLimits()
+        self._new_filter()  # says what is wrong with the limits before anything is connected
+        self._history = ObservationHistory(policy.spec)
+        self._noise = NoiseSource(policy.noise_shape, seed)
+        self._inference: Inference = (
+            InlineInference(policy, self._noise)
+            if isinstance(self._schedule, Synchronous)
+            else ThreadedInference(policy, self._noise)
+        )
+        self._timestamps = timestamps
+        self._on_tick = on_tick
+        self._guard = SignalGuard(lambda: self._running or self._leaving, self._signalled)
+        self._claim: Claim | None = None
+        self._running = False
+        self._leaving = False
+        self._at_rest = False
+        self._stop_reason: str | None = None
+        self._signal: str | None = None
+        self._safety: SafetyFilter | None = None
+        self.report: LoopReport | None = None
+        """Of the last run, also when it raised."""
+
+    # -- connecting and leaving -------------------------------------------------------------------
+
+    def __enter__(self) -> ControlLoop:
+        self._claim = Claim(self._robot)
+        self._signal = self._stop_reason = None
+        self._at_rest = False
+        try:
+            self._guard.install()
+            if getattr(self._robot, "is_connected", False) is not True:
+                self._robot.connect()
+            check_rates(self._hz, self._robot, self._policy)  # it may know its rate only now
+        except BaseException as error:
+            self._leave(error)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._leave(error)
+
+    def _leave(self, error: BaseException | None) -> None:
+        """Stop, disconnect, and give everything back; each of it, whatever goes wrong before."""
+        failures: list[tuple[str, BaseException]] = []
+        signal_before = self._signal
+        self._leaving = True
+        try:
+            try:
+                if not self._at_rest:
+                    failures += self._halt()
+            finally:
+                _attempt("disconnect", self._robot.disconnect, failures)
+        finally:
+            self._guard.restore()
+            self._leaving = False
+            if self._claim is not None:
+                self._claim.release()
+                self._claim = None
+            self._safety = None
+        _raise(failures, error)
+        if error is None and self._signal is not None and self._signal != signal_before:
+            raise_for(self._signal)  # it came while leaving, and no run has reported it
+
+    # -- running ----------------------------------------------------------------------------------
+
+    def run(self, *, seconds: float | None = None, steps: int | None = None) -> LoopReport:
+        """One episode of so many seconds or ticks; with neither, until something ends it.
+
+        Returns:
+            What it did, and why it stopped. It may have been ended by :meth:`stop`, by a signal, or
+            by too many ticks in a row without a usable action.
+
+        Raises:
+            ObservationError: the robot's observation does not fit the policy.
+            RobotError: the robot could not be stopped.
+            RuntimeError: outside of ``with``, after a signal, or while another run goes on.
+            Exception: what robot, policy or ``on_tick`` raised. The robot was stopped before.
+        """
+        n_ticks = _n_ticks(seconds, steps, self._hz)
+        self._check_may_run()
+        self._safety = self._new_filter()
+        run = Run(
+            self._robot,
+            planner=self._schedule.planner(self._window),
+            inference=self._inference,
+            noise=self._noise,
+            history=self._history,
+            limits=self._limits,
+            safety=self._safety,
+            hz=self._hz,
+            stopped=self._why_stopped,
+            timestamps=self._timestamps,
+            on_tick=self._on_tick,
+        )
+        failure: BaseException | None = None
+        self._running = True
+        self._at_rest = False
+        try:
+            self._noise.reset()
+            self._inference.start()
+            run.play(n_ticks)
+        except BaseException as error:
+            run.stopped_by = f"{type(error).__name__}: {error}"
+            failure = error
+            raise
+        finally:
+            # The robot first: the inference under way may take its time.
+            failures = self._halt()
+            self._at_rest = not failures
+            _attempt("end the inference", lambda: self._inference.close(_PATIENCE), failures)
+            self.report = run.report(self._schedule.name)
+            self._stop_reason = None
+            self._running = False
+            _raise(failures, failure)
+        return self.report
+
+    def stop(self, reason: str = "stop() was called") -> None:
+        """End the run after its present tick; from any thread, or from ``on_tick``.
+
+        Between two runs it ends the next one before it moves the robot.
+        """
+        self._stop_reason = reason
+
+    def _check_may_run(self) -> None:
+        if self._claim is None:
+            raise RuntimeError(
+                "the robot is not connected: `with ControlLoop(policy, robot) as loop: loop.run()`"
+            )
+        if self._running:
+            raise RuntimeError("this loop already runs, in another thread or further up")
+        if self._signal is not None:
+            raise RuntimeError(f"the loop was stopped by {self._signal}; it does not start again")
+
+    def _why_stopped(self) -> str | None:
+        return self._signal or self._stop_reason
+
+    def _signalled(self, name: str) -> None:
+        self._signal = name
+
+    def _new_filter(self) -> SafetyFilter:
+        return SafetyFilter(self._limits, self._window.action_dim, 1 / self._hz)
+
+    def _halt(self) -> list[tuple[str, BaseException]]:
+        """Bring the robot to rest; what went wrong."""
+        failures: list[tuple[str, BaseException]] = []
+        stop = getattr(self._robot, "stop", None)
+        if callable(stop):
+            _attempt("stop", stop, failures)
+            if not failures:
+                return failures
+        hold = None if self._safety is None else self._safety.hold
+        if hold is not None:
+            _attempt("send the resting action to", lambda: self._robot.send_action(hold), failures)
+        return failures
+
+
+def _n_ticks(seconds: float | None, steps: int | None, hz: float) -> int:
+    if seconds is not None and steps is not None:
+        raise ValueError(f"give seconds or steps, not both (seconds={seconds}, steps={steps})")
+    if steps is not None:
+        if steps < 1:
+            raise ValueError(f"steps={steps} must be at least 1 tick")
+        return steps
+    if seconds is None:
+        return 2**62
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"seconds={seconds} must be above 0; leave it out to run without end")
+    return max(1, round(seconds * hz))
+
+
+def _attempt(what: str, call: Callable[[], Any], failures: list[tuple[str, BaseException]]) -> None:
+    try:
+        call()
+    except BaseException as error:  # a second Ctrl-C, too, must not skip the steps after this one
+        _log.error("could not %s the robot: %s", what, error)
+        failures.append((what, error))
+
+
+def _raise(failures: list[tuple[str, BaseException]], cause: BaseException | None) -> None:
+    """Failures of the end: as notes of the error that led there, or as an error of their own."""
+    if not failures:
+        return
+    text = "; ".join(f"could not {what} the robot: {error!r}" for what, error in failures)
+    if cause is not None:
+        cause.add_note(text)
+        return
+    for _, error in failures:
+        if not isinstance(error, Exception):  # Ctrl-C
+            raise error
+    raise RobotError(text) from failures[0][1]

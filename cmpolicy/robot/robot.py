@@ -1,0 +1,83 @@
+"""What a robot is to the control loop: the calls of LeRobot's ``Robot``, with arrays.
+
+Optional members that are honoured when present:
+
+* ``stop()``: brings the robot to rest; called when a run ends, for whatever reason;
+* ``hz`` or ``fps``: the rate the robot is made for; another rate of the loop is an error;
+* ``id``: its name on this machine; a second process cannot take the same robot meanwhile;
+* ``is_connected``: where true, ``connect()`` is not called again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+class RobotError(RuntimeError):
+    """A robot that could not be taken, stopped or disconnected."""
+
+
+class RateMismatchError(ValueError):
+    """Loop, robot and policy are made for different rates."""
+
+
+class Robot(Protocol):
+    """A robot, or a simulator in its place."""
+
+    def connect(self) -> Any:
+        """Open the connection."""
+        ...
+
+    def get_observation(self) -> Mapping[str, Any]:
+        """The present observation: one step, (...) per key; may hold keys no policy wants."""
+        ...
+
+    def send_action(self, action: Array) -> Any:
+        """Execute ``action`` (A,) float32 until the next one; returns at once."""
+        ...
+
+    def disconnect(self) -> Any:
+        """Close the connection."""
+        ...
+
+
+def check_robot(robot: object) -> None:
+    """Whether the object has the four calls.
+
+    Raises:
+        TypeError: names what it lacks.
+    """
+    names = ("connect", "get_observation", "send_action", "disconnect")
+    missing = [name for name in names if not callable(getattr(robot, name, None))]
+    if missing:
+        raise TypeError(
+            f"{type(robot).__name__} is no robot: it has no {', '.join(missing)}; expected "
+            f"{', '.join(names)}, as LeRobot's Robot"
+        )
+
+
+def check_rates(hz: float, robot: object, policy: object) -> None:
+    """That the loop runs at the rate of robot (``hz``, ``fps``) and policy (``control_hz``).
+
+    Raises:
+        ValueError: ``hz`` is no rate.
+        RateMismatchError: they differ by more than 1 %.
+    """
+    if not 0 < hz < math.inf:
+        raise ValueError(f"hz={hz} must be a number above 0: actions per second")
+    for owner, name in ((robot, "hz"), (robot, "fps"), (policy, "control_hz")):
+        rate = getattr(owner, name, None)
+        if rate is None or callable(rate):
+            continue
+        if not math.isclose(float(rate), hz, rel_tol=0.01):
+            raise RateMismatchError(
+                f"the loop would run at {hz:g} Hz, but {type(owner).__name__}.{name} is {rate:g}: "
+                "the actions of a plan would be executed too fast or too slowly. Give the loop "
+                f"hz={rate:g}, or a policy that was trained at the robot's rate"
+            )
