@@ -24,8 +24,18 @@ commands:
   rollout   wall time of an evaluation
               policy=pusht protocol=pusht-dp episodes=50 first_seed=500000 nfe=1 workers=null
               device=cpu out=outputs/bench/rollout.json (policy is required)
+  server    a policy server on loopback: what it adds, many clients at once, and a fuzz
+              policy=pusht nfe=1 pairs=2000 clients=16 seconds=10 fuzz=10000
+              seed=0 out=outputs/bench/server.json (policy is required)
+  loop      the control loop with a robot that costs nothing: missed ticks, jitter, memory
+              policy=pusht hz=100 seconds=60 mode=async nfe=1 threads=1 device=cpu
+              out=outputs/bench/loop.json (policy is required)
+  delay     Push-T with injected inference delay, synchronous against asynchronous; a plot, too
+              policy=pusht delays_ms=[0,50,100,150,200,300] modes=[sync,async]
+              seeds=500000-500099 nfe=1 workers=2 device=cpu
+              out=outputs/bench/delay.json (policy is required)
 """
-_COMMANDS = ("step", "latency", "rollout")
+_COMMANDS = ("step", "latency", "rollout", "server", "loop", "delay")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("cmpolicy-bench: stopped", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:  # what the libraries raise on bad input
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        # what the libraries raise on bad input, a missing extra, a server that fails
         print(f"cmpolicy-bench {command}: {error}", file=sys.stderr)
         return 2
     return 0
@@ -66,6 +77,22 @@ def _run(command: str, words: Sequence[str]) -> None:
 
         latency = s.read(s.LatencySettings, words)
         report, out = measure_latency(latency), latency.out
+    elif command == "server":
+        from cmpolicy.cli.benchmarks.server import measure_server
+
+        server = s.read(s.ServerSettings, words)
+        report, out = measure_server(server), server.out
+    elif command == "loop":
+        from cmpolicy.cli.benchmarks.loop import LoopSettings, measure_loop
+
+        loop = s.read(LoopSettings, words)
+        report, out = measure_loop(loop), loop.out
+    elif command == "delay":
+        from cmpolicy.cli.benchmarks.delay import DelaySettings, measure_delay
+
+        delay = s.read(DelaySettings, words)
+        report = measure_delay(delay, shlex.join(["cmpolicy-bench", command, *words]))
+        out = delay.out
     else:
         from cmpolicy.cli.benchmarks.rollout import measure_rollout
 

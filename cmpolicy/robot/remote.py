@@ -95,6 +95,8 @@ class RemotePolicy:
         self._stack = ExitStack()
         self._spec: PolicySpec | None = None
         self.metadata: dict[str, Any] = {}
+        #: Of the last answer: infer_ms, queue_ms, batch_rows, prev_total_ms.
+        self.server_timing: dict[str, float] = {}
         self._exchange(b"")
 
     # -- what eval and the control loop read ----------------------------------------------------
@@ -319,6 +321,8 @@ class RemotePolicy:
             raise self._foreign(f"its answer holds a plan of {got}, expected shape {expected}")
         if not np.isfinite(plan).all():
             raise RemotePolicyError(f"the server at {self.url} answered with actions not finite")
+        timing = reply.get("server_timing")
+        self.server_timing = timing if isinstance(timing, dict) else {}
         return plan.copy()  # writable, and the message is let go
 
     def _foreign(self, why: str) -> RemotePolicyError:

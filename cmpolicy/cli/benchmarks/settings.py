@@ -99,6 +99,38 @@ class RolloutSettings:
         _at_least("workers", self.workers or 1, 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """Of ``server``; policy and server run on one CPU thread each.
+
+    Args:
+        policy: bundle directory, bundled name or hub id.
+        nfe: network evaluations per chunk.
+        pairs: measured pairs of one call here and one round trip.
+        clients: at once.
+        seconds: that they ask for.
+        fuzz: messages that no client should send.
+        seed: of observations, noise and messages.
+        out: JSON file.
+    """
+
+    policy: str
+    nfe: int = 1
+    pairs: int = 2000
+    clients: int = 16
+    seconds: float = 10.0
+    fuzz: int = 10_000
+    seed: int = 0
+    out: str = "outputs/bench/server.json"
+
+    def __post_init__(self) -> None:
+        for name in ("nfe", "pairs", "clients", "fuzz"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("seed", self.seed, 0)
+        if not self.seconds > 0:
+            raise ConfigError(f"seconds={self.seconds} must be above 0")
+
+
 def read(cls: type[T], words: Sequence[str]) -> T:
     """``key=value`` words as ``cls``.
 
