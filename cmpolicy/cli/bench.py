@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("cmpolicy-bench: stopped", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError) as error:
         # what the libraries raise on bad input, a missing extra, a server that fails
         print(f"cmpolicy-bench {command}: {error}", file=sys.stderr)
         return 2
