@@ -7,6 +7,7 @@ trajectory; the observation history and the times t, t - s enter every block thr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -103,6 +104,20 @@ def net_config(preset: str, **overrides: Any) -> UNet1DConfig:
         raise ValueError(f"net: {error}; known: {sorted(NET_PRESETS[preset].to_dict())}") from error
 
 
+def norm_mish(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """What follows every convolution. The plain function: 25 of them stand in one evaluation."""
+    h = torch.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    return nn.functional.mish(h)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """How the two operations that make up the network are computed: by torch, or in an export."""
+
+    convolve: Convolve
+    norm_mish: Callable[[nn.GroupNorm, Tensor], Tensor] = norm_mish
+
+
 class FilmBlock(nn.Module):
     """conv - norm - Mish - FiLM - conv - norm - Mish, plus the input. (B, C_in, T) to (B, C, T)."""
 
@@ -116,18 +131,12 @@ class FilmBlock(nn.Module):
         self.residual = nn.Conv1d(in_dim, dim, 1) if in_dim != dim else None
         self.film_sizes = [dim, dim]
 
-    def forward(self, x: Tensor, scale: Tensor, shift: Tensor, convolve: Convolve) -> Tensor:
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor, kernels: Kernels) -> Tensor:
         """``scale`` (around one) and ``shift`` are (B, C, 1)."""
-        h = norm_mish(self.norm_in, convolve(self.conv_in, x))
-        h = torch.addcmul(shift, h, scale + 1)
-        h = norm_mish(self.norm_out, convolve(self.conv_out, h))
-        return h + (x if self.residual is None else convolve(self.residual, x))
-
-
-def norm_mish(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """What follows every convolution. The plain function: 25 of them stand in one evaluation."""
-    h = torch.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
-    return nn.functional.mish(h)
+        h = kernels.norm_mish(self.norm_in, kernels.convolve(self.conv_in, x))
+        h = torch.addcmul(shift, h, scale)
+        h = kernels.norm_mish(self.norm_out, kernels.convolve(self.conv_out, h))
+        return h + (x if self.residual is None else kernels.convolve(self.residual, x))
 
 
 class UNet1D(nn.Module):
@@ -173,6 +182,9 @@ class UNet1D(nn.Module):
         self.film = nn.Sequential(
             nn.Mish(), nn.Linear(config.time_dim + config.obs_dim, sum(self.film_sizes))
         )
+        # the layer gives each scale around zero: what makes it a factor around one
+        ones = [torch.full((size,), float(i % 2 == 0)) for i, size in enumerate(self.film_sizes)]
+        self.register_buffer("film_center", torch.cat(ones), persistent=False)
 
     def lay_out_for_inference(self) -> None:
         """Store the film layer's weight, a third of all numbers, by columns instead of rows.
@@ -193,22 +205,30 @@ class UNet1D(nn.Module):
             raise ValueError("UNet1D needs the observation history as its condition, got None")
         self.config.check_horizon(x.shape[1])
         condition = torch.cat([self.time(t, s), self.obs(obs)], dim=-1)
-        films = iter(self.film(condition).unsqueeze(-1).split(self.film_sizes, dim=1))
-        convolve = convolution_for(x)
+        film = self.film(condition) + self.film_center
+        return self.trunk(x.transpose(1, 2), film, Kernels(convolution_for(x))).transpose(1, 2)
 
-        h = x.transpose(1, 2)
+    def trunk(self, x: Tensor, film: Tensor, kernels: Kernels) -> Tensor:
+        """What is left once the condition is known: x (B, A, ..., T) -> (B, A, ..., T).
+
+        ``film`` (B, sum(film_sizes)) holds scale (around one) and shift of every block in turn.
+        """
+        convolve = kernels.convolve
+        singles = (1,) * (x.ndim - 2)
+        films = iter(film.reshape(*film.shape, *singles).split(self.film_sizes, dim=1))
+        h = x
         skips = []
         for level, blocks in enumerate(self.down):
             for block in blocks:  # type: ignore[attr-defined]
-                h = block(h, next(films), next(films), convolve)
+                h = block(h, next(films), next(films), kernels)
             if level < len(self.downsample):
                 skips.append(h)
                 h = convolve(self.downsample[level], h)
         for block in self.mid:
-            h = block(h, next(films), next(films), convolve)
+            h = block(h, next(films), next(films), kernels)
         for upsample, blocks in zip(self.upsample, self.up, strict=True):
             h = torch.cat([convolve(upsample, h), skips.pop()], dim=1)
             for block in blocks:  # type: ignore[attr-defined]
-                h = block(h, next(films), next(films), convolve)
-        h = norm_mish(self.head[1], convolve(self.head[0], h))  # type: ignore[arg-type]
-        return convolve(self.head[3], h).transpose(1, 2)
+                h = block(h, next(films), next(films), kernels)
+        h = kernels.norm_mish(self.head[1], convolve(self.head[0], h))  # type: ignore[arg-type]
+        return convolve(self.head[3], h)
