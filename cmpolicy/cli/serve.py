@@ -37,8 +37,9 @@ Serve a policy over WebSocket in openpi's protocol, until Ctrl-C.
   batch=64            observations per policy call
   seed=null           of the sessions' noise; null: another one each time
 
-GET /healthz on the same port answers 200. An observation is one step per key (the server keeps the
-history of each connection; {"reset": true} begins an episode) or a whole history per key.
+GET /healthz on the same port answers 200. An observation is a whole history per key, (To, ...), or
+one step per key: with "step": 0, 1, ... the server keeps each connection's history, without it the
+one step stands for all To.
 """
 _TOKEN_VARIABLE = "CMPOLICY_TOKEN"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")

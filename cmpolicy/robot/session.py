@@ -2,18 +2,23 @@
 
 A message is a map of observation keys to arrays, in one of three forms for all keys alike:
 
-    (...)         one step; the session keeps the history, and repeats an episode's first step
-    (To, ...)     a whole history, oldest first; the session's own history is left alone
+    (...)         one step, the newest
+    (To, ...)     a whole history, oldest first
     (B, To, ...)  a batch of histories
 
 and beside them, each optional:
 
+    step   a whole number: at which control step, at the policy's rate, the one step was observed
     reset  true: a new episode begins, with this observation if there is one
     seed   a whole number: the session's noise starts anew from it
     noise  (T, A), or (B, T, A) for a batch: standard normal, instead of the session's own
 
-One-step observations have to come at the rate of the policy's training data, one message a step. A
-client that asks once per chunk sends whole histories.
+The session remembers observations that say their ``step``, and puts the history together from
+those of the last To steps; a missing one is taken from the nearest older, or else newer one, so an
+episode begins as in training, with its first observation repeated. A smaller ``step`` than the last
+begins a new episode. One step without ``step`` stands for the whole history: when the observation
+before was made cannot be known (openpi's ActionChunkBroker asks once per chunk, so that one is a
+whole chunk old; a policy that takes it for the step before sees a speed that never was).
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ from numpy.typing import NDArray
 from cmpolicy.spec import PolicySpec
 
 #: Keys of a message that are no observations.
-RESERVED = ("reset", "seed", "noise")
+RESERVED = ("step", "reset", "seed", "noise")
 
 _Form = Literal["step", "history", "batch"]
 _FORMS: dict[int, _Form] = {0: "step", 1: "history", 2: "batch"}
@@ -59,6 +64,14 @@ class Request:
         return len(self.noise)
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """An observation (...) per key, and at which step it was made."""
+
+    number: int
+    obs: dict[str, NDArray[np.float32]]
+
+
 class Session:
     """State of one connection. A message that is refused changes nothing.
 
@@ -74,7 +87,7 @@ class Session:
         self.spec = spec
         self._max_batch = max_batch
         self._rng = np.random.default_rng(seed)
-        self._history: dict[str, NDArray[np.float32]] | None = None  # (To, ...) per key
+        self._seen: list[_Seen] = []  # within the last To steps, oldest first
 
     def read(self, message: Any) -> Request | None:
         """Check a message and take it in.
@@ -93,24 +106,27 @@ class Session:
         reset, rng = _flag(message, "reset"), _generator(message)
         controls = message.keys() & {"reset", "seed"}
         if controls and message.keys() == controls:
-            self._history = None if reset else self._history
+            self._seen = [] if reset else self._seen
             self._rng = rng or self._rng
             return None
         self._check_keys(message)
         form, steps = self._arrays(message)
+        number = _whole(message, "step")
+        if number is not None and form != "step":
+            raise RequestError(f"step={number} belongs to one observation step, this is a {form}")
         rows = len(next(iter(steps.values()))) if form == "batch" else 1
         noise = self._noise(message, rows, is_batch=form == "batch")
         # everything is in order: from here on the session changes
         if rng is not None:
             self._rng = rng
         if reset:
-            self._history = None
+            self._seen = []
         if noise is None:
             noise = self._rng.standard_normal(
                 (rows, self.spec.horizon, self.spec.action_dim), dtype=np.float32
             )
         if form == "step":
-            self._history = steps = self._appended(steps)
+            steps = self._history(number, steps)
         if form != "batch":
             steps = {key: value[None] for key, value in steps.items()}
         return Request(steps, noise, form == "batch")
@@ -174,13 +190,23 @@ class Session:
             raise RequestError(f"noise has shape {noise.shape}, expected {expected} {names}")
         return noise.reshape(rows, *shape)
 
-    def _appended(self, step: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
-        """The history with one step more; new arrays, since the old ones may be in use."""
-        before = self._history
-        if before is None:
-            n = self.spec.n_obs_steps
+    def _history(
+        self, number: int | None, step: dict[str, NDArray[np.float32]]
+    ) -> dict[str, NDArray[np.float32]]:
+        """(To, ...) per key, with the observation of step ``number`` as the newest."""
+        n = self.spec.n_obs_steps
+        if number is None:
             return {key: np.repeat(value[None], n, axis=0) for key, value in step.items()}
-        return {key: np.concatenate([before[key][1:], step[key][None]]) for key in step}
+        if self._seen and number < self._seen[-1].number:
+            self._seen = []
+        first = number - n + 1
+        kept = [seen for seen in self._seen if first <= seen.number < number]
+        self._seen = kept = [*kept, _Seen(number, step)]
+        chosen = []  # one per step of the window
+        for wanted in range(first, number + 1):
+            older = [seen for seen in kept if seen.number <= wanted]
+            chosen.append(older[-1] if older else kept[0])
+        return {key: np.stack([seen.obs[key] for seen in chosen]) for key in step}
 
 
 def _numbers(what: str, value: Any) -> NDArray[np.float32]:
@@ -212,13 +238,18 @@ def _flag(message: Mapping[Any, Any], key: str) -> bool:
 
 
 def _generator(message: Mapping[Any, Any]) -> np.random.Generator | None:
-    value = message.get("seed")
+    seed = _whole(message, "seed")
+    return None if seed is None else np.random.default_rng(seed)
+
+
+def _whole(message: Mapping[Any, Any], key: str) -> int | None:
+    value = message.get(key)
     if value is None:
         return None
     is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not is_whole or value < 0:
-        raise RequestError(f"seed must be a whole number from 0 on, got {reprlib.repr(value)}")
-    return np.random.default_rng(int(value))
+        raise RequestError(f"{key} must be a whole number from 0 on, got {reprlib.repr(value)}")
+    return int(value)
 
 
 def _with_batch(shape: tuple[int, ...]) -> str:

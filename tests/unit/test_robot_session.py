@@ -41,7 +41,7 @@ def _seen(request: Request) -> list[float]:
 
 @given(st.lists(st.one_of(st.none(), st.integers(0, 99)), max_size=12))
 def test_history_is_that_of_the_episode(script: list[int | None]) -> None:
-    """A number is an observation, None a reset; compared with the episode written out."""
+    """A number is the next step's observation, None a reset; compared with the episode itself."""
     session, episode = _session(), []
     for item in script:
         if item is None:
@@ -50,20 +50,46 @@ def test_history_is_that_of_the_episode(script: list[int | None]) -> None:
         else:
             episode.append(float(item))
             padded = [episode[0]] * 2 + episode
-            assert _seen(_read(session, _step(item))) == padded[-3:]
+            message = _step(item) | {"step": len(episode) - 1}
+            assert _seen(_read(session, message)) == padded[-3:]
 
 
-def test_reset_with_an_observation_begins_with_it() -> None:
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=12))
+def test_missing_steps_are_taken_from_the_nearest_older(gaps: list[int]) -> None:
+    """Each observation's value is its step, so the history tells which steps it is made of."""
+    session, number, seen = _session(), 0, [0]
+    assert _seen(_read(session, _step(0) | {"step": 0})) == [0, 0, 0]
+    for gap in gaps:
+        number += gap  # 0: the same step once more
+        seen.append(number)
+        window = range(number - 2, number + 1)
+        known = [s for s in seen if s in window]
+        expected = [max((s for s in known if s <= w), default=min(known)) for w in window]
+        assert _seen(_read(session, _step(number) | {"step": number})) == expected
+
+
+def test_a_smaller_step_begins_an_episode() -> None:
     session = _session()
-    for value in (1, 2):
-        _read(session, _step(value))
-    assert _seen(_read(session, _step(3) | {"reset": True})) == [3, 3, 3]
-    assert _seen(_read(session, _step(4) | {"reset": False})) == [3, 3, 4]
+    for number in (5, 6):
+        _read(session, _step(number) | {"step": number})
+    assert _seen(_read(session, _step(60) | {"step": 6})) == [5, 5, 60]  # in place of the first
+    assert _seen(_read(session, _step(0) | {"step": 5})) == [0, 0, 0]
+    assert _seen(_read(session, _step(1) | {"step": np.int64(6)})) == [0, 0, 1]
+    assert _seen(_read(session, _step(9) | {"step": 7, "reset": True})) == [9, 9, 9]
 
 
-def test_whole_histories_and_batches_leave_the_history_alone() -> None:
+def test_a_chunk_old_observation_is_no_history() -> None:
+    """openpi's broker: with ``step`` or without, the step before is not the chunk before."""
     session = _session()
-    _read(session, _step(1))
+    for number in (0, 8, 16):
+        assert _seen(_read(session, _step(number) | {"step": number})) == [number] * 3
+    for number in (0, 8):
+        assert _seen(_read(session, _step(number))) == [number] * 3
+
+
+def test_other_forms_leave_the_history_alone() -> None:
+    session = _session()
+    _read(session, _step(1) | {"step": 0})
     whole = {"pos": np.zeros((3, 2), np.uint8), "grip": np.arange(3)}
     request = _read(session, whole)
     assert not request.is_batch
@@ -73,7 +99,8 @@ def test_whole_histories_and_batches_leave_the_history_alone() -> None:
     assert batch.is_batch
     assert batch.rows == 4
     assert batch.noise.shape == (4, 8, 2)
-    assert _seen(_read(session, _step(2))) == [1, 1, 2]
+    _read(session, _step(5))
+    assert _seen(_read(session, _step(2) | {"step": 1})) == [1, 1, 2]
 
 
 def test_noise_is_the_session_s_own_or_the_client_s() -> None:
@@ -118,6 +145,10 @@ def test_noise_is_the_session_s_own_or_the_client_s() -> None:
         (_step(1) | {"seed": -1}, "seed must be a whole number from 0 on, got -1"),
         (_step(1) | {"seed": True}, "seed must be a whole number"),
         ({"seed": "x"}, "seed must be a whole number"),
+        (_step(1) | {"step": 1.0}, "step must be a whole number from 0 on, got 1.0"),
+        (_step(1) | {"step": -1}, "step must be a whole number"),
+        ({"pos": np.zeros((3, 2)), "grip": np.zeros(3), "step": 2}, "step=2 belongs to one"),
+        ({"step": 2}, "missing"),
         (
             _step(1) | {"noise": np.zeros((1, 8, 2))},
             r"noise has shape \(1, 8, 2\), expected \(8, 2",
@@ -132,11 +163,12 @@ def test_noise_is_the_session_s_own_or_the_client_s() -> None:
 def test_a_refused_message_changes_nothing(message: Any, expected: str) -> None:
     session, untouched = _session(), _session()
     for one in (session, untouched):
-        _read(one, _step(1))
+        _read(one, _step(1) | {"step": 0})
     if isinstance(message, dict) and message and "seed" not in message:
         message = {"seed": 5, "reset": True, **message}  # not to be carried out either
     with pytest.raises(RequestError, match=expected):
         session.read(message)
-    after, without = _read(session, _step(2)), _read(untouched, _step(2))
+    next_step = _step(2) | {"step": 1}
+    after, without = _read(session, next_step), _read(untouched, next_step)
     assert _seen(after) == _seen(without) == [1, 1, 2]
     assert np.array_equal(after.noise, without.noise)

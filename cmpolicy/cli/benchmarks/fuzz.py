@@ -22,7 +22,7 @@ _TIMEOUT = 30.0  # s: a server that does not answer by then has failed
 _FROM_OUTSIDE_EVERY = 50  # messages, of which one is bytes on a bare socket
 
 
-class FuzzError(RuntimeError):
+class FuzzError(ConnectionError):
     """The server did not answer, or closed the connection where it should have gone on."""
 
 

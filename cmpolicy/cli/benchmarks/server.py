@@ -22,10 +22,14 @@ from cmpolicy.cli.benchmarks.fuzz import fuzz
 from cmpolicy.cli.benchmarks.report import Cell, Report, describe_device
 from cmpolicy.cli.benchmarks.settings import ServerSettings
 from cmpolicy.policy.consistency import ConsistencyPolicy
-from cmpolicy.robot.remote import RemotePolicy
+from cmpolicy.robot.remote import RemotePolicy, RemotePolicyError
 
 _WARMUP = 50
 _START_TIMEOUT = 120.0  # s: torch is loaded
+
+
+class ServerFailedError(ConnectionError):
+    """The server under test does not do what it is tested for."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ def measure_server(settings: ServerSettings) -> Report:
 
     Raises:
         BundleError: the policy cannot be loaded.
-        RuntimeError: the server did not start, or did not survive.
+        ServerFailedError: the server did not start, or did not serve.
+        FuzzError: nor did it survive.
     """
     policy = ConsistencyPolicy.from_pretrained(settings.policy).eval()
     policy.num_steps = settings.nfe
@@ -62,6 +67,8 @@ def measure_server(settings: ServerSettings) -> Report:
             with RemotePolicy(server.url) as last:  # still there, and still right
                 noise = np.zeros((1, *policy.noise_shape), np.float32)
                 error = np.abs(last.infer(obs, noise) - policy.infer(obs, noise)).max()
+    except RemotePolicyError as failure:
+        raise ServerFailedError(str(failure)) from failure
     finally:
         torch.set_num_threads(before)
     added, beyond = remote - alone, remote - inside
@@ -114,7 +121,7 @@ def serving(settings: ServerSettings) -> Iterator[ServerProcess]:
     """A real ``cmpolicy-serve`` in a process of its own, ended by SIGINT.
 
     Raises:
-        RuntimeError: it did not start, or did not end with status 0.
+        ServerFailedError: it did not start, or did not end with status 0.
     """
     words = [f"policy={settings.policy}", f"nfe={settings.nfe}", "port=0", "threads=1"]
     process = subprocess.Popen(
@@ -129,7 +136,7 @@ def serving(settings: ServerSettings) -> Iterator[ServerProcess]:
         assert process.stdout is not None
         found = re.search(r"ws://\S+", process.stdout.readline())
         if found is None:
-            raise RuntimeError(
+            raise ServerFailedError(
                 "cmpolicy-serve did not start; see what it says: cmpolicy-serve " + " ".join(words)
             )
         watchdog.cancel()
@@ -137,7 +144,7 @@ def serving(settings: ServerSettings) -> Iterator[ServerProcess]:
         process.send_signal(signal.SIGINT)
         status = process.wait(timeout=30)
         if status != 0:
-            raise RuntimeError(f"cmpolicy-serve ended with status {status}")
+            raise ServerFailedError(f"cmpolicy-serve ended with status {status}")
     finally:
         watchdog.cancel()
         process.kill()
@@ -191,7 +198,7 @@ def _crowd(
     """Milliseconds of every answer, per client; all ask at once, each as fast as it can."""
     gate = threading.Barrier(settings.clients + 1)
     times: list[list[float]] = [[] for _ in range(settings.clients)]
-    failures: list[Exception] = []
+    failures: list[RemotePolicyError] = []
 
     def ask(mine: list[float]) -> None:
         try:
@@ -201,9 +208,11 @@ def _crowd(
                 while (start := time.perf_counter()) < end:
                     client.infer_plan(obs)
                     mine.append((time.perf_counter() - start) * 1e3)
-        except Exception as error:
+        except RemotePolicyError as error:
             failures.append(error)
             gate.abort()
+        except threading.BrokenBarrierError:
+            pass  # another one failed, and says why
 
     threads = [threading.Thread(target=ask, args=(mine,)) for mine in times]
     for thread in threads:
@@ -213,7 +222,7 @@ def _crowd(
     for thread in threads:
         thread.join()
     if failures:
-        raise RuntimeError(f"a client was not served: {failures[0]}") from failures[0]
+        raise ServerFailedError(f"a client was not served: {failures[0]}") from failures[0]
     return [np.array(mine) for mine in times]
 
 
