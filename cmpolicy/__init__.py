@@ -9,14 +9,25 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cmpolicy.policy.consistency import ConsistencyPolicy
+    from cmpolicy.robot.chunking import ActionChunker
+    from cmpolicy.robot.loop import ControlLoop
     from cmpolicy.robot.remote import RemotePolicy
     from cmpolicy.robot.server import PolicyServer
 
 __version__ = "0.1.0"
-__all__ = ["ConsistencyPolicy", "PolicyServer", "RemotePolicy", "__version__"]
+__all__ = [
+    "ActionChunker",
+    "ConsistencyPolicy",
+    "ControlLoop",
+    "PolicyServer",
+    "RemotePolicy",
+    "__version__",
+]
 
 _MODULES = {
+    "ActionChunker": "cmpolicy.robot.chunking",
     "ConsistencyPolicy": "cmpolicy.policy.consistency",
+    "ControlLoop": "cmpolicy.robot.loop",
     "PolicyServer": "cmpolicy.robot.server",
     "RemotePolicy": "cmpolicy.robot.remote",
 }

@@ -13,7 +13,15 @@ import pytest
 import cmpolicy
 
 ROOTS = ("cmpolicy", "envs", "data", "eval", "conf")
-SCRIPTS = ("cmpolicy-train", "cmpolicy-eval", "cmpolicy-data", "cmpolicy-bench", "cmpolicy-publish")
+SCRIPTS = (
+    "cmpolicy-train",
+    "cmpolicy-eval",
+    "cmpolicy-data",
+    "cmpolicy-bench",
+    "cmpolicy-publish",
+    "cmpolicy-robot-demo",
+    "cmpolicy-serve",
+)
 
 
 def _canonical(name: str) -> str:
