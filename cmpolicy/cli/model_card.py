@@ -76,9 +76,11 @@ def model_card(policy: ConsistencyPolicy, metadata: Mapping[str, Any]) -> str:
         if rows
         else "Not scored while training.\n"
     )
+    start = config.get("init")
+    start = "from scratch" if start is None else f"further, from `{start}`,"
     return f"""# A cmpolicy policy for {metadata["task"]}
 
-Trained from scratch on `{metadata["data"]}` by `{config["objective"]["name"]}`:
+Trained {start} on `{metadata["data"]}` by `{config["objective"]["name"]}`:
 {parameters / 1e6:.1f}M parameters, {policy.path_name} path, sampler `{policy.sampler}`.
 
 - observations: {obs}; the last {spec.n_obs_steps} steps

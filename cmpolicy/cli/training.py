@@ -107,15 +107,10 @@ def train(
     command = _first_command(run_dir, command)
     data = load_training_data(config)
     torch.manual_seed(config.seed)
-    policy = ConsistencyPolicy(
-        data.spec(config.policy),
-        config.net.unet,
-        data.normalizer(),
-        path=config.policy.path,
-        sampler=config.objective.sampler,
-        objective=config.objective.build(),
-    ).to(accelerator.device)
     device = accelerator.device
+    policy = _policy(config, data).to(device)
+    if config.init is not None and not resume:  # a resumed run has the weights of its own
+        start_from(policy, config.init)
     if config.compile and isinstance(policy.flow_map.net, nn.Module):
         policy.flow_map.net.compile()  # in place: names of weights stay; the loss itself is cheap
     loader = data.loader(train=True, batch_size=config.batch_size, seed=config.seed, device=device)
@@ -162,6 +157,49 @@ def train(
         draw_curves(run_dir)
     parameters = sum(p.numel() for p in policy.parameters())
     return TrainingRun(run_dir, outcome, trainer.seconds, parameters, is_main)
+
+
+def _policy(config: TrainConfig, data: TrainingData) -> ConsistencyPolicy:
+    return ConsistencyPolicy(
+        data.spec(config.policy),
+        config.net.unet,
+        data.normalizer(),
+        path=config.policy.path,
+        sampler=config.objective.sampler,
+        objective=config.objective.build(),
+    )
+
+
+def start_from(policy: ConsistencyPolicy, name_or_path: str) -> None:
+    """Give ``policy`` the weights and the normaliser of a trained one, to train it further.
+
+    The normaliser comes along because the weights mean actions in its units.
+
+    Raises:
+        BundleError: there is no such policy, or it is damaged.
+        ConfigError: it eats, gives or is something else than ``policy``.
+    """
+    source = ConsistencyPolicy.from_pretrained(name_or_path)
+    for what, setting, mine, theirs in (
+        ("observations", "data.obs", policy.spec.obs, source.spec.obs),
+        ("action size", "data.action", policy.spec.action_dim, source.spec.action_dim),
+        ("horizon", "policy.horizon", policy.spec.horizon, source.spec.horizon),
+        (
+            "observation steps",
+            "policy.n_obs_steps",
+            policy.spec.n_obs_steps,
+            source.spec.n_obs_steps,
+        ),
+        ("path", "policy.path", policy.path_name, source.path_name),
+        ("network", "net", policy.net_config.to_dict(), source.net_config.to_dict()),
+    ):
+        if mine != theirs:
+            raise ConfigError(
+                f"init={name_or_path}: that policy has {what} {theirs}, this run {mine}; change "
+                f"{setting} to match it, or train from scratch with init=null"
+            )
+    policy.net.load_state_dict(source.net.state_dict())
+    policy.normalizer.load_state_dict(source.normalizer.state_dict())
 
 
 def _first_command(run_dir: Path, command: str) -> str:

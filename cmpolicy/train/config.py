@@ -314,13 +314,18 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(LoopConfig):
-    """A whole training run. See the parts."""
+    """A whole training run. See the parts.
+
+    ``init`` is a policy (bundle, bundled name or hub id) whose weights and normaliser the run
+    starts from; null starts from scratch.
+    """
 
     task: TaskConfig
     data: DataConfig
     net: NetConfig
     objective: ObjectiveConfig
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    init: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

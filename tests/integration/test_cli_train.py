@@ -143,6 +143,36 @@ def test_a_run_can_be_prolonged_but_not_changed(
     )
 
 
+def test_a_run_can_start_from_a_policy(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights and normaliser come along: a second data set has other ranges."""
+    assert main(custom(store, "out=first")) == 0
+    other = write_store(tmp_path / "other.zarr", [10, 11], state=(5,), action=(3,))
+    still = ["optim.lr=1e-12", "optim.weight_decay=0", "optim.warmup=0", "init=first/policy_last"]
+    assert main(custom(other, "out=second", *still)) == 0
+    first = ConsistencyPolicy.from_pretrained(tmp_path / "first/policy_last")
+    second = ConsistencyPolicy.from_pretrained(tmp_path / "second/policy_last")
+    for name, value in second.state_dict().items():
+        torch.testing.assert_close(value, first.state_dict()[name], rtol=0, atol=1e-6, msg=name)
+    assert "Trained further, from `first/policy_last`" in (
+        tmp_path / "second/policy_last/README.md"
+    ).read_text()
+    # a resumed run goes on from its own weights, wherever the first ones are now
+    (tmp_path / "first").rename(tmp_path / "moved")
+    assert main(["resume=second", "samples=96"]) == 0
+
+    capsys.readouterr()
+    assert main(custom(store, "init=moved/policy_last", "policy.horizon=8")) == 2
+    message = capsys.readouterr().err
+    assert "that policy has horizon 4, this run 8; change policy.horizon" in message
+    assert main(custom(store, "init=moved/policy_last", "net.down_dims=[8,8]")) == 2
+    assert "that policy has network" in capsys.readouterr().err
+    assert main(custom(store, "init=nowhere")) == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert not (tmp_path / "outputs").exists()
+
+
 def test_no_held_out_episodes(store: Path, tmp_path: Path) -> None:
     assert main(custom(store, "out=run", "data.val_fraction=0")) == 0
     saved = json.loads((tmp_path / "run/policy/config.json").read_text())["metadata"]
