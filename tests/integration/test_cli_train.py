@@ -155,9 +155,10 @@ def test_a_run_can_start_from_a_policy(
     second = ConsistencyPolicy.from_pretrained(tmp_path / "second/policy_last")
     for name, value in second.state_dict().items():
         torch.testing.assert_close(value, first.state_dict()[name], rtol=0, atol=1e-6, msg=name)
-    assert "Trained further, from `first/policy_last`" in (
-        tmp_path / "second/policy_last/README.md"
-    ).read_text()
+    assert (
+        "Trained further, from `first/policy_last`"
+        in (tmp_path / "second/policy_last/README.md").read_text()
+    )
     # a resumed run goes on from its own weights, wherever the first ones are now
     (tmp_path / "first").rename(tmp_path / "moved")
     assert main(["resume=second", "samples=96"]) == 0
