@@ -1,0 +1,117 @@
+"""Limits between policy and robot, and the count of interventions."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cmpolicy.robot.safety import (
+    NON_FINITE_ACTION,
+    OUT_OF_BOUNDS,
+    TOO_FAST,
+    SafetyFilter,
+    SafetyLimits,
+)
+
+
+def _filter(dim: int = 2, period: float = 0.1, **limits: Any) -> SafetyFilter:
+    return SafetyFilter(SafetyLimits(**limits), dim, period)
+
+
+def _apply(safety: SafetyFilter, *values: float) -> list[float] | None:
+    action = safety.apply(np.array(values, np.float32))
+    return None if action is None else action.tolist()
+
+
+def test_without_limits_actions_pass_unchanged() -> None:
+    safety = _filter()
+    assert _apply(safety, 1e6, -3.5) == [1e6, -3.5]
+    assert not any(safety.counts.values())
+
+
+def test_bounds_per_dimension() -> None:
+    safety = _filter(low=[0, -1], high=2)
+    assert _apply(safety, -5, -5) == [0, -1]
+    assert _apply(safety, 5, 1) == [2, 1]
+    assert _apply(safety, 1, 1) == [1, 1]
+    assert safety.counts[OUT_OF_BOUNDS] == 2
+    assert _apply(_filter(low=[-np.inf, 0]), -9, -9) == [-9, 0]
+
+
+def test_bounds_hold_in_float32() -> None:
+    for bound in (0.1, -0.1, 1 / 3, 16777217.0):
+        action = _filter(1, high=bound).apply(np.array([1e9], np.float32))
+        assert action is not None
+        assert float(action[0]) <= bound
+        action = _filter(1, low=bound).apply(np.array([-1e9], np.float32))
+        assert action is not None
+        assert float(action[0]) >= bound
+
+
+def test_rate_is_change_per_second() -> None:
+    safety = _filter(max_rate=[10, np.inf], period=0.1)
+    assert _apply(safety, 5, 5) == [5, 5]  # the first action has no predecessor
+    assert _apply(safety, 9, 9) == [6, 9]
+    assert _apply(safety, 5.5, 0) == [5.5, 0]
+    assert safety.counts[TOO_FAST] == 1
+
+
+def test_the_first_action_is_limited_from_where_the_robot_stands() -> None:
+    safety = _filter(max_rate=10, start=[0, 0], low=-1, high=1)
+    assert safety.hold is not None
+    assert safety.hold.tolist() == [0, 0]
+    assert _apply(safety, 5, 0.5) == [1, 0.5]  # bound and rate agree
+    assert safety.counts == safety.counts | {OUT_OF_BOUNDS: 1, TOO_FAST: 0}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_non_finite_actions_are_refused(bad: float) -> None:
+    safety = _filter(low=-1, high=1)
+    assert _apply(safety, 0.5, bad) is None
+    assert safety.hold is None  # nothing is known to be safe yet
+    assert _apply(safety, 0.5, 0.25) == [0.5, 0.25]
+    assert _apply(safety, bad, 0) is None
+    assert safety.hold is not None
+    assert safety.hold.tolist() == [0.5, 0.25]
+    assert safety.counts[NON_FINITE_ACTION] == 2
+
+
+def test_rest_is_what_holds_relative_commands() -> None:
+    safety = _filter(rest=0.0, max_rate=10)
+    assert _apply(safety, 5, 5) == [5, 5]
+    assert safety.hold is not None
+    assert safety.hold.tolist() == [0, 0]
+    safety.rested()
+    assert _apply(safety, 5, 5) == [1, 1]  # from rest on
+
+
+def test_the_caller_may_keep_and_change_what_it_got() -> None:
+    safety = _filter(max_rate=10)
+    action = safety.apply(np.zeros(2, np.float32))
+    assert action is not None
+    action[...] = 100
+    assert _apply(safety, 5, 5) == [1, 1]
+
+
+def test_an_action_of_another_shape_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"shape \(3,\), expected \(2,\)"):
+        _filter().apply(np.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ({"low": 2, "high": 1}, "low=2 lies above high=1"),
+        ({"low": [0, 0, 0]}, r"low has shape \(3,\).*2"),
+        ({"high": float("nan")}, "high=nan holds NaN"),
+        ({"max_rate": 0}, "max_rate=0 must be above 0"),
+        ({"rest": [0, np.inf]}, "rest=.*must be finite"),
+        ({"start": 5, "high": 1}, "start=5 lies outside the bounds"),
+        ({"max_observation_age": 0}, "max_observation_age=0"),
+        ({"max_observation_age": float("nan")}, "max_observation_age=nan"),
+        ({"max_misses": -1}, "max_misses=-1"),
+    ],
+)
+def test_impossible_limits(limits: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        _filter(**limits)
