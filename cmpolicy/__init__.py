@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cmpolicy.export.onnx_policy import OnnxPolicy
     from cmpolicy.policy.consistency import ConsistencyPolicy
     from cmpolicy.robot.chunking import ActionChunker
     from cmpolicy.robot.loop import ControlLoop
@@ -19,6 +20,7 @@ __all__ = [
     "ActionChunker",
     "ConsistencyPolicy",
     "ControlLoop",
+    "OnnxPolicy",
     "PolicyServer",
     "RemotePolicy",
     "__version__",
@@ -28,6 +30,7 @@ _MODULES = {
     "ActionChunker": "cmpolicy.robot.chunking",
     "ConsistencyPolicy": "cmpolicy.policy.consistency",
     "ControlLoop": "cmpolicy.robot.loop",
+    "OnnxPolicy": "cmpolicy.export.onnx_policy",
     "PolicyServer": "cmpolicy.robot.server",
     "RemotePolicy": "cmpolicy.robot.remote",
 }

@@ -8,29 +8,28 @@ from __future__ import annotations
 import shlex
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
 from cmpolicy.cli.settings import read_words
+from cmpolicy.export.load import is_exported, open_exported
 from cmpolicy.train.schema import ConfigError, from_mapping, unknown_key_message
 from cmpolicy_eval.evaluate import Evaluation, evaluate
+from cmpolicy_eval.policy import ActionChunkPolicy
 from cmpolicy_eval.protocol import EvalProtocol, get_protocol
 from cmpolicy_eval.report import difference_table, table, write_report
 from cmpolicy_eval.result import Result
 from cmpolicy_eval.rollout import RolloutError
 from cmpolicy_eval.seeds import SeedOverlapWarning, parse_seeds
 
-if TYPE_CHECKING:
-    from cmpolicy.policy.consistency import ConsistencyPolicy
-
 _HEADER = """Score a policy in simulation, or compare result files.
 
-cmpolicy-eval policy=outputs/<run>/policy [key=value ...]
+cmpolicy-eval policy=outputs/<run>/policy|<file>.onnx|<file>.pt2 [key=value ...]
 cmpolicy-eval report results=[a.json,b.json] [out=outputs/report]
 
 Settings and their values:
@@ -111,32 +110,25 @@ def _score(config: EvalConfig, command: str) -> int:
     # What is quick to find wrong comes before torch is loaded.
     protocol = get_protocol(config.protocol)
     seeds = parse_seeds(config.seeds)
-    policy, metadata = _load(config)
-    label = config.name or config.policy
-    if config.sampler is not None and config.sampler != policy.sampler:
-        label += f" [{config.sampler}]"
-        policy.sampler = config.sampler
-    if config.noise_scale is not None and config.noise_scale != policy.noise_scale:
-        label += f" [noise {config.noise_scale}]"
-        policy.noise_scale = config.noise_scale
-    source = metadata.get("data")
+    scored = _open(config)
     out = Path(config.out).expanduser()
     results: list[Result] = []
     for nfe in config.nfe:
-        policy.num_steps = nfe
+        scored.set_nfe(nfe)
         evaluation = evaluate(
-            policy,
+            scored.policy,
             protocol,
             seeds,
             nfe=nfe,
-            policy_name=label,
+            policy_name=scored.label,
             n_workers=config.workers,
             batch_size=config.batch_size,
             keep_chunks=config.videos,
             progress=f"nfe={nfe}",
-            device=_device_name(policy),
-            data=source,
-            training_seeds=_training_seeds(source) if not results else (),  # one warning will do
+            device=scored.device,
+            data=scored.data,
+            # one warning will do
+            training_seeds=() if results else _training_seeds(scored.data),
             command=command,
         )
         evaluation.result.save(out / f"result_nfe{nfe}.json")
@@ -173,7 +165,22 @@ def _write_videos(folder: Path, protocol: EvalProtocol, evaluation: Evaluation, 
     write_grid(folder / f"grid{suffix}.gif", protocol, episodes)
 
 
-def _load(config: EvalConfig) -> tuple[ConsistencyPolicy, dict[str, Any]]:
+@dataclass(frozen=True)
+class _Scored:
+    """A policy ready to be scored: its name in tables, the data it was trained on, its device."""
+
+    policy: ActionChunkPolicy
+    set_nfe: Callable[[int], None]
+    label: str
+    data: str | None
+    device: str
+
+
+def _open(config: EvalConfig) -> _Scored:
+    return _open_exported(config) if is_exported(config.policy) else _open_bundle(config)
+
+
+def _open_bundle(config: EvalConfig) -> _Scored:
     import torch
 
     from cmpolicy.policy.consistency import ConsistencyPolicy
@@ -186,17 +193,43 @@ def _load(config: EvalConfig) -> tuple[ConsistencyPolicy, dict[str, Any]]:
             "GPU"
         )
     device = "cuda" if has_gpu and config.device != "cpu" else "cpu"
-    return (
-        ConsistencyPolicy.from_pretrained(config.policy, device).eval(),
-        read_metadata(config.policy),
+    policy = ConsistencyPolicy.from_pretrained(config.policy, device).eval()
+    label = config.name or config.policy
+    if config.sampler is not None and config.sampler != policy.sampler:
+        label += f" [{config.sampler}]"
+        policy.sampler = config.sampler
+    if config.noise_scale is not None and config.noise_scale != policy.noise_scale:
+        label += f" [noise {config.noise_scale}]"
+        policy.noise_scale = config.noise_scale
+    return _Scored(
+        policy,
+        lambda nfe: setattr(policy, "num_steps", nfe),
+        label,
+        read_metadata(config.policy).get("data"),
+        f"cuda ({torch.cuda.get_device_name(policy.device)})" if device == "cuda" else "cpu",
     )
 
 
-def _device_name(policy: ConsistencyPolicy) -> str:
-    import torch
-
-    device = policy.device
-    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "cpu"
+def _open_exported(config: EvalConfig) -> _Scored:
+    """What was fixed at export cannot be set here."""
+    policy = open_exported(config.policy)
+    facts = policy.facts
+    again = f"export it again: cmpolicy-export policy=<bundle> out={config.policy}"
+    if config.nfe != (facts.nfe,):
+        raise ConfigError(
+            f"{config.policy} makes {facts.nfe} evaluation(s), not nfe={list(config.nfe)}; give "
+            f"nfe={facts.nfe}, or {again} nfe=..."
+        )
+    for name, own in (("sampler", facts.sampler), ("noise_scale", facts.noise_scale)):
+        if getattr(config, name) not in (None, own):
+            raise ConfigError(
+                f"{config.policy} has {name}={own}, not {getattr(config, name)}; set it in the "
+                f"bundle and {again}"
+            )
+    if config.device == "cuda":
+        raise ConfigError(f"{config.policy} runs on the CPU; give device=cpu or a bundle")
+    label = config.name or config.policy
+    return _Scored(policy, lambda nfe: None, label, facts.data, "cpu")
 
 
 def _training_seeds(source: str | None) -> list[int] | None:

@@ -243,6 +243,12 @@ def read_metadata(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
     return metadata
 
 
+def read_hashes(name_or_path: str | os.PathLike[str]) -> dict[str, str]:
+    """SHA-256 of the bundle's tensor files, by name: what it was saved with."""
+    hashes: dict[str, str] = _read_config(locate(name_or_path))["sha256"]
+    return hashes
+
+
 def locate(name_or_path: str | os.PathLike[str]) -> Path:
     """The directory of a bundle: see :func:`load_bundle`. Looked for in that order.
 

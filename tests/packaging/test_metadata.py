@@ -19,6 +19,7 @@ SCRIPTS = (
     "cmpolicy-data",
     "cmpolicy-bench",
     "cmpolicy-publish",
+    "cmpolicy-export",
     "cmpolicy-robot-demo",
     "cmpolicy-serve",
 )
@@ -69,7 +70,8 @@ def _imports(file: Path) -> set[str]:
 
 
 def test_every_import_is_a_declared_dependency(repository: Path, project: dict[str, Any]) -> None:
-    declared = {_name(requirement) for requirement in project["dependencies"]}
+    extras = {k: v for k, v in project["optional-dependencies"].items() if k not in ("all", "dev")}
+    declared = {_name(r) for needs in (project["dependencies"], *extras.values()) for r in needs}
     of_module = packages_distributions()
     undeclared: dict[str, list[str]] = {}
     for root in ROOTS:
@@ -89,7 +91,8 @@ def test_constraints_pin_every_dependency_by_version_alone(
     shape = re.compile(r"^[A-Za-z0-9._-]+==[A-Za-z0-9.!]+( ; [a-z_]+ (<|>=|==) \"[a-z0-9.]+\")?$")
     assert [pin for pin in pins if not shape.match(pin)] == []
     wanted = {_name(requirement) for requirement in project["dependencies"]}
-    wanted |= {_name(requirement) for requirement in project["optional-dependencies"]["dev"]}
+    for extra in project["optional-dependencies"].values():
+        wanted |= {_name(requirement) for requirement in extra} - {"cmpolicy"}
     assert wanted - {_name(pin) for pin in pins} == set()
 
 

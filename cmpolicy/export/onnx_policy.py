@@ -1,0 +1,102 @@
+"""An exported policy run by onnxruntime: numpy and onnxruntime alone, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cmpolicy.export.facts import (
+    ACTIONS,
+    KEY,
+    NOISE,
+    PLAN,
+    ExportError,
+    ExportFacts,
+    input_name,
+)
+from cmpolicy.export.runtime import ExportedRuntime, Floats
+from cmpolicy.export.seal import check_seal
+
+
+class OnnxPolicy(ExportedRuntime):
+    """Runs a file of ``cmpolicy-export format=onnx`` on the CPU.
+
+    Keeps the ``ChunkPolicy`` protocol, so it stands wherever a ``ConsistencyPolicy`` does: in a
+    control loop, a server, an evaluation.
+
+    Args:
+        path: the ``.onnx`` file.
+        threads: of onnxruntime. One is the fastest at batch 1 for small nets, and leaves the other
+            cores to the robot; two help nets of tens of millions of parameters where a second core
+            is idle.
+        seed: of the noise of calls that bring none.
+
+    Raises:
+        ImportError: onnxruntime is not installed.
+        FileNotFoundError: no such file.
+        ExportError: a foreign, damaged, cut-short or newer file.
+        ValueError: ``threads`` below 1.
+    """
+
+    def __init__(
+        self, path: str | PathLike[str], threads: int = 1, *, seed: int | None = None
+    ) -> None:
+        file = Path(path).expanduser().absolute()
+        if threads < 1:
+            raise ValueError(f"threads={threads} must be at least 1")
+        session = _open(file, threads)
+        facts = ExportFacts.from_json(
+            session.get_modelmeta().custom_metadata_map.get(KEY), str(file)
+        )
+        super().__init__(facts, seed)
+        self._session = session
+        self._names = [*map(input_name, facts.spec.obs), NOISE]
+        self._outputs = [[ACTIONS], [PLAN]]
+        found = [value.name for value in session.get_inputs()]
+        if sorted(found) != sorted(self._names):
+            raise ExportError(f"{file} is damaged: inputs {found}, expected {self._names}")
+
+    def _run(self, obs: Sequence[Floats], noise: Floats, *, output: int) -> Floats:
+        feeds = dict(zip(self._names, [*obs, noise], strict=True))
+        # a session may run in several threads at once, and lets go of Python's lock meanwhile
+        result: Floats = np.asarray(self._session.run(self._outputs[output], feeds)[0])
+        return result
+
+
+def _open(file: Path, threads: int) -> Any:
+    """The session, once the file is known to be whole."""
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise ImportError(
+            "running an ONNX policy needs onnxruntime: pip install 'cmpolicy[export]'"
+        ) from error
+    data = _read(file)
+    check_seal(data, str(file))
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1  # the graph is a chain: nothing to run side by side
+    # Waiting threads sleep: spinning ones take a core from the robot between two calls, and where
+    # cores are shared they take it from the thread that has the work.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3  # errors: warnings are about folding that ORT decided against
+    try:
+        return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its own exceptions share no other base
+        raise ExportError(
+            f"{file}: onnxruntime {ort.__version__} cannot load this model: {error}; upgrade "
+            "onnxruntime, or export the policy again"
+        ) from error
+
+
+def _read(file: Path) -> bytes:
+    if file.is_dir():
+        raise ExportError(
+            f"{file} is a directory, expected an .onnx file; a policy bundle is exported with "
+            "`cmpolicy-export policy=<bundle> format=onnx out=<file>.onnx`"
+        )
+    return file.read_bytes()

@@ -1,0 +1,71 @@
+"""An exported policy run by torch: a ``.pt2`` program of ``torch.export``."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+
+import torch
+
+from cmpolicy.export.facts import KEY, ExportError, ExportFacts
+from cmpolicy.export.runtime import ExportedRuntime, Floats
+
+
+class ExportedPolicy(ExportedRuntime):
+    """Runs a file of ``cmpolicy-export format=pt2`` on the CPU; no cmpolicy network code is needed.
+
+    Keeps the ``ChunkPolicy`` protocol.
+
+    Args:
+        path: the ``.pt2`` file.
+        compiled: let ``torch.compile`` make machine code of the program at its first call: slower
+            to start, faster to run; needs a C++ compiler.
+        seed: of the noise of calls that bring none.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ExportError: a foreign, damaged, cut-short or newer file.
+    """
+
+    def __init__(
+        self, path: str | PathLike[str], *, compiled: bool = False, seed: int | None = None
+    ) -> None:
+        file = Path(path).expanduser().absolute()
+        super().__init__(_read_facts(file), seed)
+        try:
+            module = torch.export.load(file).module()
+        except Exception as error:  # of torch's readers, without a common base
+            raise ExportError(
+                f"{file}: torch {torch.__version__} cannot load this program: {error}; upgrade "
+                "torch, or export the policy again"
+            ) from error
+        self._module = torch.compile(module) if compiled else module
+
+    @torch.inference_mode()
+    def _run(self, obs: Sequence[Floats], noise: Floats, *, output: int) -> Floats:
+        tensors = tuple(torch.from_numpy(value) for value in obs)
+        result: Floats = self._module(tensors, torch.from_numpy(noise))[output].numpy()
+        return result
+
+
+def _read_facts(file: Path) -> ExportFacts:
+    """The text inside, once every record of the file (a zip archive) has its checksum."""
+    if file.is_dir():
+        raise ExportError(f"{file} is a directory, expected a .pt2 file")
+    foreign = (
+        f"{file} is not a whole .pt2 file of torch.export ({{}}); copy it again, or make one with "
+        "`cmpolicy-export policy=<bundle> format=pt2 out=<file>.pt2`"
+    )
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+            names = [name for name in archive.namelist() if name.endswith(f"/extra/{KEY}")]
+            text = archive.read(names[0]).decode() if names else None
+    except (zipfile.BadZipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
+        raise ExportError(foreign.format(error)) from error
+    if damaged is not None:
+        raise ExportError(foreign.format(f"its record {damaged} is damaged"))
+    return ExportFacts.from_json(text, str(file))

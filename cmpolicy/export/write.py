@@ -1,0 +1,209 @@
+"""Writing an exported policy: traced, checked against the policy, then moved into place."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import cmpolicy
+from cmpolicy.export.facts import (
+    ACTIONS,
+    KEY,
+    NOISE,
+    PLAN,
+    ExportError,
+    ExportFacts,
+    input_name,
+)
+from cmpolicy.export.load import open_exported
+from cmpolicy.export.plan_map import PlanMap, Target, example_inputs
+from cmpolicy.export.runtime import ExportedRuntime
+from cmpolicy.export.seal import BLANK, SEAL, seal
+from cmpolicy.nn.conv import MAX_BATCH
+from cmpolicy.policy.consistency import ConsistencyPolicy
+
+Format = Literal["onnx", "pt2"]
+TARGETS: dict[str, Target] = {"onnx": "onnxruntime", "pt2": "torch"}
+#: Largest accepted difference to the policy, relative to the normalised actions or to their range.
+TOLERANCE = 1e-5
+#: Evaluations are unrolled: beyond this a file is slow to make and to load.
+MAX_NFE = 32
+_CHECKED_BATCHES = (1, 2, MAX_BATCH + 1)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A written file: size in bytes, and largest difference to the policy (see TOLERANCE)."""
+
+    path: Path
+    size: int
+    difference: float
+
+
+def export_policy(
+    policy: ConsistencyPolicy,
+    out: str | os.PathLike[str],
+    *,
+    format: Format,
+    nfe: int = 1,
+    bundle_sha256: Mapping[str, str] | None = None,
+    data: str | None = None,
+    control_hz: float | None = None,
+) -> Exported:
+    """Write ``policy`` as one file; an older one at the same place stays until the new one is good.
+
+    Args:
+        policy: with the ``sampler`` and ``noise_scale`` to export.
+        out: the file, ending in ``.onnx`` or ``.pt2``.
+        format: ``onnx`` or ``pt2``.
+        nfe: network evaluations per plan.
+        bundle_sha256: of the files of the bundle it comes from.
+        data: name of the data it was trained on.
+        control_hz: rate of its actions.
+
+    Raises:
+        ImportError: onnx or onnxruntime are not installed.
+        ExportError: a name or ``nfe`` that cannot be, or a file that disagrees with the policy.
+        OSError: the disk is full or not writable.
+    """
+    target = Path(out).expanduser().absolute()
+    check_request(target, format, nfe)
+    facts = ExportFacts(
+        spec=policy.spec,
+        nfe=nfe,
+        path=policy.path_name,
+        sampler=policy.sampler,
+        noise_scale=policy.noise_scale,
+        bundle_sha256=dict(bundle_sha256 or {}),
+        data=data,
+        control_hz=control_hz,
+        cmpolicy=cmpolicy.__version__,
+    )
+    module = PlanMap(policy, nfe, target=TARGETS[format]).eval()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+        new = Path(folder) / target.name
+        with _quiet():
+            (_write_onnx if format == "onnx" else _write_program)(module, policy, facts, new)
+        difference = largest_difference(open_exported(new), policy, nfe)
+        if not difference <= TOLERANCE:
+            raise ExportError(
+                f"the exported policy differs from the policy by {difference:.2g} of the "
+                f"normalised range, expected at most {TOLERANCE:.0e}; nothing was written. Float32 "
+                "cannot hold this map to that precision: check the policy's normaliser (a huge "
+                "offset beside a tiny range) and its weights"
+            )
+        with new.open("rb") as stream:
+            os.fsync(stream.fileno())
+        new.replace(target)
+    return Exported(target, target.stat().st_size, difference)
+
+
+def check_request(target: Path, format: str, nfe: int) -> None:
+    """Find what is quick to find before a policy is loaded.
+
+    Raises:
+        ExportError, ImportError: see :func:`export_policy`.
+    """
+    if target.suffix != f".{format}":
+        raise ExportError(
+            f"out={target.name}: a file of format={format} is named *.{format}; give "
+            f"out={target.with_suffix('.' + format).name}"
+        )
+    if target.is_dir():
+        raise ExportError(f"{target} is a directory; give out= the name of a file")
+    if not 1 <= nfe <= MAX_NFE:
+        raise ExportError(
+            f"nfe={nfe} must be between 1 and {MAX_NFE}: the evaluations are unrolled in the file"
+        )
+    if format == "onnx":
+        try:
+            for name in ("onnx", "onnxscript", "onnxruntime"):
+                importlib.import_module(name)
+        except ImportError as error:
+            raise ImportError(
+                f"exporting to ONNX needs {error.name}: pip install 'cmpolicy[export]'"
+            ) from error
+
+
+def largest_difference(runtime: ExportedRuntime, policy: ConsistencyPolicy, nfe: int) -> float:
+    """Of plans, in normalised units, over the largest normalised action where that is above 1."""
+    scale = policy.normalizer.to_arrays()["action.scale"].cpu()
+    first, worst = policy.n_obs_steps - 1, 0.0
+    for batch in _CHECKED_BATCHES:
+        obs, noise = example_inputs(policy, batch, seed=batch)
+        here = {
+            key: value.to(policy.device) for key, value in zip(policy.spec.obs, obs, strict=True)
+        }
+        trajectory = policy.predict_trajectory(here, num_steps=nfe, noise=noise.to(policy.device))
+        want = trajectory[:, first:].cpu()
+        arrays = {key: value.numpy() for key, value in zip(policy.spec.obs, obs, strict=True)}
+        got = torch.from_numpy(runtime.infer_plan(arrays, noise.numpy()))
+        normal = policy.normalizer.normalize("action", trajectory[:, first:]).cpu()
+        relative = (got - want).abs() * scale.abs() / max(1.0, float(normal.abs().max()))
+        found = float(relative.max())
+        if not found <= worst:  # also of NaN
+            worst = found
+    return worst
+
+
+def _write_onnx(module: PlanMap, policy: ConsistencyPolicy, facts: ExportFacts, file: Path) -> None:
+    obs, noise = example_inputs(policy, batch=2)
+    program = torch.onnx.export(
+        module,
+        (obs, noise),
+        dynamo=True,
+        optimize=True,
+        verbose=False,
+        dynamic_shapes=_dynamic(obs),
+        input_names=[*map(input_name, facts.spec.obs), NOISE],
+        output_names=[ACTIONS, PLAN],
+    )
+    if program is None:
+        raise ExportError("torch.onnx.export gave no program; upgrade torch")
+    model = program.model
+    for node in model.graph:  # stack traces of whoever exported
+        node.metadata_props.clear()
+    model.producer_name, model.producer_version = "cmpolicy", facts.cmpolicy
+    model.metadata_props.update({KEY: facts.to_json(), SEAL: BLANK})
+    file.write_bytes(seal(program.model_proto.SerializeToString()))
+
+
+def _write_program(
+    module: PlanMap, policy: ConsistencyPolicy, facts: ExportFacts, file: Path
+) -> None:
+    obs, noise = example_inputs(policy, batch=2)
+    program = torch.export.export(module, (obs, noise), dynamic_shapes=_dynamic(obs))
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    torch.export.save(program, file, extra_files={KEY: facts.to_json()})
+
+
+def _dynamic(obs: tuple[Tensor, ...]) -> Any:
+    batch = torch.export.Dim("batch")
+    return tuple({0: batch} for _ in obs), {0: batch}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks about packages that are not there and its own deprecations."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
