@@ -78,6 +78,21 @@ class Batcher:
         self._next_call()
         return await answer
 
+    async def warm_up(self) -> None:
+        """Let a policy that cannot work fail now, and the first client not wait.
+
+        Raises:
+            InferenceError: as :meth:`infer`, for observations of zeros.
+        """
+        spec = self._policy.spec
+        obs = {
+            key: np.zeros((1, spec.n_obs_steps, *shape), np.float32)
+            for key, shape in spec.obs.items()
+        }
+        noise = np.zeros((1, spec.horizon, spec.action_dim), np.float32)
+        for _ in range(3):
+            await self.infer(Request(obs, noise, is_batch=False))
+
     def close(self) -> None:
         """Refuse what still waits; a running call ends in its thread, and nobody waits for it."""
         for waiting in (*self._running, *self._queue):

@@ -122,6 +122,12 @@ class RemotePolicy:
         """(T, A): shape of the noise of one decision."""
         return self.spec.horizon, self.spec.action_dim
 
+    @property
+    def control_hz(self) -> float | None:
+        """Rate of the actions, if the server knows it."""
+        rate = self.metadata.get("control_hz")
+        return float(rate) if isinstance(rate, int | float) else None
+
     def infer(self, obs: Mapping[str, Array], noise: Array | None = None) -> Array:
         """The actions to execute now, (B, Ta, A); see :meth:`infer_plan`."""
         return self.infer_plan(obs, noise)[:, : self.spec.n_action_steps]
@@ -271,6 +277,9 @@ class RemotePolicy:
             if isinstance(error.__cause__, EOFError | OSError):
                 raise _LostError(str(error)) from error
             raise self._foreign(str(error)) from error
+        except AssertionError as error:
+            # of websockets itself, when what the server says overtakes the client's request
+            raise self._foreign("it speaks before it is asked") from error
         except (OSError, WebSocketException) as error:  # TimeoutError is an OSError
             raise _LostError(str(error) or type(error).__name__) from error
         self._greet(greeting)

@@ -23,8 +23,15 @@ def message_bound(spec: PolicySpec, max_batch: int) -> int:
     return max(row, min(max_batch * row, MAX_BYTES)) + fields
 
 
-def metadata(spec: PolicySpec, name: str, *, max_batch: int, max_message_bytes: int) -> bytes:
-    """The frame that greets a client."""
+def metadata(
+    spec: PolicySpec,
+    name: str,
+    *,
+    control_hz: float | None,
+    max_batch: int,
+    max_message_bytes: int,
+) -> bytes:
+    """The frame that greets a client; ``control_hz`` is the rate of the actions, if known."""
     return pack(
         {
             "server": "cmpolicy",
@@ -36,6 +43,7 @@ def metadata(spec: PolicySpec, name: str, *, max_batch: int, max_message_bytes: 
             "n_plan_steps": spec.n_plan_steps,
             "horizon": spec.horizon,
             "action_dim": spec.action_dim,
+            "control_hz": control_hz,
             "max_batch": max_batch,
             "max_message_bytes": max_message_bytes,
         }

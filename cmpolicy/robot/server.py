@@ -49,7 +49,7 @@ _library_logger.setLevel(logging.CRITICAL)
 _OPEN_TIMEOUT = 5.0  # s, for a whole opening handshake: a client may send it byte by byte
 _CLOSE_TIMEOUT = 2.0  # s, for a client to answer our close frame
 _PING_INTERVAL = 20.0  # s; a client that does not answer within as long again is gone
-_MAX_FRAMES = 4  # received ahead per connection; beyond it the client's own socket fills up
+_MAX_FRAMES = 1  # received ahead per connection; beyond it the client's own socket fills up
 _UNOPENED = 32  # TCP connections beyond max_sessions, for handshakes and /healthz
 _GOING_AWAY, _TRY_AGAIN_LATER = 1001, 1013
 
@@ -116,6 +116,8 @@ class PolicyServer:
         ):
             if value < 1:
                 raise ValueError(f"{limit} must be at least 1, got {value}")
+        if not host:  # asyncio would listen everywhere
+            raise ValueError("host is empty; give 127.0.0.1, or 0.0.0.0 to listen everywhere")
         if not 0 <= port <= 65535:
             raise ValueError(f"port must lie in [0, 65535], got {port}")
         self._policy = policy
@@ -127,7 +129,11 @@ class PolicyServer:
         self._max_bytes = max_message_bytes
         self._grace = grace
         self._metadata = metadata(
-            spec, name, max_batch=max_batch, max_message_bytes=max_message_bytes
+            spec,
+            name,
+            control_hz=getattr(policy, "control_hz", None),
+            max_batch=max_batch,
+            max_message_bytes=max_message_bytes,
         )
         self._seeds = np.random.SeedSequence(seed)
         self._sessions = self._connections = self._in_flight = 0
@@ -137,6 +143,7 @@ class PolicyServer:
         self._stop: asyncio.Event
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._failures: list[BaseException] = []  # of that thread
 
     # -- starting and stopping ------------------------------------------------------------------
 
@@ -171,27 +178,31 @@ class PolicyServer:
         if self._thread is not None:
             raise ServerError(f"the server at {self.address} is already started")
         ready = threading.Event()
-        failure: list[BaseException] = []
+        self._failures.clear()
 
         def serve_here() -> None:
             try:
                 asyncio.run(self._main(lambda _: ready.set(), handle_signals=False))
             except BaseException as error:
-                failure.append(error)
+                self._failures.append(error)
             finally:
                 ready.set()
 
         self._thread = threading.Thread(target=serve_here, name="cmpolicy-server", daemon=True)
         self._thread.start()
         ready.wait()
-        if failure:
+        if self._failures:
             self._thread.join()
             self._thread = None
-            raise failure[0]
+            raise self._failures[0]
         return self
 
     def stop(self) -> None:
-        """End what :meth:`start` began: running requests end, connections close with 1001."""
+        """End what :meth:`start` began: running requests end, connections close with 1001.
+
+        Raises:
+            ServerError: it had failed meanwhile.
+        """
         thread, self._thread = self._thread, None
         if thread is None:
             return
@@ -199,6 +210,9 @@ class PolicyServer:
         if thread.is_alive() and loop is not None:
             loop.call_soon_threadsafe(self._stop.set)
         thread.join()
+        if self._failures:
+            failure = self._failures[0]
+            raise ServerError(f"the server failed: {failure!r}") from failure
 
     def __enter__(self) -> PolicyServer:
         return self.start()
@@ -220,7 +234,10 @@ class PolicyServer:
         self._is_stopping = False
         self._batcher = Batcher(self._policy, self._max_batch)
         try:
-            await self._warm_up()
+            try:
+                await self._batcher.warm_up()
+            except InferenceError as error:
+                raise ServerError(f"the policy cannot be served: {error}") from error
             server = await self._listen()
             if handle_signals:
                 for number in (signal.SIGINT, signal.SIGTERM):
@@ -276,23 +293,8 @@ class PolicyServer:
         except TimeoutError:
             _logger.warning("stopped with %d requests unanswered", self._in_flight)
         self._batcher.close()
-        server.close(code=_GOING_AWAY, reason="the server is shutting down")
+        server.close()  # with 1001
         await server.wait_closed()
-
-    async def _warm_up(self) -> None:
-        """Let a policy that cannot work fail now, and the first client not wait."""
-        session = Session(self.spec, max_batch=1)
-        zeros = {
-            key: np.zeros((self.spec.n_obs_steps, *shape), np.float32)
-            for key, shape in self.spec.obs.items()
-        }
-        request = session.read(zeros)
-        assert request is not None
-        try:
-            for _ in range(3):
-                await self._batcher.infer(request)
-        except InferenceError as error:
-            raise ServerError(f"the policy cannot be served: {error}") from error
 
     # -- a connection ---------------------------------------------------------------------------
 

@@ -537,6 +537,7 @@ def test_start_again_and_errors_of_starting(policy: ConsistencyPolicy, gated: Ga
         ({"token": "a b"}, "token must be of visible ASCII"),
         ({"token": "a\nb"}, "token must be of visible ASCII"),
         ({"port": 65536}, "port must lie in"),
+        ({"host": ""}, "host is empty; give 127"),
         ({"max_sessions": 0}, "max_sessions must be at least 1, got 0"),
         ({"max_batch": 0}, "max_batch must be at least 1, got 0"),
         ({"max_message_bytes": 0}, "max_message_bytes must be at least 1, got 0"),
