@@ -25,13 +25,13 @@ usage: cmpolicy-serve policy=pusht [key=value ...]
 
 Serve a policy over WebSocket in openpi's protocol, until Ctrl-C.
 
-  policy=pusht        bundle directory, bundled name, hub id, or an exported file (policy.onnx)
+  policy=pusht        bundle directory, bundled name, hub id, or a file of cmpolicy-export
   port=8000           0 takes a free one
   host=127.0.0.1      0.0.0.0 lets other machines in; give a token then
   token=null          clients must send it; better in the environment variable CMPOLICY_TOKEN,
                       since a command line is visible to everyone on the machine
-  nfe=1               network evaluations per action chunk
-  device=cpu          cpu | cuda
+  nfe=null            network evaluations per action chunk; null: 1, or those of the file
+  device=cpu          cpu | cuda (an exported file: cpu)
   threads=1           of the CPU, for one policy call
   sessions=64         clients at once
   batch=64            observations per policy call
@@ -53,7 +53,7 @@ class ServeSettings:
     port: int = 8000
     host: str = "127.0.0.1"
     token: str | None = None
-    nfe: int = 1
+    nfe: int | None = None
     device: str = "cpu"
     threads: int = 1
     sessions: int = 64
@@ -62,8 +62,9 @@ class ServeSettings:
 
     def __post_init__(self) -> None:
         for name in ("nfe", "threads", "sessions", "batch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port={self.port} must lie between 0 and 65535")
         if self.seed is not None and self.seed < 0:
@@ -105,8 +106,9 @@ def _serve(settings: ServeSettings) -> int:
             f"set {_TOKEN_VARIABLE}",
             file=sys.stderr,
         )
+    policy, nfe = _load(settings)
     server = PolicyServer(
-        _load(settings),
+        policy,
         settings.host,
         settings.port,
         token=token,
@@ -116,7 +118,7 @@ def _serve(settings: ServeSettings) -> int:
         seed=settings.seed,
     )
     try:
-        server.run(lambda ready: _announce(ready, settings, needs_token=token is not None))
+        server.run(lambda ready: _announce(ready, settings, nfe, needs_token=token is not None))
     except ServerError as error:
         print(f"cmpolicy-serve: {error}", file=sys.stderr)
         return 2
@@ -138,7 +140,30 @@ def _token(settings: ServeSettings) -> str | None:
     return token
 
 
-def _load(settings: ServeSettings) -> ChunkPolicy:
+def _load(settings: ServeSettings) -> tuple[ChunkPolicy, int]:
+    """The policy and its network evaluations per chunk."""
+    from cmpolicy.export.load import is_exported
+
+    return _load_exported(settings) if is_exported(settings.policy) else _load_bundle(settings)
+
+
+def _load_exported(settings: ServeSettings) -> tuple[ChunkPolicy, int]:
+    from cmpolicy.export.load import open_exported
+
+    if settings.device != "cpu":
+        raise ConfigError(
+            f"device={settings.device}: an exported file runs on the CPU; serve the bundle instead"
+        )
+    policy = open_exported(settings.policy, settings.threads)
+    if settings.nfe not in (None, policy.num_steps):
+        raise ConfigError(
+            f"nfe={settings.nfe}, but {settings.policy} was exported with nfe={policy.num_steps}; "
+            "leave nfe out, or export it again"
+        )
+    return policy, policy.num_steps
+
+
+def _load_bundle(settings: ServeSettings) -> tuple[ChunkPolicy, int]:
     import torch
 
     from cmpolicy.cli.benchmarks.latency import available_device
@@ -147,11 +172,13 @@ def _load(settings: ServeSettings) -> ChunkPolicy:
     torch.set_num_threads(settings.threads)
     device = available_device(settings.device)
     policy = ConsistencyPolicy.from_pretrained(settings.policy, device).eval()
-    policy.num_steps = settings.nfe
-    return policy
+    policy.num_steps = settings.nfe or 1
+    return policy, policy.num_steps
 
 
-def _announce(server: PolicyServer, settings: ServeSettings, *, needs_token: bool) -> None:
+def _announce(
+    server: PolicyServer, settings: ServeSettings, nfe: int, *, needs_token: bool
+) -> None:
     """Where it listens, what it serves, and how to use it."""
     spec = server.spec
     shapes = ", ".join(
@@ -161,7 +188,7 @@ def _announce(server: PolicyServer, settings: ServeSettings, *, needs_token: boo
     token = ", token=..." if needs_token else ""
     print(
         f"serving {settings.policy} at {server.address} "
-        f"({settings.nfe} evaluation(s) per chunk, {settings.device}); Ctrl-C ends it\n"
+        f"({nfe} evaluation(s) per chunk, {settings.device}); Ctrl-C ends it\n"
         f'  from cmpolicy import RemotePolicy; policy = RemotePolicy("{server.address}"{token})\n'
         f"  actions = policy.infer({{{shapes}}})  "
         f"# (B, {spec.n_action_steps}, {spec.action_dim})",

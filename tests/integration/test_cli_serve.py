@@ -21,6 +21,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from cmpolicy import RemotePolicy
 from cmpolicy.cli.bench import main as bench
+from cmpolicy.cli.export import main as export
 from cmpolicy.cli.serve import main
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
@@ -46,13 +47,21 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+_AS_USERS = ("-m", "cmpolicy.cli.serve")
+_WITHOUT_TORCH = (
+    "-c",
+    "import sys; sys.modules['torch'] = None\n"
+    "from cmpolicy.cli.serve import main; sys.exit(main())",
+)
+
+
 @contextmanager
 def _serving(
-    *words: str, **environment: str
+    *words: str, how: tuple[str, ...] = _AS_USERS, **environment: str
 ) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
     """The process, its address, and the lines it printed until it listened."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "cmpolicy.cli.serve", *words],
+        [sys.executable, *how, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -118,6 +127,40 @@ def _ended_by(
     assert written.endswith("cmpolicy-serve: stopped\n")
     assert "Traceback" not in written
     return written
+
+
+@pytest.fixture(scope="module")
+def exported(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("onnxruntime")
+    file = tmp_path_factory.mktemp("exported") / "policy.onnx"
+    assert export([f"policy={bundle}", f"out={file}", "nfe=2"]) == 0
+    return file
+
+
+def test_an_exported_file_is_served_without_torch(bundle: Path, exported: Path) -> None:
+    local = ConsistencyPolicy.from_pretrained(bundle).eval()
+    local.num_steps = 2
+    with _serving(f"policy={exported}", "port=0", how=_WITHOUT_TORCH) as (process, url, lines):
+        assert f"serving {exported} at {url} (2 evaluation(s) per chunk, cpu)" in lines[0]
+        with RemotePolicy(url) as remote, connect(url, proxy=None) as idle:
+            noise = np.ones((1, *local.noise_shape), np.float32)
+            np.testing.assert_allclose(remote.infer(OBS, noise), local.infer(OBS, noise), atol=1e-4)
+            idle.recv(timeout=WAIT)
+            _ended_by(process, signal.SIGTERM, idle)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("nfe=4", "was exported with nfe=2; leave nfe out"),
+        ("device=cuda", "an exported file runs on the CPU"),
+    ],
+)
+def test_what_an_exported_file_cannot(
+    word: str, message: str, exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([f"policy={exported}", word]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_port_in_use(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
