@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cmpolicy.flow.flow_map import Derivative, FlowMap, derivative_difference, derivative_jvp
+from cmpolicy.flow.path import expand_time
 from cmpolicy.flow.times import TimeLaw, adaptive_weight
 
 
@@ -173,6 +174,9 @@ class Isd:
         sd_begin: share of the run before L_sd joins in; until then only L_fm is trained, so that
             the tangent u_hat means something from the start. In [0, 1).
         zero_share: share of the L_sd samples that jump all the way to s = 0, in [0, 1].
+        time_floor: below this time the flow is taken to be straight along F(x_t, t, t), in [0, 1).
+            A jump that ends there is then the one to ``time_floor`` followed by the mean of the
+            data given that point: samples without the jitter that data holds at a small scale.
         time_a, time_b: t and s ~ Beta(time_a, time_b), the larger is t.
     """
 
@@ -187,6 +191,7 @@ class Isd:
     sd_weight: float = 1.0
     sd_begin: float = 0.0
     zero_share: float = 0.0
+    time_floor: float = 0.0
     time_a: float = 0.8
     time_b: float = 1.0
 
@@ -206,6 +211,8 @@ class Isd:
             raise ValueError(f"isd: sd_begin={self.sd_begin} must lie in [0, 1)")
         if not 0 <= self.zero_share <= 1:
             raise ValueError(f"isd: zero_share={self.zero_share} must lie in [0, 1]")
+        if not 0 <= self.time_floor < 1:
+            raise ValueError(f"isd: time_floor={self.time_floor} must lie in [0, 1)")
         if not 0 <= self.tangent_begin <= self.tangent_end <= 1:
             raise ValueError(
                 f"isd: tangent_begin={self.tangent_begin} and tangent_end={self.tangent_end} must "
@@ -281,9 +288,13 @@ class Isd:
         if self.derivative == "jvp":
             d = derivative_jvp(flow_map, x_t, t, s, c, u)
         else:
-            d = derivative_difference(flow_map, x_t, t, s, c, u, self.epsilon)
+            lowest = s.clamp(min=self.time_floor).minimum(t)  # F has a kink at the floor
+            d = derivative_difference(flow_map, x_t, t, s, c, u, self.epsilon, lowest)
         f = flow_map.output(x_t, t, s, c)
-        target = f.detach() + flow_map.path.residual(f.detach(), u, d, x_t, t, s)
+        residual = flow_map.path.residual(f.detach(), u, d, x_t, t, s)
+        if self.time_floor:
+            residual = torch.where(expand_time(t > self.time_floor, x), residual, u - f.detach())
+        target = f.detach() + residual
         loss_sd = _mean((f - target).square())
 
         total = loss_fm.index_add(0, index, self.sd_weight * loss_sd)

@@ -108,6 +108,39 @@ def test_difference_stays_inside_the_interval(gaussian: Any) -> None:
 
 
 @pytest.mark.parametrize("derivative", ["jvp", "difference"])
+def test_time_floor_is_a_straight_flow_below_it(gaussian: Any, derivative: str) -> None:
+    """The map to the floor followed by one step along the velocity there has L_sd = 0."""
+    floor, net, path = 0.3, gaussian.net, gaussian.flow_map.path
+
+    def straight(x: Tensor, t: Tensor, s: Tensor, cond: Tensor | None) -> Tensor:
+        above, at = t.clamp(min=floor), torch.full_like(t, floor)
+        reached = net.map(x, above, at, cond)  # where the flow from t is at the floor
+        end = path.jump(reached, net.velocity(reached, at, cond), at, torch.minimum(s, at))
+        if path.rate == 1.0:
+            jump = (x - end) / (t - s)[:, None]
+        else:
+            delta = ((t - s) * path.rate)[:, None]
+            jump = (torch.cos(delta) * x - end) / torch.sin(delta)
+        inside = torch.where((s < floor)[:, None], jump, net(x, t, s, cond))
+        at_most = (t <= floor) | (t == s)
+        return torch.where(at_most[:, None], net.velocity(x, t, cond), inside)
+
+    x, z = gaussian.net.center(gaussian.cond) + 0.1, torch.randn(256, 2, dtype=torch.float64)
+    x = x.expand(256, 2)
+    s = torch.where(gaussian.t > floor, gaussian.s * 0.0, gaussian.s)  # ends at 0, or starts below
+    settings: dict[str, Any] = {"derivative": derivative, "epsilon": 1e-4, "sd_share": 1.0}
+    flow_map, draws = FlowMap(straight, path), Draws(z, gaussian.t, s)
+    metrics = [
+        build_objective("isd", time_floor=value, **settings)(
+            flow_map, x, gaussian.cond, draws
+        ).metrics["loss_sd"]
+        for value in (floor, 0.0)
+    ]
+    assert metrics[0] < (1e-20 if derivative == "jvp" else 1e-7)
+    assert metrics[1] > 1e-4  # the exact flow is another one
+
+
+@pytest.mark.parametrize("derivative", ["jvp", "difference"])
 def test_self_distillation_has_no_gradient_at_the_true_map(gaussian: Any, derivative: str) -> None:
     """At F = F*, iSD's gradient is that of its flow-matching half alone, for every parameter."""
     generator = torch.Generator().manual_seed(0)

@@ -303,6 +303,7 @@ def test_larger_of_two_is_t() -> None:
         ("isd", {"sd_share": 1.5}, ["sd_share=1.5", "(0, 1]"]),
         ("isd", {"sd_begin": 1.0}, ["sd_begin=1.0", "[0, 1)"]),
         ("isd", {"zero_share": -0.1}, ["zero_share=-0.1", "[0, 1]"]),
+        ("isd", {"time_floor": 1.0}, ["time_floor=1.0", "[0, 1)"]),
         ("isd", {"tangent_begin": 0.8, "tangent_end": 0.2}, ["0.8", "0.2", "in order"]),
         ("isd", {"epsilon": 0.0}, ["epsilon=0.0", "(0, 0.5)"]),
         ("isd", {"weight_power": -1}, ["weight_power=-1", "negative"]),
