@@ -47,6 +47,7 @@ class EvalConfig:
     nfe: tuple[int, ...]
     sampler: Literal["flow_map", "diagonal"] | None
     noise_scale: float | None
+    time_floor: float | None
     workers: int | None
     batch_size: int
     device: Literal["auto", "cpu", "cuda"]
@@ -60,6 +61,11 @@ class EvalConfig:
             raise ConfigError(f"nfe holds a number twice: {list(self.nfe)}")
         if self.noise_scale is not None and not self.noise_scale > 0:
             raise ConfigError(f"noise_scale must be above 0, got {self.noise_scale}")
+        if self.time_floor is not None and not (0 < self.time_floor < 1 < min(self.nfe)):
+            raise ConfigError(
+                f"time_floor={self.time_floor} must lie in (0, 1) and needs nfe of at least 2, got "
+                f"nfe={list(self.nfe)}"
+            )
         least = {"batch_size": 1, "videos": 0} | ({} if self.workers is None else {"workers": 1})
         for key, minimum in least.items():
             if getattr(self, key) < minimum:
@@ -201,6 +207,9 @@ def _open_bundle(config: EvalConfig) -> _Scored:
     if config.noise_scale is not None and config.noise_scale != policy.noise_scale:
         label += f" [noise {config.noise_scale}]"
         policy.noise_scale = config.noise_scale
+    if config.time_floor is not None:
+        label += f" [floor {config.time_floor}]"
+        policy.time_floor = config.time_floor
     return _Scored(
         policy,
         lambda nfe: setattr(policy, "num_steps", nfe),
@@ -226,6 +235,10 @@ def _open_exported(config: EvalConfig) -> _Scored:
                 f"{config.policy} has {name}={own}, not {getattr(config, name)}; set it in the "
                 f"bundle and {again}"
             )
+    if config.time_floor is not None:
+        raise ConfigError(
+            f"{config.policy} has fixed times; leave out time_floor, or give a bundle"
+        )
     if config.device == "cuda":
         raise ConfigError(f"{config.policy} runs on the CPU; give device=cpu or a bundle")
     label = config.name or config.policy

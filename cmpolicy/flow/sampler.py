@@ -16,16 +16,30 @@ SAMPLERS: tuple[str, ...] = get_args(SamplerKind)
 
 
 def time_grid(
-    num_steps: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    num_steps: int,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    floor: float = 0.0,
 ) -> Tensor:
-    """1 = t_0 > ... > t_N = 0, evenly spaced, (N + 1,).
+    """1 = t_0 > ... > t_N = 0, (N + 1,): evenly spaced down to 0, or to ``floor`` and then to 0.
 
     Raises:
-        ValueError: ``num_steps`` below 1.
+        ValueError: ``num_steps`` below 1, a floor outside [0, 1), or one that one step would skip.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps (network evaluations) must be at least 1, got {num_steps}")
-    return torch.linspace(1.0, 0.0, num_steps + 1, device=device, dtype=dtype)
+    if not 0 <= floor < 1:
+        raise ValueError(f"the floor of the time grid must lie in [0, 1), got {floor}")
+    if floor == 0.0:
+        return torch.linspace(1.0, 0.0, num_steps + 1, device=device, dtype=dtype)
+    if num_steps == 1:
+        raise ValueError(
+            f"one evaluation goes from 1 to 0 and cannot stop at the floor {floor}; give at least "
+            "2 evaluations, or no floor"
+        )
+    above = torch.linspace(1.0, floor, num_steps, device=device, dtype=dtype)
+    return torch.cat([above, above.new_zeros(1)])
 
 
 def sample(
@@ -35,15 +49,18 @@ def sample(
     *,
     num_steps: int = 1,
     kind: SamplerKind = "flow_map",
+    floor: float = 0.0,
 ) -> Tensor:
     """Carry noise z (B, ...) to data in exactly ``num_steps`` evaluations of the network.
 
+    With a ``floor`` the last step starts there: see :func:`time_grid`.
+
     Raises:
-        ValueError: ``num_steps`` below 1, or an unknown ``kind``.
+        ValueError: ``num_steps`` below 1, an unknown ``kind``, or a bad ``floor``.
     """
     if kind not in SAMPLERS:
         raise ValueError(f"unknown sampler {kind!r}; choose one of {list(SAMPLERS)}")
-    grid = time_grid(num_steps, z.device, z.dtype)
+    grid = time_grid(num_steps, z.device, z.dtype, floor=floor)
     x = z
     for i in range(num_steps):
         t = grid[i].expand(len(z))

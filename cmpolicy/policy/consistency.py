@@ -82,6 +82,7 @@ class ConsistencyPolicy(nn.Module):
         self.sampler: SamplerKind = sampler
         self.num_steps = 1
         self.noise_scale = 1.0
+        self.time_floor = 0.0  # where the last of several evaluations starts, see time_grid
         self.objective = objective
         self.normalizer = normalizer
         unet = UNet1D(
@@ -230,6 +231,7 @@ class ConsistencyPolicy(nn.Module):
             condition,
             num_steps=num_steps,
             kind=sampler or self.sampler,
+            floor=self.time_floor,
         )
         return self.normalizer.unnormalize("action", action)
 

@@ -108,6 +108,16 @@ def test_another_sampler_is_said_in_the_name_and_videos_are_made(
     assert names == {"seed_100000_nfe1.mp4", "grid_nfe1.gif"}
 
 
+def test_a_time_floor_is_said_in_the_name(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bundle.parent)
+    words = ["policy=tiny", "seeds=100000", "nfe=2", "sampler=diagonal", "workers=1"]
+    assert main([*words, "batch_size=1", "time_floor=0.15", f"out={tmp_path}"]) == 0
+    label = Result.load(tmp_path / "result_nfe2.json").policy
+    assert label == "tiny [diagonal] [floor 0.15]"
+
+
 @pytest.mark.parametrize("data", ["pusht_human", "pusht_scripted"])
 def test_training_seeds_are_warned_of(
     data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -167,6 +177,7 @@ def test_help_shows_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
         ("nfe=many", "nfe must be a list such as [1, 2], got 'many'"),
         ("protocol=pusht", "unknown protocol 'pusht'"),
         ("sampler=euler", "sampler='euler' is not one of flow_map, diagonal"),
+        ("time_floor=0.1", "time_floor=0.1 must lie in (0, 1) and needs nfe of at least 2, got nfe"),
         ("workers=0", "workers must be at least 1, got 0"),
         ("videos=-1", "videos must be at least 0, got -1"),
         ("device=tpu", "device='tpu' is not one of auto, cpu, cuda"),

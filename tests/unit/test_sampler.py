@@ -28,6 +28,18 @@ def test_time_grid() -> None:
     assert time_grid(4, dtype=torch.float64).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
 
 
+def test_time_grid_with_a_floor() -> None:
+    assert time_grid(2, floor=0.25).tolist() == [1.0, 0.25, 0.0]
+    assert time_grid(4, dtype=torch.float64, floor=0.25).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+    net = Recorder()
+    sample(FlowMap(net, PATHS["linear"]), torch.zeros(1, 4, 2), num_steps=2, floor=0.25)
+    assert net.calls == [(1.0, 0.25), (0.25, 0.0)]
+    with pytest.raises(ValueError, match="at least 2 evaluations, or no floor"):
+        time_grid(1, floor=0.25)
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\), got 1.5"):
+        time_grid(4, floor=1.5)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_flow_map_sampler_asks_for_each_jump_once(steps: int) -> None:
     net = Recorder()
