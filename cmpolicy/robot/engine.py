@@ -37,6 +37,9 @@ _WARM_UP = 3
 _WRONG_CLOCK = 3600.0
 """Seconds between an observation's timestamp and now, from which on the clocks must differ."""
 
+_AHEAD = 0.1
+"""Seconds that the clock of a robot's own computer may be ahead."""
+
 PLANNED = "planned"
 WAITED = "waited"
 HELD = "held"
@@ -242,7 +245,7 @@ class Run:
             ) from None
         except (TypeError, ValueError) as error:
             raise ObservationError(f"the timestamp {key!r} is no number: {error}") from error
-        if not -1 / self._hz <= age <= _WRONG_CLOCK:
+        if not -_AHEAD <= age <= _WRONG_CLOCK:
             raise ObservationError(
                 f"the timestamp {key!r} = {observation[key]!r} is {age:.3f} s old: the robot's "
                 "clock is not the one given. Name it: Timestamps(key, clock=time.time), or "

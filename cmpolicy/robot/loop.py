@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -23,7 +24,7 @@ from cmpolicy.robot.signals import SignalGuard, raise_for
 _log = logging.getLogger(__name__)
 
 _PATIENCE = 2.0
-"""Seconds that the end of a run waits for an inference under way."""
+"""Seconds that the end of a run waits for an inference under way, and leaving for such a run."""
 
 
 class ControlLoop:
@@ -100,6 +101,7 @@ class ControlLoop:
         self._on_tick = on_tick
         self._guard = SignalGuard(lambda: self._running or self._leaving, self._signalled)
         self._claim: Claim | None = None
+        self._run_lock = threading.Lock()
         self._running = False
         self._leaving = False
         self._at_rest = False
@@ -137,16 +139,20 @@ class ControlLoop:
         """Stop, disconnect, and give everything back; each of it, whatever goes wrong before."""
         failures: list[tuple[str, BaseException]] = []
         signal_before = self._signal
+        alone = False
         self._leaving = True
         try:
+            alone = self._end_other_run()
             try:
                 if not self._at_rest:
                     failures += self._halt()
             finally:
-                _attempt("disconnect", self._robot.disconnect, failures)
+                _attempt("disconnect the robot", self._robot.disconnect, failures)
         finally:
             self._guard.restore()
             self._leaving = False
+            if alone:
+                self._run_lock.release()
             if self._claim is not None:
                 self._claim.release()
                 self._claim = None
@@ -154,6 +160,21 @@ class ControlLoop:
         _raise(failures, error)
         if error is None and self._signal is not None and self._signal != signal_before:
             raise_for(self._signal)  # it came while leaving, and no run has reported it
+
+    def _end_other_run(self) -> bool:
+        """A run that still goes on in another thread must not send actions after the last one.
+
+        Returns:
+            Whether it is over, and no other can begin (the lock is held); False if it hangs.
+        """
+        if self._run_lock.acquire(blocking=False):
+            return True
+        self.stop("the loop was left")
+        if self._run_lock.acquire(timeout=1 / self._hz + 2 * _PATIENCE):
+            return True
+        _log.error("a run in another thread did not end; the robot is stopped in spite of it")
+        self._at_rest = False
+        return False
 
     # -- running ----------------------------------------------------------------------------------
 
@@ -171,6 +192,14 @@ class ControlLoop:
             Exception: what robot, policy or ``on_tick`` raised. The robot was stopped before.
         """
         n_ticks = _n_ticks(seconds, steps, self._hz)
+        if not self._run_lock.acquire(blocking=False):
+            raise RuntimeError("this loop already runs, in another thread or further up")
+        try:
+            return self._run(n_ticks)
+        finally:
+            self._run_lock.release()
+
+    def _run(self, n_ticks: int) -> LoopReport:
         self._check_may_run()
         self._safety = self._new_filter()
         run = Run(
@@ -203,7 +232,8 @@ class ControlLoop:
             self._at_rest = not failures
             _attempt("end the inference", lambda: self._inference.close(_PATIENCE), failures)
             self.report = run.report(self._schedule.name)
-            self._stop_reason = None
+            if run.stopped_by == self._stop_reason:  # one that came later ends the next run
+                self._stop_reason = None
             self._running = False
             _raise(failures, failure)
         return self.report
@@ -220,8 +250,6 @@ class ControlLoop:
             raise RuntimeError(
                 "the robot is not connected: `with ControlLoop(policy, robot) as loop: loop.run()`"
             )
-        if self._running:
-            raise RuntimeError("this loop already runs, in another thread or further up")
         if self._signal is not None:
             raise RuntimeError(f"the loop was stopped by {self._signal}; it does not start again")
 
@@ -239,12 +267,12 @@ class ControlLoop:
         failures: list[tuple[str, BaseException]] = []
         stop = getattr(self._robot, "stop", None)
         if callable(stop):
-            _attempt("stop", stop, failures)
+            _attempt("stop the robot", stop, failures)
             if not failures:
                 return failures
         hold = None if self._safety is None else self._safety.hold
         if hold is not None:
-            _attempt("send the resting action to", lambda: self._robot.send_action(hold), failures)
+            _attempt("send the last action", lambda: self._robot.send_action(hold), failures)
         return failures
 
 
@@ -266,7 +294,7 @@ def _attempt(what: str, call: Callable[[], Any], failures: list[tuple[str, BaseE
     try:
         call()
     except BaseException as error:  # a second Ctrl-C, too, must not skip the steps after this one
-        _log.error("could not %s the robot: %s", what, error)
+        _log.error("could not %s: %s", what, error)
         failures.append((what, error))
 
 
@@ -274,7 +302,7 @@ def _raise(failures: list[tuple[str, BaseException]], cause: BaseException | Non
     """Failures of the end: as notes of the error that led there, or as an error of their own."""
     if not failures:
         return
-    text = "; ".join(f"could not {what} the robot: {error!r}" for what, error in failures)
+    text = "; ".join(f"could not {what}: {error!r}" for what, error in failures)
     if cause is not None:
         cause.add_note(text)
         return

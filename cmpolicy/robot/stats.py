@@ -40,12 +40,6 @@ class Histogram:
         self._total += 1
         self._max = max(self._max, seconds)
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self._counts = array("q", bytes(8 * _BINS))
-        self._total = 0
-        self._max = 0.0
-
     def quantiles(self) -> Quantiles:
         """In milliseconds."""
         if self._total == 0:

@@ -635,3 +635,35 @@ def test_runs_in_another_thread_without_signal_handlers() -> None:
     thread.join(20)
     assert reports[0].stopped_by == "completed"
     assert robot.log == ["connect", "stop", "disconnect"]
+
+
+def test_leaving_ends_a_run_in_another_thread_first() -> None:
+    robot = StoppingRobot()
+    reports: list[Any] = []
+    with ControlLoop(CountingPolicy(), robot, HZ) as loop:
+        thread = threading.Thread(target=lambda: reports.append(loop.run(seconds=60)))
+        thread.start()
+        while not robot.sent:
+            time.sleep(0.01)
+        with pytest.raises(RuntimeError, match="already runs"):
+            loop.run(steps=1)
+    n = len(robot.sent)
+    thread.join(20)
+    assert reports[0].stopped_by == "the loop was left"
+    assert len(robot.sent) == n
+    assert robot.log == ["connect", "stop", "disconnect"]
+
+
+def test_a_stop_that_comes_too_late_for_a_run_ends_the_next() -> None:
+    class Braking(StoppingRobot):
+        def stop(self) -> None:
+            super().stop()
+            if self.log.count("stop") == 1:
+                loop.stop("emergency")
+
+    robot = Braking()
+    with ControlLoop(CountingPolicy(), robot, HZ) as loop:
+        assert loop.run(steps=3).stopped_by == "completed"
+        n = len(robot.sent)
+        assert loop.run(steps=3).stopped_by == "emergency"
+        assert len(robot.sent) == n

@@ -26,6 +26,15 @@ def test_cmpolicy_alone_is_light() -> None:
     assert not _loaded_by("import cmpolicy") & {"torch", "numpy", "diffusers"}
 
 
+def test_a_control_loop_loads_numpy_alone() -> None:
+    loaded = _loaded_by("import cmpolicy; cmpolicy.ControlLoop; cmpolicy.ActionChunker")
+    unwanted = (
+        SIMULATION | STORES_AND_CONFIG | SOURCE_ROOTS | {"torch", "websockets", "onnxruntime"}
+    )
+    assert loaded & unwanted == set()
+    assert "numpy" in loaded
+
+
 def test_policy_loads_no_store_config_or_simulator() -> None:
     loaded = _loaded_by("import cmpolicy.policy, cmpolicy; cmpolicy.ConsistencyPolicy")
     unwanted = SIMULATION | STORES_AND_CONFIG | SOURCE_ROOTS

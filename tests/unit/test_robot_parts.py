@@ -44,8 +44,6 @@ def test_histogram_at_its_ends() -> None:
     quantiles = histogram.quantiles()
     assert quantiles.p50 <= 1e-3
     assert quantiles.max == 5e7
-    histogram.clear()
-    assert histogram.quantiles().count == 0
 
 
 def _report(**changes: Any) -> LoopReport:

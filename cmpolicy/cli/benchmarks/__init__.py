@@ -1,1 +1,1 @@
-"""What ``cmpolicy-bench`` measures: training step, latency of a chunk, evaluation rollouts."""
+"""What ``cmpolicy-bench`` measures: steps, latency, rollouts, server, control loop, delay."""
