@@ -27,6 +27,10 @@ class InferenceError(RuntimeError):
     """The policy failed on a request that looked right; the text is for whoever sent it."""
 
 
+class StoppedError(Exception):
+    """The batcher was closed before the policy answered."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """A decision.
@@ -65,13 +69,14 @@ class Batcher:
         self._queue: deque[_Waiting] = deque()
         self._running: list[_Waiting] = []
         self._loop = asyncio.get_running_loop()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="cmpolicy-inference")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="cmpolicy-server-policy")
 
     async def infer(self, request: Request) -> Answer:
         """Wait for the decision.
 
         Raises:
             InferenceError: the policy raised, or gave something that is no finite plan.
+            StoppedError: :meth:`close` was called meanwhile.
         """
         answer: asyncio.Future[Answer] = self._loop.create_future()
         self._queue.append(_Waiting(request, answer, time.perf_counter()))
@@ -97,7 +102,7 @@ class Batcher:
         """Refuse what still waits; a running call ends in its thread, and nobody waits for it."""
         for waiting in (*self._running, *self._queue):
             if not waiting.answer.done():
-                waiting.answer.set_exception(InferenceError("the server is shutting down"))
+                waiting.answer.set_exception(StoppedError())
         self._queue.clear()
         self._pool.shutdown(wait=False, cancel_futures=True)
 

@@ -41,7 +41,11 @@ _SERVICE_UNAVAILABLE = 503
 
 
 class RemotePolicyError(RuntimeError):
-    """The policy server is gone, refuses, or answers what it should not; the text says which."""
+    """The policy server refuses, answers what it should not, or is gone; the text says which."""
+
+
+class PolicyUnavailableError(RemotePolicyError, ConnectionError):
+    """It is gone or silent, and may be back: a control loop holds the robot and asks again."""
 
 
 class _LostError(Exception):
@@ -65,7 +69,8 @@ class RemotePolicy:
 
     Raises:
         ValueError: a ``url`` that is none, or a setting that makes no sense.
-        RemotePolicyError: no server there, another kind of server, or one that refuses the token.
+        PolicyUnavailableError: no server there.
+        RemotePolicyError: another kind of server, or one that refuses the token.
     """
 
     def __init__(
@@ -144,7 +149,8 @@ class RemotePolicy:
 
         Raises:
             SpecError: an observation or noise that does not fit; nothing was sent.
-            RemotePolicyError: the server is gone for good, refuses, or took too long.
+            PolicyUnavailableError: the server is gone, or took too long.
+            RemotePolicyError: it refuses, or serves another policy now.
         """
         rows = self.spec.check_obs(obs)
         arrays = {key: _finite(f"observation {key!r}", value) for key, value in obs.items()}
@@ -193,7 +199,7 @@ class RemotePolicy:
         """Send a message and return the reply; an empty one only connects.
 
         Raises:
-            RemotePolicyError: see :meth:`infer_plan`.
+            PolicyUnavailableError, RemotePolicyError: see :meth:`infer_plan`.
         """
         begin = time.monotonic()
         cause: Exception | None = None
@@ -211,7 +217,7 @@ class RemotePolicy:
                 raise
         if self._closed.is_set():
             raise RemotePolicyError(f"this client of {self.url} is closed") from cause
-        raise RemotePolicyError(
+        raise PolicyUnavailableError(
             f"no policy server at {self.url}: {self._retries + 1} attempts in "
             f"{time.monotonic() - begin:.1f} s, the last one: {cause}"
         ) from cause
@@ -228,7 +234,7 @@ class RemotePolicy:
             connection.send(message)
             return connection.recv(timeout=self._timeout)
         except TimeoutError as error:
-            raise RemotePolicyError(
+            raise PolicyUnavailableError(
                 f"the policy server at {self.url} gave no answer within {self._timeout:g} s"
             ) from error
         except ConnectionClosed as error:

@@ -26,7 +26,7 @@ import numpy as np
 
 from cmpolicy import __version__
 from cmpolicy.robot.access import Token
-from cmpolicy.robot.batcher import Batcher, InferenceError
+from cmpolicy.robot.batcher import Batcher, InferenceError, StoppedError
 from cmpolicy.robot.policy import ChunkPolicy
 from cmpolicy.robot.responder import message_bound, metadata, respond
 from cmpolicy.robot.session import RESERVED, Session
@@ -344,6 +344,8 @@ class PolicyServer:
             await self._converse(connection, session, counts)
         except ConnectionClosed:
             pass  # also in the middle of a request: its answer is dropped
+        except StoppedError:  # of a policy that took longer than the grace
+            await connection.close(_GOING_AWAY, "the server is shutting down")
         except Exception:
             _logger.exception("a session failed")
             await connection.close(1011, "internal error")

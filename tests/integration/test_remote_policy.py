@@ -21,7 +21,10 @@ from cmpolicy import PolicyServer, RemotePolicy
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
 from cmpolicy.policy.consistency import ConsistencyPolicy
-from cmpolicy.robot.remote import RemotePolicyError
+from cmpolicy.robot.engine import Tick
+from cmpolicy.robot.loop import ControlLoop
+from cmpolicy.robot.remote import PolicyUnavailableError, RemotePolicyError
+from cmpolicy.robot.safety import SafetyLimits
 from cmpolicy.robot.wire import pack
 from cmpolicy.spec import PolicySpec
 
@@ -118,7 +121,7 @@ def test_a_server_that_is_gone_is_an_error_in_bounded_time(policy: ConsistencyPo
     server = PolicyServer(policy, port=0).start()
     remote = RemotePolicy(server.address, retries=3, backoff=0.01)
     server.stop()
-    with pytest.raises(RemotePolicyError, match=r"no policy server at ws://.*: 4 attempts in"):
+    with pytest.raises(PolicyUnavailableError, match=r"no policy server at ws://.*: 4 attempts in"):
         remote.infer(OBS)
     with server:  # and when it is back, the same object goes on
         assert remote.infer(OBS).shape == (1, 4, 2)
@@ -128,7 +131,9 @@ def test_a_server_that_is_gone_is_an_error_in_bounded_time(policy: ConsistencyPo
 def test_nobody_there() -> None:
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
-    with pytest.raises(RemotePolicyError, match=r"2 attempts in .* s, the last one: .*refused"):
+    with pytest.raises(
+        PolicyUnavailableError, match=r"2 attempts in .*refused"
+    ):
         RemotePolicy(f"ws://127.0.0.1:{port}", retries=1, backoff=0.01)
 
 
@@ -157,7 +162,7 @@ def test_no_answer_in_time_and_no_late_one_either() -> None:
             connection.send(pack({"plan": plan}))
 
     with _websocket(handle) as url, RemotePolicy(url, timeout=0.2) as remote:
-        with pytest.raises(RemotePolicyError, match=r"no answer within 0\.2 s"):
+        with pytest.raises(PolicyUnavailableError, match=r"no answer within 0\.2 s"):
             remote.infer(OBS)
         assert remote.infer_plan(OBS)[0, 0, 0] == 2
     assert len(asked) == 2  # nor is a request that took too long sent again
@@ -209,6 +214,54 @@ def test_threads_take_turns(policy: ConsistencyPolicy) -> None:
             thread.join(WAIT)
         assert len(errors) == 40
         assert max(errors) < 1e-4
+
+
+class _Robot:
+    """Remembers what happens to it."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+
+    def connect(self) -> None:
+        self.log.append("connect")
+
+    def get_observation(self) -> dict[str, Any]:
+        return {"state": np.ones(3)}
+
+    def send_action(self, action: Any) -> None:
+        assert np.isfinite(action).all()
+
+    def stop(self) -> None:
+        self.log.append("stop")
+
+    def disconnect(self) -> None:
+        self.log.append("disconnect")
+
+
+@pytest.mark.parametrize("is_back", [True, False])
+def test_a_server_gone_in_mid_episode(policy: ConsistencyPolicy, is_back: bool) -> None:
+    """The loop holds the robot and asks again: the episode goes on, or ends with it at rest."""
+    server, robot = PolicyServer(policy, port=0).start(), _Robot()
+
+    def on_tick(tick: Tick) -> None:
+        if tick.index == 10:
+            server.stop()
+        if tick.index == 13 and is_back:
+            server.start()
+
+    remote = RemotePolicy(server.address, timeout=1, retries=0)
+    safety = SafetyLimits(max_misses=1000 if is_back else 5)
+    with ControlLoop(remote, robot, 50, safety=safety, on_tick=on_tick) as loop:
+        report = loop.run(steps=100 if is_back else 1000)
+    assert report.interventions["policy unavailable"] > 0
+    assert robot.log == ["connect", "stop", "disconnect"]
+    if is_back:
+        assert report.stopped_by == "completed"
+        assert report.plans > 5
+    else:
+        assert "ticks in a row without a usable action" in report.stopped_by
+    remote.close()
+    server.stop()
 
 
 # -- refused ------------------------------------------------------------------------------------
@@ -337,6 +390,13 @@ def test_no_address(url: str) -> None:
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"{message} must be"):
         RemotePolicy("ws://127.0.0.1:1", **settings)
+
+
+def test_a_client_is_light() -> None:
+    code = "import cmpolicy, sys; cmpolicy.RemotePolicy; print([*sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = ("torch", "hydra", "omegaconf", "zarr", "gymnasium", "onnxruntime", "matplotlib")
+    assert [name for name in heavy if f"'{name}'" in done.stdout] == []
 
 
 @pytest.mark.parametrize("module", ["websockets", "msgpack"])

@@ -505,7 +505,10 @@ def test_stopping_does_not_wait_for_ever(gated: GatedPolicy) -> None:
     _entered(gated)
     server.stop()
     gated.gate.set()
-    connection.close()
+    with pytest.raises(ConnectionClosed) as closed:
+        connection.recv(timeout=WAIT)
+    assert closed.value.rcvd is not None
+    assert closed.value.rcvd.code == 1001
     assert server._sessions == 0
 
 
