@@ -207,7 +207,7 @@ def write_plot(rows: Sequence[_Row], path: Path, title: str) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
     right.set_ylim(-0.02, 1.02)
     figure.suptitle(f"Push-T at 10 Hz, {title}", fontsize=11)
-    left.legend(frameon=False, fontsize=9, loc="lower left")
+    right.legend(frameon=False, fontsize=9, loc="lower left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return path
