@@ -131,9 +131,7 @@ def test_a_server_that_is_gone_is_an_error_in_bounded_time(policy: ConsistencyPo
 def test_nobody_there() -> None:
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
-    with pytest.raises(
-        PolicyUnavailableError, match=r"2 attempts in .*refused"
-    ):
+    with pytest.raises(PolicyUnavailableError, match=r"2 attempts in .*refused"):
         RemotePolicy(f"ws://127.0.0.1:{port}", retries=1, backoff=0.01)
 
 
