@@ -177,7 +177,10 @@ def test_help_shows_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
         ("nfe=many", "nfe must be a list such as [1, 2], got 'many'"),
         ("protocol=pusht", "unknown protocol 'pusht'"),
         ("sampler=euler", "sampler='euler' is not one of flow_map, diagonal"),
-        ("time_floor=0.1", "time_floor=0.1 must lie in (0, 1) and needs nfe of at least 2, got nfe"),
+        (
+            "time_floor=0.1",
+            "time_floor=0.1 must lie in (0, 1) and needs nfe of at least 2, got nfe",
+        ),
         ("workers=0", "workers must be at least 1, got 0"),
         ("videos=-1", "videos must be at least 0, got -1"),
         ("device=tpu", "device='tpu' is not one of auto, cpu, cuda"),
