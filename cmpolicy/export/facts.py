@@ -68,8 +68,8 @@ class ExportFacts:
             data = None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ExportError(
-                f"{file} was not exported by cmpolicy: it holds no {KEY!r} metadata of format "
-                f"{FORMAT!r}; {remedy}"
+                f"{file} was not exported by cmpolicy, or is cut short: it holds no {KEY!r} "
+                f"metadata of format {FORMAT!r}; {remedy}"
             )
         version = data.get("format_version")
         if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:

@@ -30,9 +30,8 @@ class OnnxPolicy(ExportedRuntime):
 
     Args:
         path: the ``.onnx`` file.
-        threads: of onnxruntime. One is the fastest at batch 1 for small nets, and leaves the other
-            cores to the robot; two help nets of tens of millions of parameters where a second core
-            is idle.
+        threads: of onnxruntime. Two are faster by a third where a second core is idle all the time,
+            and slower by far where it is not; one leaves the other cores to the robot.
         seed: of the noise of calls that bring none.
 
     Raises:
@@ -80,9 +79,11 @@ def _open(file: Path, threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1  # the graph is a chain: nothing to run side by side
-    # Waiting threads sleep: spinning ones take a core from the robot between two calls, and where
-    # cores are shared they take it from the thread that has the work.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # One thread has nobody to wait for. Several gain only where those that wait for the next of 300
+    # short operations spin (asleep they are slower than one), and they stop spinning with the call:
+    # between two calls the cores are the robot's.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3  # errors: warnings are about folding that ORT decided against
     try:
         return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])

@@ -85,7 +85,8 @@ class PlanMap(nn.Module):
 
     def _observe(self, obs: tuple[Tensor, ...]) -> Tensor:
         """What the observations contribute to every FiLM layer, (B, F)."""
-        steps = torch.cat([value.flatten(2) for value in obs], dim=-1)
+        parts = [value.flatten(2) if value.ndim > 2 else value.unsqueeze(2) for value in obs]
+        steps = torch.cat(parts, dim=-1)
         normal = steps * self.get_buffer("obs_scale") + self.get_buffer("obs_offset")
         features = nn.functional.mish(self.unet.obs(normal.flatten(1)))
         return features @ self.get_buffer("film_of_obs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -36,7 +37,9 @@ class ExportedPolicy(ExportedRuntime):
         file = Path(path).expanduser().absolute()
         super().__init__(_read_facts(file), seed)
         try:
-            module = torch.export.load(file).module()
+            with warnings.catch_warnings():  # that the file is mapped read-only: nobody writes
+                warnings.simplefilter("ignore")
+                module = torch.export.load(file).module()
         except Exception as error:  # of torch's readers, without a common base
             raise ExportError(
                 f"{file}: torch {torch.__version__} cannot load this program: {error}; upgrade "
