@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from cmpolicy.cli.scoring import Scorer
 from cmpolicy.policy.consistency import ConsistencyPolicy
+from cmpolicy.policy.pretrained import BundleError, read_metadata
 from cmpolicy.train.config import TrainConfig
 from cmpolicy.train.trainer import Evaluation
 from cmpolicy_eval.evaluate import git_commit, versions
@@ -26,6 +27,7 @@ class PolicyKeeper:
         self._scorer = scorer
         self._source = source
         self._command = command
+        self._start = None if config.init is None else start_of(config.init)
 
     def __call__(
         self,
@@ -49,10 +51,22 @@ class PolicyKeeper:
             "git_commit": git_commit(),
             "config": config,
         }
+        if self._start is not None:
+            metadata["start"] = self._start
         folder = self._run_dir / (BEST if kind == "best" else LAST)
         policy.save_pretrained(folder, card=model_card(policy, metadata), metadata=metadata)
         if kind == "best" and self._scorer.result is not None:
             self._scorer.result.save(self._run_dir / RESULT)
+
+
+def start_of(init: str) -> dict[str, Any] | None:
+    """How the policy was trained that a run starts from; None where it cannot be read any more."""
+    try:
+        metadata = read_metadata(init)
+    except BundleError:  # a resumed run whose first policy has been moved
+        return None
+    kept = ("command", "samples", "data", "git_commit", "start")
+    return {key: metadata[key] for key in kept if key in metadata}
 
 
 def model_card(policy: ConsistencyPolicy, metadata: Mapping[str, Any]) -> str:
@@ -76,8 +90,12 @@ def model_card(policy: ConsistencyPolicy, metadata: Mapping[str, Any]) -> str:
         if rows
         else "Not scored while training.\n"
     )
-    start = config.get("init")
-    start = "from scratch" if start is None else f"further, from `{start}`,"
+    init = config.get("init")
+    start = "from scratch" if init is None else f"further, from `{init}`,"
+    before, stages = metadata.get("start"), ""
+    while before:
+        stages += f"- before that: {before.get('samples')} samples, `{before.get('command')}`\n"
+        before = before.get("start")
     return f"""# A cmpolicy policy for {metadata["task"]}
 
 Trained {start} on `{metadata["data"]}` by `{config["objective"]["name"]}`:
@@ -87,7 +105,7 @@ Trained {start} on `{metadata["data"]}` by `{config["objective"]["name"]}`:
 - actions: {spec.action_dim} numbers; predicts {spec.horizon} steps, executes {spec.n_action_steps}
 - training samples: {metadata["samples"]}
 - command: `{metadata["command"]}`
-
+{stages}
 {scores}
 ```python
 from cmpolicy.policy.consistency import ConsistencyPolicy

@@ -159,6 +159,8 @@ def test_a_run_can_start_from_a_policy(
         "Trained further, from `first/policy_last`"
         in (tmp_path / "second/policy_last/README.md").read_text()
     )
+    card = (tmp_path / "second/policy_last/README.md").read_text()
+    assert "- before that: 64 samples, `cmpolicy-train task=custom" in card
     # a resumed run goes on from its own weights, wherever the first ones are now
     (tmp_path / "first").rename(tmp_path / "moved")
     assert main(["resume=second", "samples=96"]) == 0
