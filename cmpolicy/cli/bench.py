@@ -18,9 +18,12 @@ commands:
   step      one isd training step against one fm step, in alternating pairs; the loader's share
               pairs=30 warmup=5 threads=null out=outputs/bench/step.json
               and any setting of cmpolicy-train: net=base batch_size=512 device=cuda
-  latency   one action chunk at batch 1, normalisation included
-              policy=pusht nfe=[1,2,4,10,100] device=cpu calls=500 seconds=30 threads=null
-              seed=0 out=outputs/bench/latency.json (policy is required; seconds ends a slow row)
+  latency   one action chunk at batch 1, normalisation included, in each runtime; beside it DDPM
+            and DDIM on the same network, and the floor that memory and arithmetic set
+              policy=pusht nfe=[1,2,4,10,100] runtimes=[eager,compiled,pt2,onnx] diffusion=true
+              device=cpu calls=500 seconds=30 threads=null seed=0 out=outputs/bench/latency.json
+              (policy, or net=large with random weights, is required; runtimes: [eager,onnx] unless
+              given; seconds ends a slow row)
   rollout   wall time of an evaluation
               policy=pusht protocol=pusht-dp episodes=50 first_seed=500000 nfe=1 workers=null
               device=cpu out=outputs/bench/rollout.json (policy is required)

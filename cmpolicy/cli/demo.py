@@ -21,7 +21,7 @@ import imageio.v2 as imageio
 import numpy as np
 from PIL import Image
 
-from cmpolicy.cli.benchmarks.latency import time_calls
+from cmpolicy.cli.benchmarks.latency import eager_contender, time_calls
 from cmpolicy.cli.benchmarks.settings import LatencySettings
 from cmpolicy.cli.model_card import BEST, RESULT
 from cmpolicy.cli.settings import compose_settings, parse
@@ -110,9 +110,11 @@ def _demo(words: Sequence[str]) -> int:
     scored.result.save(out / RESULT)
     if demo.videos:
         write_reel(out / VIDEO, protocol, scored.episodes[: demo.videos])
-    latency = LatencySettings(policy=str(out / BEST), calls=_CALLS)
-    ms = float(np.median(time_calls(policy, config.eval.nfe, latency)))
-    print(_summary(out, scored, ms, trained - begin, time.monotonic() - trained, demo.videos))
+    chunk = eager_contender(policy, config.eval.nfe)
+    time_calls([chunk], policy, LatencySettings(policy=str(out / BEST), calls=_CALLS))
+    print(
+        _summary(out, scored, chunk.p50, trained - begin, time.monotonic() - trained, demo.videos)
+    )
     return 0
 
 

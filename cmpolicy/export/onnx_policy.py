@@ -68,14 +68,31 @@ class OnnxPolicy(ExportedRuntime):
 
 def _open(file: Path, threads: int) -> Any:
     """The session, once the file is known to be whole."""
+    data = _read(file)
+    check_seal(data, str(file))
+    try:
+        return open_session(data, threads)
+    except ImportError:
+        raise
+    except Exception as error:  # onnxruntime's own share no other base
+        raise ExportError(
+            f"{file}: onnxruntime cannot load this model: {error}; upgrade onnxruntime, or export "
+            "the policy again"
+        ) from error
+
+
+def open_session(model: bytes, threads: int) -> Any:
+    """A session for one short call after another on the CPU.
+
+    Raises:
+        ImportError: onnxruntime is not installed.
+    """
     try:
         import onnxruntime as ort
     except ImportError as error:
         raise ImportError(
             "running an ONNX policy needs onnxruntime: pip install 'cmpolicy[export]'"
         ) from error
-    data = _read(file)
-    check_seal(data, str(file))
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1  # the graph is a chain: nothing to run side by side
@@ -85,13 +102,7 @@ def _open(file: Path, threads: int) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3  # errors: warnings are about folding that ORT decided against
-    try:
-        return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its own exceptions share no other base
-        raise ExportError(
-            f"{file}: onnxruntime {ort.__version__} cannot load this model: {error}; upgrade "
-            "onnxruntime, or export the policy again"
-        ) from error
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _read(file: Path) -> bytes:

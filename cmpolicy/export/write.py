@@ -94,7 +94,7 @@ def export_policy(
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         new = Path(folder) / target.name
-        with _quiet():
+        with quiet():
             (_write_onnx if format == "onnx" else _write_program)(module, policy, facts, new)
         difference = largest_difference(open_exported(new), policy, nfe)
         if not difference <= TOLERANCE:
@@ -196,7 +196,7 @@ def _dynamic(obs: tuple[Tensor, ...]) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the exporter's remarks about packages that are not there and its own deprecations."""
     logger = logging.getLogger("torch.onnx")
     before = logger.level

@@ -1,5 +1,6 @@
 """cmpolicy-bench: each command end to end at tiny settings, and its bad input."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from torch import Tensor
 
 from cmpolicy.cli.bench import main
+from cmpolicy.cli.benchmarks.diffusion import SAMPLERS, diffusion_chunk
+from cmpolicy.cli.benchmarks.latency import Contender, time_calls
+from cmpolicy.cli.benchmarks.networks import Runtime, make_runtime
+from cmpolicy.cli.benchmarks.settings import LatencySettings
 from cmpolicy.cli.benchmarks.step import time_pairs
+from cmpolicy.export.plan_map import example_inputs
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
 from cmpolicy.policy.consistency import ConsistencyPolicy
@@ -54,28 +62,121 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
+def _by_row(content: dict[str, Any]) -> dict[tuple[str, str, int], dict[str, Any]]:
+    rows = content["rows"]
+    found = {(row["runtime"], row["method"], row["evaluations"]): row for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
 def test_latency(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An unrolled export and one in a loop beside the policy itself, and diffusion."""
     out = tmp_path / "new" / "latency.json"
-    words = [f"policy={bundle}", "nfe=[1,3]", "calls=6", "threads=1", f"out={out}"]
+    words = [f"policy={bundle}", "nfe=[1,5]", "calls=3", "threads=1", f"out={out}"]
     assert main(["latency", *words]) == 0
     content = _read(out)
-    assert [row["evaluations"] for row in content["rows"]] == [1, 3]
-    for row in content["rows"]:
-        assert row["calls"] == 6
-        assert 0 < row["p50 ms"] <= row["p99 ms"]
+    rows = _by_row(content)
+    methods = [("flow map", 1), ("flow map", 5), ("ddpm", 100), ("ddim", 10)]
+    assert set(rows) == {(r, *m) for r in ("eager", "onnx") for m in methods}
     summary = content["summary"]
-    assert summary["ratio_3_to_1"] == pytest.approx(summary["p50_ms_nfe3"] / summary["p50_ms_nfe1"])
+    floor = summary["floor_ms"]
+    assert floor == max(summary["floor_memory_ms"], summary["floor_compute_ms"]) > 0
+    for (_, _, nfe), row in rows.items():
+        assert row["calls"] == 3
+        assert 0 < row["p50 ms"] <= row["p99 ms"]
+        assert row["p50/floor"] == pytest.approx(row["p50 ms"] / (nfe * floor))
+    one = summary["onnx_p50_ms_nfe1"]
+    assert summary["onnx_ratio_5_to_1"] == pytest.approx(summary["onnx_p50_ms_nfe5"] / one)
+    assert summary["onnx_ratio_ddpm_100_to_1"] == pytest.approx(
+        summary["onnx_ddpm_p50_ms_nfe100"] / one
+    )
     printed = capsys.readouterr().out
-    assert "3 evaluations cost" in printed
+    assert "5 evaluations (flow map) cost" in printed
+    assert "100 evaluations (ddpm) cost" in printed
     assert f"written to {out}" in printed
+
+
+def test_latency_of_a_net_without_a_policy(tmp_path: Path) -> None:
+    out = tmp_path / "latency.json"
+    words = ["net=tiny", "nfe=[1]", "calls=2", "runtimes=[eager]", "diffusion=false"]
+    assert main(["latency", *words, f"out={out}"]) == 0
+    assert list(_by_row(_read(out))) == [("eager", "flow map", 1)]
 
 
 def test_a_slow_row_ends_early_but_is_measured(bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "latency.json"
-    words = [f"policy={bundle}", "nfe=[2]", "calls=1000", "seconds=0", f"out={out}"]
-    assert main(["latency", *words]) == 0
+    words = [f"policy={bundle}", "nfe=[2]", "calls=1000", "seconds=0", "runtimes=[eager]"]
+    assert main(["latency", *words, "diffusion=false", f"out={out}"]) == 0
     (row,) = _read(out)["rows"]
     assert row["calls"] == 20
+
+
+def _policy_and_network(
+    bundle: Path, name: str
+) -> tuple[ConsistencyPolicy, Runtime, dict[str, Any], Any]:
+    policy = ConsistencyPolicy.from_pretrained(bundle)
+    torch.nn.init.normal_(policy.net.head[-1].weight, std=0.3)  # type: ignore[arg-type]
+    obs, noise = example_inputs(policy, 1)
+    arrays = {key: value.numpy() for key, value in zip(policy.spec.obs, obs, strict=True)}
+    return policy, make_runtime(name, policy, 1), arrays, noise.numpy()
+
+
+@pytest.mark.parametrize("name", ["eager", "onnx", "pt2"])
+def test_what_is_timed_is_the_policy(bundle: Path, name: str) -> None:
+    """Unrolled, in a loop, and the network that the diffusion samplers call."""
+    policy, runtime, obs, noise = _policy_and_network(bundle, name)
+    for nfe in (1, 5):
+        policy.num_steps = nfe
+        want = policy.infer(obs, noise)
+        np.testing.assert_allclose(runtime.chunk(nfe)(obs, noise), want, rtol=0, atol=5e-3)
+    x, t, s = torch.from_numpy(noise), torch.tensor([0.7]), torch.tensor([0.2])
+    condition = policy.encode({key: torch.from_numpy(value) for key, value in obs.items()})
+    with torch.inference_mode():
+        found = runtime.network()(x, t, s, condition)
+        torch.testing.assert_close(found, policy.net(x, t, s, condition), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("name", "nfe"), SAMPLERS.items())
+def test_diffusion_makes_its_evaluations(bundle: Path, name: str, nfe: int) -> None:
+    """Of a network that is the noise predictor of one point, whose samples end there."""
+    policy, _, obs, noise = _policy_and_network(bundle, "eager")
+    scheduler = DDPMScheduler(num_train_timesteps=100, beta_schedule="squaredcos_cap_v2")
+    calls: list[float] = []
+
+    def predictor(x: Tensor, t: Tensor, s: Tensor, cond: Tensor | None) -> Tensor:
+        assert torch.equal(t, s)
+        calls.append(float(t))
+        kept = scheduler.alphas_cumprod[round(float(t) * 100)]
+        noise: Tensor = (x - kept.sqrt() * 0.5) / (1 - kept).sqrt()
+        return noise
+
+    chunk = diffusion_chunk(name, policy, predictor)(obs, noise)
+    assert len(calls) == nfe
+    assert calls == sorted(calls, reverse=True)
+    normal = policy.normalizer.normalize("action", torch.from_numpy(chunk))
+    torch.testing.assert_close(normal, torch.full_like(normal, 0.5), rtol=0, atol=1e-4)
+
+
+def test_rows_alternate_and_the_first_call_of_a_block_has_no_time(bundle: Path) -> None:
+    policy = ConsistencyPolicy.from_pretrained(bundle)
+    called: list[str] = []
+
+    def contender(name: str) -> Contender:
+        def infer(obs: Any, noise: Any) -> Any:
+            called.append(name)
+            assert noise.shape == (1, 16, 2)
+            assert set(obs) == set(OBS)
+            return noise
+
+        return Contender(name, "flow map", 1, infer)
+
+    first, second = contender("first"), contender("second")
+    time_calls([first, second], policy, LatencySettings(policy="x", calls=70))
+    assert len(first.times) == len(second.times) == 70
+    timed = called[10:]  # after warming up
+    blocks = [(name, len(list(group))) for name, group in itertools.groupby(timed)]
+    assert [name for name, _ in blocks] == ["first", "second"] * 2
+    assert sum(n for name, n in blocks if name == "first") == 72  # one of each block untimed
 
 
 def test_rollout(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,7 +225,12 @@ def test_pairs_alternate_and_warmup_is_dropped() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["latency"], "setting 'policy' is missing; give policy=<value>"),
+        (["latency"], "give policy=<bundle>, or net=<preset>"),
+        (["latency", "policy=x", "net=large"], "one of them, got policy=x and net=large"),
+        (["latency", "net=huge"], "unknown net preset 'huge'; choose one of"),
+        (["latency", "policy=x", "runtimes=[tensorrt]"], "tensorrt"),
+        (["latency", "policy=x", "runtimes=[]"], "runtimes=[] names no runtime"),
+        (["latency", "policy=x", "runtimes=[onnx]", "device=cuda"], "run on the CPU, not on"),
         (["latency", "policy=nowhere/at/all"], "nowhere/at/all"),
         (["latency", "policy=x", "nfe=[0]"], "nfe=0 must be at least 1"),
         (["latency", "policy=x", "nfe=[]"], "nfe=[] names no number of evaluations"),

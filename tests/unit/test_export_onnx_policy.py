@@ -193,7 +193,7 @@ def test_foreign_and_newer_models(tmp_path: Path, metadata: dict[str, str], mess
 def test_a_sealed_file_that_is_no_model(tmp_path: Path) -> None:
     file = tmp_path / "model.onnx"
     file.write_bytes(seal(b"not protobuf at all " + BLANK.encode()))
-    with pytest.raises(ExportError, match=r"onnxruntime .* cannot load this model"):
+    with pytest.raises(ExportError, match="onnxruntime cannot load this model"):
         OnnxPolicy(file)
 
 

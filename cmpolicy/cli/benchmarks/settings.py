@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from cmpolicy.cli.settings import read_words
 from cmpolicy.train.schema import ConfigError, from_mapping
 
 T = TypeVar("T")
+RuntimeName = Literal["eager", "compiled", "pt2", "onnx"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +41,23 @@ class LatencySettings:
 
     Args:
         policy: bundle directory, bundled name or hub id.
+        net: instead of it a preset such as ``large``, with random weights on Push-T's sizes.
+        runtimes: what runs it; null: eager and, on the CPU, ONNX.
         nfe: network evaluations per chunk, one row each.
+        diffusion: also DDPM with 100 and DDIM with 10 evaluations of the same network.
         device: where the policy runs.
         calls: timed calls per row.
         seconds: a row ends after so long, but not before 20 calls: 100 evaluations are slow.
-        threads: of torch on the CPU; null leaves torch's own choice.
+        threads: of torch and onnxruntime on the CPU; null leaves torch's own choice.
         seed: of the observations and the noise.
         out: JSON file.
     """
 
-    policy: str
+    policy: str | None = None
+    net: str | None = None
+    runtimes: tuple[RuntimeName, ...] | None = None
     nfe: tuple[int, ...] = (1, 2, 4, 10, 100)
+    diffusion: bool = True
     device: str = "cpu"
     calls: int = 500
     seconds: float = 30.0
@@ -59,13 +66,32 @@ class LatencySettings:
     out: str = "outputs/bench/latency.json"
 
     def __post_init__(self) -> None:
+        if (self.policy is None) == (self.net is None):
+            raise ConfigError(
+                "give policy=<bundle>, or net=<preset> for a network with random weights: one of "
+                f"them, got policy={self.policy} and net={self.net}"
+            )
         if not self.nfe:
             raise ConfigError("nfe=[] names no number of evaluations; give nfe=[1,2,4,10,100]")
         for nfe in self.nfe:
             _at_least("nfe", nfe, 1)
+        if self.runtimes == ():
+            raise ConfigError("runtimes=[] names no runtime; give runtimes=[eager,onnx]")
+        exported = sorted({"pt2", "onnx"} & set(self.runtimes or ()))
+        if exported and self.device != "cpu":
+            raise ConfigError(
+                f"runtimes={exported} run on the CPU, not on device={self.device}; give "
+                "runtimes=[eager,compiled]"
+            )
         _at_least("calls", self.calls, 1)
         _at_least("threads", self.threads or 1, 1)
         _at_least("seed", self.seed, 0)
+
+    @property
+    def chosen_runtimes(self) -> tuple[RuntimeName, ...]:
+        """What :attr:`runtimes` says or leaves open; each once."""
+        default: tuple[RuntimeName, ...] = ("eager", "onnx") if self.device == "cpu" else ("eager",)
+        return tuple(dict.fromkeys(self.runtimes or default))
 
 
 @dataclass(frozen=True, kw_only=True)
