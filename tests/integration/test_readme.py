@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cmpolicy.cli import bench, data, eval, publish, train
+from cmpolicy.cli import bench, data, eval, export, publish, robot_demo, train
 from cmpolicy_data import ReplayBuffer, bundled_path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,6 +21,8 @@ MAINS: dict[str, Callable[[list[str]], int]] = {
     "cmpolicy-data": data.main,
     "cmpolicy-bench": bench.main,
     "cmpolicy-publish": publish.main,
+    "cmpolicy-export": export.main,
+    "cmpolicy-robot-demo": robot_demo.main,
 }
 NET = ["net.down_dims=[8,16]", "net.n_groups=4", "net.time_dim=8", "net.obs_dim=8"]
 RUN = ["samples=16", "batch_size=8", "optim.warmup=0", "eval.episodes=0", "eval.windows=8"]
@@ -34,6 +36,8 @@ SHORT = {
         *TRAIN,
         "out=outputs/the-bundled",
     ],
+    "cmpolicy-train task=pusht preset=standard data=pusht_human "
+    "data.path=pusht_cchi_v7_replay.zarr data.augment=mirror init=": TRAIN,
     "cmpolicy-train resume=": ["samples=24"],
     "cmpolicy-data inspect": [],
     "cmpolicy-data validate": [],
@@ -44,10 +48,15 @@ SHORT = {
     "cmpolicy-publish": [],
     "cmpolicy-bench step": [*NET, "pairs=2", "warmup=0", "batch_size=8", "threads=1"],
     "cmpolicy-bench latency": ["calls=2", "nfe=[1,2]", "threads=1"],
+    "cmpolicy-bench server": ["pairs=5", "clients=2", "seconds=0.3", "fuzz=60"],
+    "cmpolicy-bench loop": ["seconds=1"],
+    "cmpolicy-bench delay": ["seeds=500000", "delays_ms=[0,100]", "workers=1"],
+    "cmpolicy-export": [],
+    "cmpolicy-robot-demo": ["seconds=1"],
     "cmpolicy-bench rollout": ["episodes=2", "workers=1"],
 }
-#: Tested elsewhere: by the demo's own test, as this suite, and against a local server.
-ELSEWHERE = ("make demo", "make test", "make help", "cmpolicy-data download")
+#: Tested elsewhere: by the demo's own test, as this suite, against a local server, as a process.
+ELSEWHERE = ("make demo", "make test", "make help", "cmpolicy-data download", "cmpolicy-serve")
 
 
 def _blocks(language: str) -> list[str]:
@@ -82,8 +91,9 @@ def test_commands_and_code(
     for block in reversed(blocks):  # the store of the last block is used by the commands
         exec(compile(block, "README.md", "exec"), {})
     commands = _commands()
-    # the run that is resumed and published is made by a command further down the same block
-    commands.sort(key=lambda c: "outputs/my-run" in c)
+    # the run that is resumed and published is made by a command further down the same block, and
+    # the one that starts from it comes after it
+    commands.sort(key=lambda c: ("outputs/my-run" in c) + 2 * ("outputs/further/" in c))
     for command in commands:
         if command.startswith(ELSEWHERE):
             continue
