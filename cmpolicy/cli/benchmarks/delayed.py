@@ -86,7 +86,9 @@ def delayed_rollout(
     results: list[EpisodeResult] = []
     held = 0
     with (
-        tqdm(total=len(seeds), desc=progress, unit="episode", disable=None if progress else True) as bar,
+        tqdm(
+            total=len(seeds), desc=progress, unit="episode", disable=None if progress else True
+        ) as bar,
         EnvPool(
             LateActions,
             n_envs=min(BATCH_SIZE, len(seeds)),
