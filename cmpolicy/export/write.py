@@ -146,7 +146,9 @@ def largest_difference(runtime: ExportedRuntime, policy: ConsistencyPolicy, nfe:
         here = {
             key: value.to(policy.device) for key, value in zip(policy.spec.obs, obs, strict=True)
         }
-        trajectory = policy.predict_trajectory(here, num_steps=nfe, noise=noise.to(policy.device))
+        trajectory = policy.predict_trajectory(
+            here, num_steps=nfe, noise=noise.to(policy.device, policy.dtype)
+        )
         want = trajectory[:, first:].cpu()
         arrays = {key: value.numpy() for key, value in zip(policy.spec.obs, obs, strict=True)}
         got = torch.from_numpy(runtime.infer_plan(arrays, noise.numpy()))

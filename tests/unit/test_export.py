@@ -284,6 +284,13 @@ def test_threads_do_not_disturb_each_other(files: dict[str, Path], name: str) ->
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_policy_in_double_precision_is_exported_in_single(tmp_path: Path) -> None:
+    policy = make_policy(dims=(8,)).double()
+    written = export_policy(policy, tmp_path / "policy.pt2", format="pt2")
+    assert 0 < written.difference <= TOLERANCE
+    assert policy.dtype == torch.float64
+
+
 # -- writing --------------------------------------------------------------------------------------
 
 
