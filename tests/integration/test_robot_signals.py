@@ -144,10 +144,13 @@ def asked() -> list[str]:
 
 @pytest.fixture
 def guard(asked: list[str]) -> Iterator[SignalGuard]:
+    # a job in the background starts with SIGINT ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     guard = SignalGuard(lambda: True, asked.append)
     guard.install()
     yield guard
     guard.restore()
+    signal.signal(signal.SIGINT, before)
 
 
 def test_handlers_are_put_back(guard: SignalGuard, asked: list[str]) -> None:
