@@ -73,7 +73,6 @@ def export(settings: ExportSettings) -> str:
         nfe=settings.nfe,
         bundle_sha256=read_hashes(settings.policy),
         data=metadata.get("data"),
-        control_hz=metadata.get("control_hz"),
     )
     nfe = "" if settings.nfe == 1 else f" nfe={settings.nfe}"
     return (

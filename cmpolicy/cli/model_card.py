@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from cmpolicy.cli.scoring import Scorer
 from cmpolicy.policy.consistency import ConsistencyPolicy
-from cmpolicy.policy.pretrained import BundleError, read_metadata
 from cmpolicy.train.config import TrainConfig
 from cmpolicy.train.trainer import Evaluation
 from cmpolicy_eval.evaluate import git_commit, versions
@@ -20,14 +19,21 @@ class PolicyKeeper:
     """Writes the best policy of a run to ``policy/`` and the latest to ``policy_last/``."""
 
     def __init__(
-        self, config: TrainConfig, run_dir: Path, scorer: Scorer, *, source: str, command: str
+        self,
+        config: TrainConfig,
+        run_dir: Path,
+        scorer: Scorer,
+        *,
+        source: str,
+        command: str,
+        start: Mapping[str, Any] | None = None,
     ) -> None:
         self._config = config
         self._run_dir = run_dir
         self._scorer = scorer
         self._source = source
         self._command = command
-        self._start = None if config.init is None else start_of(config.init)
+        self._start = start  # metadata of the policy that the run starts from
 
     def __call__(
         self,
@@ -57,16 +63,6 @@ class PolicyKeeper:
         policy.save_pretrained(folder, card=model_card(policy, metadata), metadata=metadata)
         if kind == "best" and self._scorer.result is not None:
             self._scorer.result.save(self._run_dir / RESULT)
-
-
-def start_of(init: str) -> dict[str, Any] | None:
-    """How the policy was trained that a run starts from; None where it cannot be read any more."""
-    try:
-        metadata = read_metadata(init)
-    except BundleError:  # a resumed run whose first policy has been moved
-        return None
-    kept = ("command", "samples", "data", "git_commit", "start")
-    return {key: metadata[key] for key in kept if key in metadata}
 
 
 def model_card(policy: ConsistencyPolicy, metadata: Mapping[str, Any]) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -15,6 +17,7 @@ from cmpolicy.cli.scoring import Scorer
 from cmpolicy.cli.settings import read_yaml, write_yaml
 from cmpolicy.cli.training_data import TrainingData, load_training_data
 from cmpolicy.policy.consistency import ConsistencyPolicy
+from cmpolicy.policy.pretrained import read_metadata
 from cmpolicy.train.checkpoint import state_path
 from cmpolicy.train.config import TrainConfig
 from cmpolicy.train.curves import CURVES_FILE, draw_curves
@@ -27,6 +30,7 @@ from cmpolicy.train.validation import Validator
 
 CONFIG_FILE = "config.yaml"
 COMMAND_FILE = "command.txt"
+START_FILE = "start.json"
 VALIDATION_BATCH = 512
 
 
@@ -108,7 +112,7 @@ def train(
     data = load_training_data(config)
     torch.manual_seed(config.seed)
     device = accelerator.device
-    policy = _policy(config, data).to(device)
+    policy = new_policy(config, data).to(device)
     if config.init is not None and not resume:  # a resumed run has the weights of its own
         start_from(policy, config.init)
     if config.compile and isinstance(policy.flow_map.net, nn.Module):
@@ -118,7 +122,8 @@ def train(
         raise ConfigError("no episodes are left to train on; lower data.val_fraction")
     scorer = Scorer(config, data, _validator(config, data, device), command=command)
     scorer.check(policy)
-    keeper = PolicyKeeper(config, run_dir, scorer, source=data.source, command=command)
+    start = _start(run_dir, config.init)
+    keeper = PolicyKeeper(config, run_dir, scorer, source=data.source, command=command, start=start)
 
     trainer = Trainer(
         policy,
@@ -141,6 +146,8 @@ def train(
         run_dir.mkdir(parents=True, exist_ok=True)
         write_yaml(config.to_dict(), str(run_dir / CONFIG_FILE))
         (run_dir / COMMAND_FILE).write_text(command + "\n")
+        if start is not None:
+            (run_dir / START_FILE).write_text(json.dumps(start) + "\n")
         trainer.trackers = _trackers(config, run_dir, trainer.samples)
     try:
         outcome = trainer.train(until)
@@ -159,8 +166,9 @@ def train(
     return TrainingRun(run_dir, outcome, trainer.seconds, parameters, is_main)
 
 
-def _policy(config: TrainConfig, data: TrainingData) -> ConsistencyPolicy:
-    return ConsistencyPolicy(
+def new_policy(config: TrainConfig, data: TrainingData) -> ConsistencyPolicy:
+    """An untrained policy of the settings, for the data."""
+    policy = ConsistencyPolicy(
         data.spec(config.policy),
         config.net.unet,
         data.normalizer(),
@@ -168,6 +176,8 @@ def _policy(config: TrainConfig, data: TrainingData) -> ConsistencyPolicy:
         sampler=config.objective.sampler,
         objective=config.objective.build(),
     )
+    policy.control_hz = config.task.control_hz
+    return policy
 
 
 def start_from(policy: ConsistencyPolicy, name_or_path: str) -> None:
@@ -206,6 +216,22 @@ def _first_command(run_dir: Path, command: str) -> str:
     """The command that started the run: a resumed run is still that command's."""
     file = run_dir / COMMAND_FILE
     return file.read_text().strip() if file.is_file() else command
+
+
+def _start(run_dir: Path, init: str | None) -> dict[str, Any] | None:
+    """How the policy was trained that the run starts from.
+
+    Kept in the run: that policy may be another one by the time the run is resumed.
+    """
+    if init is None:
+        return None
+    file = run_dir / START_FILE
+    if file.is_file():
+        start: dict[str, Any] = json.loads(file.read_text())
+        return start
+    metadata = read_metadata(init)
+    kept = ("command", "samples", "data", "git_commit", "start")
+    return {key: metadata[key] for key in kept if key in metadata}
 
 
 def closing_words(run: TrainingRun, config: TrainConfig) -> str:

@@ -31,7 +31,8 @@ class PlanMap(nn.Module):
     observations is the same in all of them.
 
     Args:
-        policy: copied; later changes of it are not seen. Its ``sampler`` and ``noise_scale`` count.
+        policy: copied; later changes of it are not seen. Its ``sampler``, ``noise_scale``
+            and ``time_floor`` count.
         nfe: N.
         target: what will run the map.
 
@@ -47,7 +48,8 @@ class PlanMap(nn.Module):
         self.unet, self.path = policy.net, policy.flow_map.path
         self.spec, self.nfe, self.noise_scale = policy.spec, nfe, policy.noise_scale
         self.is_image = target == "onnxruntime"
-        self._fold_times(nfe, diagonal=policy.sampler == "diagonal")
+        grid = time_grid(nfe, floor=policy.time_floor)
+        self._fold_times(grid, diagonal=policy.sampler == "diagonal")
         arrays = policy.normalizer.to_arrays()
         for kind in ("scale", "offset"):
             steps = torch.cat([arrays[f"{key}.{kind}"].flatten() for key in self.spec.obs])
@@ -55,10 +57,9 @@ class PlanMap(nn.Module):
             self.register_buffer(f"action_{kind}", arrays[f"action.{kind}"].clone())
         self.kernels = prepare(self.unet) if self.is_image else Kernels(by_product)
 
-    def _fold_times(self, nfe: int, *, diagonal: bool) -> None:
+    def _fold_times(self, grid: Tensor, *, diagonal: bool) -> None:
         """Keep the half of the FiLM layer that reads the observations; the other is a constant."""
         unet, time_dim = self.unet, self.unet.config.time_dim
-        grid = time_grid(nfe)
         t, s = grid[:-1], grid[:-1] if diagonal else grid[1:]
         of_time, of_obs = unet.film.get_parameter("1.weight").split(
             [time_dim, unet.config.obs_dim], dim=1

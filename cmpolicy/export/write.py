@@ -59,7 +59,6 @@ def export_policy(
     nfe: int = 1,
     bundle_sha256: Mapping[str, str] | None = None,
     data: str | None = None,
-    control_hz: float | None = None,
 ) -> Exported:
     """Write ``policy`` as one file; an older one at the same place stays until the new one is good.
 
@@ -70,7 +69,6 @@ def export_policy(
         nfe: network evaluations per plan.
         bundle_sha256: of the files of the bundle it comes from.
         data: name of the data it was trained on.
-        control_hz: rate of its actions.
 
     Raises:
         ImportError: onnx or onnxruntime are not installed.
@@ -87,7 +85,7 @@ def export_policy(
         noise_scale=policy.noise_scale,
         bundle_sha256=dict(bundle_sha256 or {}),
         data=data,
-        control_hz=control_hz,
+        control_hz=policy.control_hz,
         cmpolicy=cmpolicy.__version__,
     )
     module = PlanMap(policy, nfe, target=TARGETS[format]).eval()

@@ -70,9 +70,9 @@ def derivative_difference(
     """dF/dtau by the central difference of step ``epsilon`` in t, both points in one batch.
 
     Points stay inside [lowest, 1], ``lowest`` (B,) being s where it is not given: near an end the
-    difference is one-sided (arXiv 2601.22679 ships the
-    difference). No gradient is kept. Autocast is left: in bfloat16 the two points cannot be told
-    apart (0.4 % relative precision against a step of 0.005); ``jvp`` has no such limit.
+    difference is one-sided (arXiv 2601.22679 ships the difference). No gradient is kept. Autocast
+    is left: in bfloat16 the two points cannot be told apart (0.4 % relative precision against a
+    step of 0.005); ``jvp`` has no such limit.
     """
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         rate = flow_map.path.rate

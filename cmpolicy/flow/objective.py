@@ -175,8 +175,9 @@ class Isd:
             the tangent u_hat means something from the start. In [0, 1).
         zero_share: share of the L_sd samples that jump all the way to s = 0, in [0, 1].
         time_floor: below this time the flow is taken to be straight along F(x_t, t, t), in [0, 1).
-            A jump that ends there is then the one to ``time_floor`` followed by the mean of the
-            data given that point: samples without the jitter that data holds at a small scale.
+            A jump to s = 0 is then the one to ``time_floor`` followed by the mean of the data given
+            that point: samples without the jitter that data holds at a small scale. The health
+            metrics know no floor; they count what it changes as a residual.
         time_a, time_b: t and s ~ Beta(time_a, time_b), the larger is t.
     """
 

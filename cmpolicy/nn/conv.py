@@ -6,7 +6,7 @@ On a CPU the library's convolution spends most of its time on arranging weights 
 columns, and T is 16 or less here. ``by_product`` is for a few observations at a time: one product
 of (B T, I K) rows with the (O, I K) weight as it is stored. ``by_rows`` is for training: the same
 product, laid out so that its gradients are two products as well and every tensor stays contiguous.
-What is compiled, exported or runs on a GPU is the library's.
+Measured on a processor with AVX2. What is compiled or runs on a GPU is the library's.
 """
 
 from __future__ import annotations

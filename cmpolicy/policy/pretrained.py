@@ -161,6 +161,7 @@ def _contents(
         "path": policy.path_name,
         "sampler": policy.sampler,
         "noise_scale": policy.noise_scale,
+        "control_hz": policy.control_hz,
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in tensors.items()},
         "metadata": metadata,
     }
@@ -226,6 +227,8 @@ def load_bundle(
             sampler=config["sampler"],
         )
         policy.noise_scale = float(config.get("noise_scale", 1.0))
+        rate = config.get("control_hz")
+        policy.control_hz = None if rate is None else float(rate)
         policy.net.load_state_dict({name: value.float() for name, value in weights.items()})
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = f"{CONFIG} lacks {error}" if isinstance(error, KeyError) else str(error)

@@ -174,10 +174,17 @@ class TaskConfig:
         name: shown in results.
         protocol: the simulator protocol that the policy is rolled out in while training; null for
             a task that has only data.
+        control_hz: actions per second of the demonstrations; travels with the policy, and a control
+            loop at another rate refuses it. null where it is not known.
     """
 
     name: str
     protocol: str | None = None
+    control_hz: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.control_hz is not None:
+            _positive("task.control_hz", self.control_hz)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,8 +33,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     policy = ConsistencyPolicy(spec, net, normalizer)
     torch.nn.init.normal_(policy.net.head[-1].weight, std=0.3)  # type: ignore[arg-type]
     policy.noise_scale = 0.8
+    policy.control_hz = 10.0
     folder = tmp_path_factory.mktemp("policy") / "bundle"
-    policy.save_pretrained(folder, metadata={"data": "mine", "control_hz": 10})
+    policy.save_pretrained(folder, metadata={"data": "mine"})
     return folder
 
 

@@ -70,6 +70,7 @@ def test_a_store_of_ones_own_gives_a_bundle_that_infers(
 ) -> None:
     words = [
         "task=custom",
+        "task.control_hz=20",
         f"data.path={store}",
         "data.obs={arm: 'state[:2]', force: force}",
         *TINY,
@@ -95,6 +96,7 @@ def test_a_store_of_ones_own_gives_a_bundle_that_infers(
     assert config["data"]["obs"] == {"arm": "state[:2]", "force": "force"}
 
     policy = ConsistencyPolicy.from_pretrained(run / "policy")
+    assert policy.control_hz == 20
     obs = {"arm": np.zeros((4, 2, 2)), "force": np.zeros((4, 2, 3, 2))}
     chunk = policy.infer(obs)
     assert chunk.shape == (4, 2, 3)
@@ -164,6 +166,7 @@ def test_a_run_can_start_from_a_policy(
     # a resumed run goes on from its own weights, wherever the first ones are now
     (tmp_path / "first").rename(tmp_path / "moved")
     assert main(["resume=second", "samples=96"]) == 0
+    assert "- before that: 64 samples" in (tmp_path / "second/policy_last/README.md").read_text()
 
     capsys.readouterr()
     assert main(custom(store, "init=moved/policy_last", "policy.horizon=8")) == 2

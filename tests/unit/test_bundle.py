@@ -29,6 +29,7 @@ from cmpolicy.policy.pretrained import (
     bundled_names,
     read_metadata,
 )
+from cmpolicy.robot.robot import RateMismatchError, check_rates
 from cmpolicy.spec import PolicySpec
 
 FILES = {CARD, CONFIG, MODEL, NORMALIZER}
@@ -95,6 +96,18 @@ def test_noise_scale_travels_along(tmp_path: Path) -> None:
     assert ConsistencyPolicy.from_pretrained(tmp_path / "policy").noise_scale == 0.85
     _edit(noise_scale=None)(tmp_path / "policy")  # a bundle from before there was one
     assert ConsistencyPolicy.from_pretrained(tmp_path / "policy").noise_scale == 1.0
+
+
+def test_control_rate_travels_along_and_is_checked(tmp_path: Path) -> None:
+    policy = _policy()
+    policy.save_pretrained(tmp_path / "unknown")
+    assert ConsistencyPolicy.from_pretrained(tmp_path / "unknown").control_hz is None
+    policy.control_hz = 10.0
+    policy.save_pretrained(tmp_path / "policy")
+    loaded = ConsistencyPolicy.from_pretrained(tmp_path / "policy")
+    check_rates(10, object(), loaded)
+    with pytest.raises(RateMismatchError, match="control_hz is 10"):
+        check_rates(30, object(), loaded)
 
 
 def test_loaded_policy_is_for_inference(bundle: Path) -> None:

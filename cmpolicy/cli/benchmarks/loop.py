@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import resource
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 
@@ -86,12 +83,13 @@ class MemoryLog:
         self._every = max(1, round(hz))
         self._mib = np.zeros(int(hz * seconds) // self._every + 1)
         self._count = 0
+        self._process = psutil.Process()
 
     def __call__(self, tick: Tick) -> None:
         """Take a measurement if a second has passed."""
         index = tick.index // self._every
         if index >= self._count and self._count < len(self._mib):
-            self._mib[self._count] = resident_mib()
+            self._mib[self._count] = self._process.memory_info().rss / 2**20
             self._count += 1
 
     @property
@@ -105,16 +103,6 @@ class MemoryLog:
         return float(settled[-1] - settled[0])
 
 
-def resident_mib() -> float:
-    """Resident memory of this process; on macOS the largest so far."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
 def measure_loop(settings: LoopSettings) -> Report:
     """Run the loop with a robot that costs nothing.
 
@@ -125,6 +113,7 @@ def measure_loop(settings: LoopSettings) -> Report:
     device = available_device(settings.device)
     policy = ConsistencyPolicy.from_pretrained(settings.policy, device=device).eval()
     policy.num_steps = settings.nfe
+    policy.control_hz = None  # the robot stands still: any rate is right for it
     schedule: Schedule = Asynchronous() if settings.mode == "async" else Synchronous()
     robot = StillRobot({k: np.zeros(s, np.float32) for k, s in policy.spec.obs.items()})
     memory = MemoryLog(settings.hz, settings.seconds)

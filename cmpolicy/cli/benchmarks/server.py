@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from cmpolicy.cli.benchmarks.fuzz import fuzz
 from cmpolicy.cli.benchmarks.report import Cell, Report, describe_device
 from cmpolicy.cli.benchmarks.settings import ServerSettings
+from cmpolicy.export.plan_map import example_inputs
 from cmpolicy.policy.consistency import ConsistencyPolicy
 from cmpolicy.robot.remote import RemotePolicy, RemotePolicyError
 
@@ -60,7 +61,8 @@ def measure_server(settings: ServerSettings) -> Report:
     try:
         where = describe_device(torch.device("cpu"))
         with serving(settings) as server:
-            obs = _observation(policy, settings.seed)
+            inputs, _ = example_inputs(policy, 1, settings.seed)
+            obs = {k: v.numpy() for k, v in zip(policy.spec.obs, inputs, strict=True)}
             alone, remote, inside = _pairs(policy, server.url, obs, settings)
             clients = _crowd(server.url, obs, settings)
             outcomes, memory = _fuzz(server, obs, settings)
@@ -151,20 +153,6 @@ def serving(settings: ServerSettings) -> Iterator[ServerProcess]:
         process.wait()
         if process.stdout is not None:
             process.stdout.close()
-
-
-def _observation(policy: ConsistencyPolicy, seed: int) -> dict[str, NDArray[np.float32]]:
-    """One history, in the range of the training data."""
-    rng = np.random.default_rng(seed)
-    return {
-        key: policy.normalizer.unnormalize(
-            key,
-            torch.from_numpy(
-                rng.uniform(-1, 1, (1, policy.n_obs_steps, *shape)).astype(np.float32)
-            ),
-        ).numpy()
-        for key, shape in policy.spec.obs.items()
-    }
 
 
 def _pairs(

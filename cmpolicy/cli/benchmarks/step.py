@@ -21,8 +21,8 @@ from accelerate import Accelerator
 from cmpolicy.cli.benchmarks.report import Report, describe_device
 from cmpolicy.cli.benchmarks.settings import StepSettings
 from cmpolicy.cli.settings import compose_settings
+from cmpolicy.cli.training import new_policy
 from cmpolicy.cli.training_data import TrainingData, load_training_data
-from cmpolicy.policy.consistency import ConsistencyPolicy
 from cmpolicy.train.config import TrainConfig
 from cmpolicy.train.device import make_accelerator, use_bf16
 from cmpolicy.train.loader import DeviceLoader
@@ -176,14 +176,7 @@ def _trainer(
 ) -> Trainer:
     """A trainer half-way through its run, where schedules of the objective are under way."""
     torch.manual_seed(config.seed)
-    policy = ConsistencyPolicy(
-        data.spec(config.policy),
-        config.net.unet,
-        data.normalizer(),
-        path=config.policy.path,
-        sampler=config.objective.sampler,
-        objective=config.objective.build(),
-    )
+    policy = new_policy(config, data)
     trainer = Trainer(
         policy,
         config,
