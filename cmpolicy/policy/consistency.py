@@ -82,9 +82,7 @@ class ConsistencyPolicy(nn.Module):
         self.sampler: SamplerKind = sampler
         self.num_steps = 1
         self.noise_scale = 1.0
-        self.time_floor = (
-            0.0  # where the last of several evaluations starts, see time_grid; not saved
-        )
+        self.time_floor = 0.0  # start of the last of several evaluations; not saved, see time_grid
         self.control_hz: float | None = None  # rate of the actions it was trained on, if known
         self.objective = objective
         self.normalizer = normalizer

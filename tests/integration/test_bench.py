@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +19,19 @@ from cmpolicy.cli.benchmarks.networks import Runtime, make_runtime
 from cmpolicy.cli.benchmarks.settings import LatencySettings
 from cmpolicy.cli.benchmarks.step import time_pairs
 from cmpolicy.export.plan_map import example_inputs
-from cmpolicy.nn.unet1d import UNet1DConfig
-from cmpolicy.normalize import Normalizer
 from cmpolicy.policy.consistency import ConsistencyPolicy
-from cmpolicy.spec import PolicySpec
 from cmpolicy_data import ReplayBuffer
 
 OBS = {"agent_pos": (2,), "keypoint": (9, 2)}
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(
+    untrained_pusht: Callable[[], ConsistencyPolicy], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A small untrained Push-T policy."""
-    torch.manual_seed(0)
-    rng = np.random.default_rng(0)
-    arrays = {key: rng.uniform(0, 512, (64, *shape)) for key, shape in OBS.items()}
-    normalizer = Normalizer.fit({**arrays, "action": rng.uniform(0, 512, (64, 2))})
-    spec = PolicySpec(OBS, action_dim=2, horizon=16, n_obs_steps=2, n_action_steps=8)
-    net = UNet1DConfig((8, 16), kernel_size=3, n_groups=4, time_dim=8, obs_dim=8)
     folder = tmp_path_factory.mktemp("policy") / "bundle"
-    ConsistencyPolicy(spec, net, normalizer).save_pretrained(folder)
+    untrained_pusht().save_pretrained(folder)
     return folder
 
 

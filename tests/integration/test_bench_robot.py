@@ -1,42 +1,29 @@
 """cmpolicy-bench loop and delay, and the delayed episodes behind the latter."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from cmpolicy.cli.bench import main
 from cmpolicy.cli.benchmarks.delayed import BATCH_SIZE, delayed_rollout
 from cmpolicy.cli.fine_pusht import SUBSTEPS, LateActions, advance
-from cmpolicy.nn.unet1d import UNet1DConfig
-from cmpolicy.normalize import Normalizer
 from cmpolicy.policy.consistency import ConsistencyPolicy
 from cmpolicy.robot.schedule import Asynchronous, Synchronous
-from cmpolicy.spec import PolicySpec
 from cmpolicy_envs.pusht import PushTEnv
 from cmpolicy_eval.protocol import get_protocol
 from cmpolicy_eval.result import Result
 from cmpolicy_eval.rollout import rollout
 
-OBS = {"agent_pos": (2,), "keypoint": (9, 2)}
-
 
 @pytest.fixture(scope="module")
-def policy() -> ConsistencyPolicy:
+def policy(untrained_pusht: Callable[[], ConsistencyPolicy]) -> ConsistencyPolicy:
     """Untrained, but its actions differ with observation and noise."""
-    torch.manual_seed(0)
-    rng = np.random.default_rng(0)
-    arrays = {key: rng.uniform(0, 512, (64, *shape)) for key, shape in OBS.items()}
-    normalizer = Normalizer.fit({**arrays, "action": rng.uniform(0, 512, (64, 2))})
-    spec = PolicySpec(OBS, action_dim=2, horizon=16, n_obs_steps=2, n_action_steps=8)
-    net = UNet1DConfig((8, 16), kernel_size=3, n_groups=4, time_dim=8, obs_dim=8)
-    policy = ConsistencyPolicy(spec, net, normalizer)
-    torch.nn.init.normal_(policy.net.head[-1].weight, std=0.3)  # type: ignore[arg-type]
-    return policy.eval()
+    return untrained_pusht()
 
 
 @pytest.fixture(scope="module")

@@ -2,36 +2,25 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
 from cmpolicy.cli.eval import main as evaluate
 from cmpolicy.cli.export import main
 from cmpolicy.export.load import open_exported
-from cmpolicy.nn.unet1d import UNet1DConfig
-from cmpolicy.normalize import Normalizer
 from cmpolicy.policy.consistency import ConsistencyPolicy
 from cmpolicy.policy.pretrained import read_hashes
-from cmpolicy.spec import PolicySpec
-
-OBS = {"agent_pos": (2,), "keypoint": (9, 2)}
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(
+    untrained_pusht: Callable[[], ConsistencyPolicy], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """An untrained Push-T policy that moves, with facts in its metadata."""
-    torch.manual_seed(0)
-    rng = np.random.default_rng(0)
-    arrays = {key: rng.uniform(0, 512, (64, *shape)) for key, shape in OBS.items()}
-    normalizer = Normalizer.fit({**arrays, "action": rng.uniform(0, 512, (64, 2))})
-    spec = PolicySpec(OBS, action_dim=2, horizon=16, n_obs_steps=2, n_action_steps=8)
-    net = UNet1DConfig((8, 16), kernel_size=3, n_groups=4, time_dim=8, obs_dim=8)
-    policy = ConsistencyPolicy(spec, net, normalizer)
-    torch.nn.init.normal_(policy.net.head[-1].weight, std=0.3)  # type: ignore[arg-type]
+    policy = untrained_pusht()
     policy.noise_scale = 0.8
     policy.control_hz = 10.0
     folder = tmp_path_factory.mktemp("policy") / "bundle"
