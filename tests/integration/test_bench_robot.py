@@ -12,6 +12,7 @@ from PIL import Image
 from cmpolicy.cli.bench import main
 from cmpolicy.cli.benchmarks.delayed import BATCH_SIZE, delayed_rollout
 from cmpolicy.cli.fine_pusht import SUBSTEPS, LateActions, advance
+from cmpolicy.export.write import export_policy
 from cmpolicy.policy.consistency import ConsistencyPolicy
 from cmpolicy.robot.schedule import Asynchronous, Synchronous
 from cmpolicy_envs.pusht import PushTEnv
@@ -141,6 +142,22 @@ def test_loop(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert len(content["settings"]["rss_mib"]) == 2
     assert min(content["settings"]["rss_mib"]) > 10
     assert "of the ticks missed" in capsys.readouterr().out
+
+
+def test_loop_of_an_exported_policy(
+    untrained_pusht: Callable[[], ConsistencyPolicy],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    policy = untrained_pusht()
+    policy.control_hz = 10.0  # the bench's robot stands still, so the loop may run at 50
+    file = tmp_path / "policy.onnx"
+    export_policy(policy, file, format="onnx")
+    out = tmp_path / "loop.json"
+    assert main(["loop", f"policy={file}", "hz=50", "seconds=1", f"out={out}"]) == 0
+    assert json.loads(out.read_text())["rows"][0]["ticks"] == 50
+    assert main(["loop", f"policy={file}", "nfe=2", f"out={out}"]) == 2
+    assert "makes 1 evaluation(s) on the CPU, got nfe=2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

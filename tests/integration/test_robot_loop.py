@@ -4,6 +4,7 @@ The policy plans "k for tick k", reading the tick from the robot's counter, so t
 for which tick it was meant.
 """
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -667,3 +668,15 @@ def test_a_stop_that_comes_too_late_for_a_run_ends_the_next() -> None:
         n = len(robot.sent)
         assert loop.run(steps=3).stopped_by == "emergency"
         assert len(robot.sent) == n
+
+
+def test_an_asynchronous_loop_gives_the_interpreter_back_as_it_was() -> None:
+    before = sys.getswitchinterval()
+    within: list[float] = []
+    policy, robot = CountingPolicy(), CountingRobot()
+    with ControlLoop(
+        policy, robot, HZ, on_tick=lambda tick: within.append(sys.getswitchinterval())
+    ) as loop:
+        loop.run(seconds=0.1)
+    assert max(within) < 0.001
+    assert sys.getswitchinterval() == before

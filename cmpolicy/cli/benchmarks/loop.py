@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 
 from cmpolicy.cli.benchmarks.latency import available_device
 from cmpolicy.cli.benchmarks.report import Report, describe_device
+from cmpolicy.export.load import is_exported, open_exported
 from cmpolicy.policy.consistency import ConsistencyPolicy
 from cmpolicy.robot.engine import Tick
 from cmpolicy.robot.loop import ControlLoop
+from cmpolicy.robot.policy import ChunkPolicy
 from cmpolicy.robot.schedule import Asynchronous, Schedule, Synchronous
 from cmpolicy.train.schema import ConfigError
 
@@ -28,7 +30,7 @@ class LoopSettings:
     """Of ``loop``.
 
     Args:
-        policy: bundle directory, bundled name or hub id.
+        policy: bundle directory, bundled name, hub id, or an exported .onnx or .pt2.
         hz: ticks per second.
         seconds: of the run.
         mode: schedule of the loop, with its default settings.
@@ -103,6 +105,23 @@ class MemoryLog:
         return float(settled[-1] - settled[0])
 
 
+def _open(settings: LoopSettings, device: torch.device) -> ChunkPolicy:
+    """The policy, at any rate: the robot stands still."""
+    if is_exported(settings.policy):
+        exported = open_exported(settings.policy, settings.threads)
+        if exported.facts.nfe != settings.nfe or device.type != "cpu":
+            raise ConfigError(
+                f"{settings.policy} makes {exported.facts.nfe} evaluation(s) on the CPU, got "
+                f"nfe={settings.nfe} and device={settings.device}"
+            )
+        exported.facts = replace(exported.facts, control_hz=None)
+        return exported
+    policy = ConsistencyPolicy.from_pretrained(settings.policy, device=device).eval()
+    policy.num_steps = settings.nfe
+    policy.control_hz = None
+    return policy
+
+
 def measure_loop(settings: LoopSettings) -> Report:
     """Run the loop with a robot that costs nothing.
 
@@ -111,9 +130,7 @@ def measure_loop(settings: LoopSettings) -> Report:
         ConfigError: no such device.
     """
     device = available_device(settings.device)
-    policy = ConsistencyPolicy.from_pretrained(settings.policy, device=device).eval()
-    policy.num_steps = settings.nfe
-    policy.control_hz = None  # the robot stands still: any rate is right for it
+    policy = _open(settings, device)
     schedule: Schedule = Asynchronous() if settings.mode == "async" else Synchronous()
     robot = StillRobot({k: np.zeros(s, np.float32) for k, s in policy.spec.obs.items()})
     memory = MemoryLog(settings.hz, settings.seconds)
