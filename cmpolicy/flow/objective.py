@@ -3,8 +3,9 @@
 To add one: write the class here, decorate it with ``@register("name")``, and add a YAML of that
 name to ``conf/cmpolicy_conf/objective/``.
 
-Legend: x (B, ...) normalised data, cond (B, ...) condition, v conditional velocity, u_hat the
-network's own velocity F(x_t, t, t), D the derivative of F along the flow, R the Eulerian residual.
+Legend: x (B, ...) normalised data, cond (B, ...) condition, v conditional velocity (or what the
+caller puts in its place, such as a guided one), u_hat the network's own velocity F(x_t, t, t), D the
+derivative of F along the flow, R the Eulerian residual.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cmpolicy.flow.flow_map import Derivative, FlowMap, derivative_difference, derivative_jvp
-from cmpolicy.flow.path import expand_time
+from cmpolicy.flow.path import PathSample, expand_time
 from cmpolicy.flow.times import TimeLaw, adaptive_weight
 
 
@@ -43,6 +44,23 @@ class ObjectiveOutput:
     metrics: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class LossOutput:
+    """What a model's loss gives the trainer.
+
+    loss () and per_sample (B,) with gradient; metrics are detached scalars on the device.
+    """
+
+    loss: Tensor
+    per_sample: Tensor
+    metrics: dict[str, Tensor]
+
+
+#: velocity_target(point, t (B,)) -> (B, ...): takes the place of the conditional velocity
+#: ``point.velocity``; its mean given x_t is the velocity that is learned.
+VelocityTarget = Callable[[PathSample, Tensor], Tensor]
+
+
 class Objective(Protocol):
     """What the trainer and the policy see of an objective."""
 
@@ -64,6 +82,7 @@ class Objective(Protocol):
         *,
         progress: float = 0.0,
         ema: FlowMap | None = None,
+        velocity_target: VelocityTarget | None = None,
     ) -> ObjectiveOutput:
         """The loss per sample. ``progress`` in [0, 1] of the run drives schedules."""
 
@@ -107,6 +126,11 @@ def _mean(x: Tensor) -> Tensor:
     return x.flatten(1).mean(1)
 
 
+def _velocity(point: PathSample, t: Tensor, target: VelocityTarget | None) -> Tensor:
+    """v: the conditional velocity, or what the caller puts in its place."""
+    return point.velocity if target is None else target(point, t)
+
+
 @register("fm")
 @dataclass(frozen=True)
 class FlowMatching:
@@ -143,10 +167,12 @@ class FlowMatching:
         *,
         progress: float = 0.0,
         ema: FlowMap | None = None,
+        velocity_target: VelocityTarget | None = None,
     ) -> ObjectiveOutput:
         """See :meth:`Objective.__call__`; neither a schedule nor EMA weights are used."""
         point = flow_map.path.sample(x, draws.z, draws.t)
-        loss = _mean((flow_map.velocity(point.x_t, draws.t, cond) - point.velocity).square())
+        v = _velocity(point, draws.t, velocity_target)
+        loss = _mean((flow_map.velocity(point.x_t, draws.t, cond) - v).square())
         return ObjectiveOutput(loss, {"loss_fm": loss.detach().mean()})
 
 
@@ -262,6 +288,7 @@ class Isd:
         *,
         progress: float = 0.0,
         ema: FlowMap | None = None,
+        velocity_target: VelocityTarget | None = None,
     ) -> ObjectiveOutput:
         """See :meth:`Objective.__call__`.
 
@@ -269,8 +296,9 @@ class Isd:
             ValueError: EMA weights are asked for and none are given.
         """
         point = flow_map.path.sample(x, draws.z, draws.t)
+        v = _velocity(point, draws.t, velocity_target)
         diagonal = flow_map.velocity(point.x_t, draws.t, cond)
-        loss_fm = _mean((diagonal - point.velocity).square())
+        loss_fm = _mean((diagonal - v).square())
 
         if progress < self.sd_begin:
             metrics = {"loss_fm": loss_fm.detach().mean(), "loss_sd": loss_fm.new_zeros(())}
@@ -280,12 +308,12 @@ class Isd:
         index = _spread(len(x), self.sd_share, x.device)
         x_t, t, s = point.x_t[index], draws.t[index], draws.s[index]
         c = None if cond is None else cond[index]
-        u = self._tangent(point.velocity[index], diagonal.detach()[index], progress)
+        u = self._tangent(v[index], diagonal.detach()[index], progress)
         if self.tangent_weights == "ema" and self.tangent_mix(progress) > 0:
             if ema is None:
                 raise ValueError("isd: tangent_weights=ema needs the EMA weights of the run")
             with torch.no_grad():
-                u = self._tangent(point.velocity[index], ema.velocity(x_t, t, c), progress)
+                u = self._tangent(v[index], ema.velocity(x_t, t, c), progress)
         if self.derivative == "jvp":
             d = derivative_jvp(flow_map, x_t, t, s, c, u)
         else:

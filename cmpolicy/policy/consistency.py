@@ -6,7 +6,6 @@ Legend: B batch, To observation steps, T horizon, Ta executed actions, A action 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from os import PathLike
 from typing import Any, TypedDict, cast
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from cmpolicy.flow.flow_map import FlowMap
 from cmpolicy.flow.health import Health, flow_health
 from cmpolicy.flow.objective import Draws, Objective
+from cmpolicy.flow.objective import LossOutput as LossOutput  # part of this module's interface
 from cmpolicy.flow.path import get_path
 from cmpolicy.flow.sampler import SAMPLERS, SamplerKind, sample
 from cmpolicy.nn.unet1d import UNet1D, UNet1DConfig
@@ -31,15 +31,6 @@ class Batch(TypedDict):
     obs: dict[str, Tensor]  # (B, To, ...) per key
     action: Tensor  # (B, T, A)
     action_is_pad: Tensor  # (B, T), true where an edge was repeated
-
-
-@dataclass(frozen=True)
-class LossOutput:
-    """loss () and per_sample (B,) with gradient; metrics are detached scalars on the device."""
-
-    loss: Tensor
-    per_sample: Tensor
-    metrics: dict[str, Tensor]
 
 
 class ConsistencyPolicy(nn.Module):
