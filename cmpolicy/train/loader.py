@@ -3,10 +3,7 @@
 A low-dimensional data set is a few megabytes, so it is copied to the device once and every batch
 is gathered there by precomputed row numbers: no worker processes, no host copies per step.
 
-The order of data is a pure function of (seed, sample counter): epoch e visits all windows in the
-permutation drawn from a generator seeded by (seed, e), and sample number n of a run is entry
-``n % W`` of epoch ``n // W``. A run resumed at sample n therefore sees what it would have seen, and
-the ranks of a distributed run take disjoint slices of one global batch.
+The order of data is a pure function of (seed, sample counter), see :mod:`cmpolicy.train.order`.
 """
 
 from __future__ import annotations
@@ -18,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from cmpolicy.train.order import SampleOrder
 
 
 class Batch(TypedDict):
@@ -69,8 +68,6 @@ class DeviceLoader:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        if seed < 0:
-            raise ValueError(f"The loader's seed must not be negative, got {seed}.")
         if not obs:
             raise ValueError("The loader got no observations: name at least one key in data.obs.")
         n_windows = int(windows.action.shape[0])
@@ -97,7 +94,7 @@ class DeviceLoader:
         self._obs_rows = torch.from_numpy(np.ascontiguousarray(windows.obs)).to(self.device)
         self._action_rows = torch.from_numpy(np.ascontiguousarray(windows.action)).to(self.device)
         self._is_pad = torch.from_numpy(np.ascontiguousarray(windows.action_is_pad)).to(self.device)
-        self._orders: dict[int, Tensor] = {}
+        self._order = SampleOrder(n_windows, seed=seed, device=self.device)
 
     def batch(self, first_sample: int, count: int | None = None) -> Batch:
         """Samples ``first_sample .. first_sample + count - 1`` of the run (default: a whole batch).
@@ -106,22 +103,11 @@ class DeviceLoader:
         shares side by side are exactly ``batch(first)``. Batches may straddle epochs.
         """
         size = self.batch_size if count is None else count
-        if first_sample < 0 or size < 1:
-            raise ValueError(
-                f"A batch needs first_sample >= 0 and count >= 1, got {first_sample} and {size}."
-            )
         return self.gather(self.window_numbers(first_sample, size))
 
     def window_numbers(self, first_sample: int, count: int) -> Tensor:
         """(count,) int64 on the device: the windows that these samples of the run are."""
-        parts: list[Tensor] = []
-        position, stop = first_sample, first_sample + count
-        while position < stop:
-            epoch, offset = divmod(position, self.n_windows)
-            taken = min(self.n_windows - offset, stop - position)
-            parts.append(self._order(epoch)[offset : offset + taken])
-            position += taken
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self._order.numbers(first_sample, count)
 
     def gather(self, window_numbers: Tensor) -> Batch:
         """The batch of the given windows ((B,) int64 on the device)."""
@@ -132,18 +118,6 @@ class DeviceLoader:
             "action": _take(self._action, action_rows),
             "action_is_pad": self._is_pad.index_select(0, window_numbers),
         }
-
-    def _order(self, epoch: int) -> Tensor:
-        """(W,) int64: the order of an epoch. The two latest are kept: a batch may straddle them."""
-        order = self._orders.get(epoch)
-        if order is None:
-            # Drawn on the host, so that the order is the same on every device.
-            rng = np.random.default_rng([self.seed, epoch])
-            order = torch.from_numpy(rng.permutation(self.n_windows)).to(self.device)
-            while len(self._orders) >= 2:
-                del self._orders[next(iter(self._orders))]
-            self._orders[epoch] = order
-        return order
 
     def _resident(self, value: npt.NDArray[np.generic]) -> Tensor:
         keep = value if value.dtype == np.uint8 else value.astype(np.float32)
