@@ -1,0 +1,46 @@
+"""The Robomimic tasks: their names here, in robosuite and in Gymnasium."""
+
+import difflib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RobomimicTask:
+    """One task of the Robomimic benchmark (2108.03298)."""
+
+    name: str
+    """Name in settings and file names."""
+    robosuite_env: str
+    gym_id: str
+    max_steps: int
+    """Length of an episode at 20 Hz in Diffusion Policy's evaluation (2303.04137)."""
+    n_arms: int
+
+
+def _task(
+    name: str, robosuite_env: str, gym_name: str, max_steps: int, n_arms: int
+) -> RobomimicTask:
+    return RobomimicTask(
+        name, robosuite_env, f"cmpolicy/Robomimic-{gym_name}-v0", max_steps, n_arms
+    )
+
+
+TASKS: dict[str, RobomimicTask] = {
+    task.name: task
+    for task in (
+        _task("lift", "Lift", "Lift", 400, 1),
+        _task("can", "PickPlaceCan", "Can", 400, 1),
+        _task("square", "NutAssemblySquare", "Square", 400, 1),
+        _task("transport", "TwoArmTransport", "Transport", 700, 2),
+        _task("tool_hang", "ToolHang", "ToolHang", 700, 1),
+    )
+}
+
+
+def get_task(name: str) -> RobomimicTask:
+    """Task by its name; ValueError lists the known ones."""
+    if name not in TASKS:
+        near = difflib.get_close_matches(str(name).lower(), TASKS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown Robomimic task {name!r}; known: {', '.join(TASKS)}{hint}")
+    return TASKS[name]
