@@ -4,8 +4,8 @@ To add one: write the class here, decorate it with ``@register("name")``, and ad
 name to ``conf/cmpolicy_conf/objective/``.
 
 Legend: x (B, ...) normalised data, cond (B, ...) condition, v conditional velocity (or what the
-caller puts in its place, such as a guided one), u_hat the network's own velocity F(x_t, t, t), D the
-derivative of F along the flow, R the Eulerian residual.
+caller puts in its place, such as a guided one), u_hat the network's own velocity F(x_t, t, t), D
+the derivative of F along the flow, R the Eulerian residual.
 """
 
 from __future__ import annotations

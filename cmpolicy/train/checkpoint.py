@@ -122,5 +122,5 @@ def _full_message(target: Path, needed: int, error: OSError) -> str:
     return (
         f"could not write the training state {target}: {error.strerror or error}; it needs "
         f"{needed / 1e6:.1f} MB, {folder} has {free / 1e6:.1f} MB free; {previous}. Free some "
-        f"space, then resume with: cmpolicy-train resume={target.parent.parent}"
+        f"space, then go on with resume={target.parent.parent}"
     )

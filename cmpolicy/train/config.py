@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from cmpolicy.flow.objective import Objective, build_objective
 from cmpolicy.flow.sampler import SamplerKind
@@ -42,8 +42,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         _positive("optim.lr", self.lr)
         _positive("optim.eps", self.eps)
-        _at_least("optim.weight_decay", self.weight_decay, 0)
-        _at_least("optim.warmup", self.warmup, 0)
+        at_least("optim.weight_decay", self.weight_decay, 0)
+        at_least("optim.warmup", self.warmup, 0)
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ConfigError(f"optim.betas must be two numbers in [0, 1), got {list(self.betas)}")
         if self.grad_clip is not None:
@@ -78,12 +78,27 @@ class EmaConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalSchedule:
     """Evaluation during training; always of the EMA weights.
 
     Args:
         every: samples between evaluations; one more is made at the end.
-        nfe: network evaluations per action chunk.
+        nfe: network evaluations per generated sample.
+    """
+
+    every: int = 500_000
+    nfe: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("every", "nfe"):
+            at_least(f"eval.{name}", getattr(self, name), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(EvalSchedule):
+    """Evaluation of a policy during training.
+
+    Args:
         episodes: rollouts per evaluation, 0 for none; a task without a simulator makes none.
         first_seed: rollouts use the seeds first_seed, first_seed + 1, ... They are for tuning and
             for choosing the best policy, so they must not be those of the protocol.
@@ -91,18 +106,17 @@ class EvalConfig:
         windows: at most this many held-out windows are scored.
     """
 
-    every: int = 500_000
-    nfe: int = 1
     episodes: int = 0
     first_seed: int = 500_000
     workers: int = 2
     windows: int = 2048
 
     def __post_init__(self) -> None:
-        for name in ("every", "nfe", "workers", "windows"):
-            _at_least(f"eval.{name}", getattr(self, name), 1)
-        _at_least("eval.episodes", self.episodes, 0)
-        _at_least("eval.first_seed", self.first_seed, 0)
+        super().__post_init__()
+        for name in ("workers", "windows"):
+            at_least(f"eval.{name}", getattr(self, name), 1)
+        at_least("eval.episodes", self.episodes, 0)
+        at_least("eval.first_seed", self.first_seed, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +134,7 @@ class LogConfig:
     progress: bool | None = None
 
     def __post_init__(self) -> None:
-        _at_least("log.every", self.every, 1)
+        at_least("log.every", self.every, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,13 +161,13 @@ class LoopConfig:
     save_every: int = 250_000
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    eval: EvalSchedule = field(default_factory=EvalSchedule)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
         for name in ("samples", "batch_size", "save_every"):
-            _at_least(name, getattr(self, name), 1)
-        _at_least("seed", self.seed, 0)
+            at_least(name, getattr(self, name), 1)
+        at_least("seed", self.seed, 0)
         if self.samples < self.batch_size:
             raise ConfigError(
                 f"samples={self.samples} is less than one batch (batch_size={self.batch_size}); "
@@ -164,6 +178,19 @@ class LoopConfig:
                 f"optim.warmup={self.optim.warmup} leaves nothing of samples={self.samples}; "
                 "it counts samples, not steps"
             )
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any]) -> Self:
+        """Read and check a whole configuration.
+
+        Raises:
+            ConfigError: with the dotted key, the value, and what to do.
+        """
+        return from_mapping(cls, data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; :meth:`from_mapping` is its inverse."""
+        return {name: _plain(value) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +278,7 @@ class PolicyConfig:
 
     def __post_init__(self) -> None:
         for name in ("horizon", "n_obs_steps", "n_action_steps"):
-            _at_least(f"policy.{name}", getattr(self, name), 1)
+            at_least(f"policy.{name}", getattr(self, name), 1)
         needed = self.n_obs_steps - 1 + self.n_action_steps
         if self.horizon < needed:
             raise ConfigError(
@@ -332,6 +359,7 @@ class TrainConfig(LoopConfig):
     net: NetConfig
     objective: ObjectiveConfig
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     init: str | None = None
 
     def __post_init__(self) -> None:
@@ -340,19 +368,6 @@ class TrainConfig(LoopConfig):
             self.net.unet.check_horizon(self.policy.horizon)
         except ValueError as error:
             raise ConfigError(f"policy.{error}") from error
-
-    @classmethod
-    def from_mapping(cls, data: Mapping[str, Any]) -> TrainConfig:
-        """Read and check a whole configuration.
-
-        Raises:
-            ConfigError: with the dotted key, the value, and what to do.
-        """
-        return from_mapping(cls, data)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values; :meth:`from_mapping` is its inverse."""
-        return {name: _plain(value) for name, value in asdict(self).items()}
 
 
 def _plain(value: Any) -> Any:
@@ -364,7 +379,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _at_least(name: str, value: float, least: float) -> None:
+def at_least(name: str, value: float, least: float) -> None:
+    """Raise ConfigError unless ``value`` of the setting ``name`` is at least that."""
     if value < least:
         raise ConfigError(f"{name}={value} must be at least {least}")
 

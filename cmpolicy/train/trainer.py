@@ -23,7 +23,6 @@ from cmpolicy.train.checkpoint import TrainingState, load_state, save_state, sel
 from cmpolicy.train.config import LoopConfig
 from cmpolicy.train.device import use_bf16
 from cmpolicy.train.guard import FiniteGuard, NonFiniteError
-from cmpolicy.train.loader import Batch
 from cmpolicy.train.meter import Meter
 from cmpolicy.train.optim import ModelEma, build_optimizer, build_schedule, jump_schedule
 from cmpolicy.train.signals import StopRequest
@@ -49,8 +48,8 @@ class Outcome:
     metrics: Mapping[str, float]
 
 
-#: batches(first_sample, count): those samples of the run, on the device.
-Batches = Callable[[int, int], Batch]
+#: batches(first_sample, count): those samples of the run, on the device, as the model takes them.
+Batches = Callable[[int, int], Any]
 #: draw(count, generator): all randomness of a step of ``count`` samples.
 DrawStep = Callable[[int, torch.Generator], Draws]
 #: evaluate(EMA model, samples)

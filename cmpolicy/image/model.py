@@ -1,0 +1,170 @@
+"""ImageFlowModel: what the trainer trains, a flow map over images given their class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+from cmpolicy.flow.flow_map import FlowMap
+from cmpolicy.flow.health import Health, flow_health
+from cmpolicy.flow.objective import LossOutput, Objective
+from cmpolicy.flow.path import get_path
+from cmpolicy.flow.sampler import SAMPLERS, SamplerKind, sample
+from cmpolicy.image.datasets.data import ImageBatch
+from cmpolicy.image.guidance import Guidance, LabelDraws
+from cmpolicy.image.net import ImageNet
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+class ImageFlowModel(nn.Module):
+    """A class-conditional flow map over images, with what it needs to be trained.
+
+    Args:
+        net: the network, the only weights there are.
+        path: ``linear`` or ``trigonometric``.
+        sampler: ``flow_map``, or ``diagonal`` for a network trained by flow matching alone.
+        objective: what :meth:`compute_loss` computes.
+        guidance: guidance at training time.
+
+    Raises:
+        ValueError: an unknown path or sampler, or an objective that differentiates forward through
+            a network that cannot be.
+    """
+
+    def __init__(
+        self,
+        net: ImageNet,
+        *,
+        path: str = "linear",
+        sampler: SamplerKind = "flow_map",
+        objective: Objective,
+        guidance: Guidance | None = None,
+    ) -> None:
+        super().__init__()
+        if sampler not in SAMPLERS:
+            raise ValueError(f"unknown sampler {sampler!r}; choose one of {list(SAMPLERS)}")
+        check_derivative(objective, net)
+        self.path_name = path
+        self.sampler: SamplerKind = sampler
+        self.objective = objective
+        self.guidance = guidance or Guidance()
+        self.flow_map = FlowMap(net, get_path(path))
+
+    @property
+    def net(self) -> ImageNet:
+        """The network F inside the flow map."""
+        return cast(ImageNet, self.flow_map.net)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    # -- training -------------------------------------------------------------------------------
+
+    def draw(self, batch_size: int, generator: torch.Generator | None = None) -> LabelDraws:
+        """Noise, times and dropped labels of one training step, on the model's device."""
+        draws = self.objective.draw(batch_size, self.net.image_shape, generator, self.device)
+        return self.guidance.draw(draws, generator)
+
+    def compute_loss(
+        self,
+        batch: ImageBatch,
+        *,
+        draws: LabelDraws,
+        progress: float = 0.0,
+        ema: ImageFlowModel | None = None,
+    ) -> LossOutput:
+        """Loss of a batch of images.
+
+        Args:
+            batch: images (B, C, H, W) in [-1, 1], labels (B,).
+            draws: of this batch, from :meth:`draw` or its slice.
+            progress: share of the run that is done, in [0, 1]; drives schedules.
+            ema: the same model with EMA weights, for objectives that ask for them.
+        """
+        null = torch.full_like(batch["labels"], self.net.n_classes)
+        output = self.objective(
+            self.flow_map,
+            batch["images"],
+            torch.where(draws.dropped, null, batch["labels"]),
+            draws,
+            progress=progress,
+            ema=None if ema is None else ema.flow_map,
+            velocity_target=self.guidance.target(self.flow_map, null, draws.dropped),
+        )
+        return LossOutput(output.per_sample.mean(), output.per_sample, output.metrics)
+
+    def forward(self, batch: ImageBatch, **kwargs: Any) -> LossOutput:
+        """:meth:`compute_loss`, so that wrappers such as DDP see every training pass."""
+        return self.compute_loss(batch, **kwargs)
+
+    @torch.no_grad()
+    def health(self, batch: ImageBatch, generator: torch.Generator | None = None) -> Health:
+        """How well the network keeps the identities of a flow map on these images."""
+        return flow_health(
+            self.flow_map, batch["images"], batch["labels"], generator, kind=self.sampler
+        )
+
+    def generate(
+        self,
+        labels: Tensor,
+        *,
+        num_steps: int = 1,
+        generator: Generators = None,
+    ) -> Tensor:
+        """See :func:`generate_images`."""
+        return generate_images(
+            self.flow_map, labels, num_steps=num_steps, generator=generator, sampler=self.sampler
+        )
+
+
+@torch.no_grad()
+def generate_images(
+    flow_map: FlowMap,
+    labels: Tensor,
+    *,
+    num_steps: int = 1,
+    generator: Generators = None,
+    sampler: SamplerKind = "flow_map",
+) -> Tensor:
+    """Images of these classes, float32 (N, C, H, W) in [-1, 1].
+
+    Args:
+        flow_map: over an :class:`ImageNet`.
+        labels: (N,) int64.
+        num_steps: network evaluations per image.
+        generator: of the noise; a list has one per image, and an image then does not depend on the
+            others. Generators of the CPU give the same noise on every device.
+        sampler: see :mod:`cmpolicy.flow.sampler`.
+
+    Raises:
+        ValueError: ``num_steps`` below 1, or an unknown sampler.
+    """
+    net = cast(ImageNet, flow_map.net)
+    noise = randn_tensor(
+        (len(labels), *net.image_shape),
+        generator=list(generator) if isinstance(generator, Sequence) else generator,
+        device=net.device,
+        dtype=net.dtype,
+    )
+    images = sample(flow_map, noise, labels.to(net.device), num_steps=num_steps, kind=sampler)
+    return images.clamp(-1.0, 1.0).float()
+
+
+def check_derivative(objective: Objective, net: ImageNet) -> None:
+    """Refuse forward-mode differentiation of a network that cannot be differentiated so.
+
+    Raises:
+        ValueError: what to choose instead.
+    """
+    if getattr(objective, "derivative", None) == "jvp" and not net.differentiates_forward:
+        raise ValueError(
+            "objective.derivative=jvp: torch cannot differentiate its fused attention forward; "
+            "choose objective.derivative=difference, or net.attention=plain (slower, more memory)"
+        )
