@@ -1,0 +1,139 @@
+"""All scores of a set of generated images, and the same of real images as the mark to compare with.
+
+The mark: the test part, scored as if it had been generated. No generator is expected to do better;
+a distance of 0 is not to be had from a finite set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from cmpolicy.image.datasets.data import ImageData, ImageSet
+from cmpolicy.image.metrics.cache import ContentCache
+from cmpolicy.image.metrics.classifier import ImageClassifier
+from cmpolicy.image.metrics.diversity import copy_ratio, diversity
+from cmpolicy.image.metrics.features import FeatureExtractor, real_features
+from cmpolicy.image.metrics.frechet import FeatureStatistics, frechet_distance
+from cmpolicy.image.metrics.manifold import NEIGHBOURS, precision_recall
+
+_SEED = 7
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+
+@dataclass(frozen=True)
+class ImageScores:
+    """Of n generated images.
+
+    Attributes:
+        recognised: images that the classifier takes for the class they were made as.
+        recognised_by_class: the same of each generated class, by label.
+        feature_distance: squared Frechet distance of the features to those of n_reference training
+            images. Not FID.
+        precision, recall: in these features, against as many training images as generated ones.
+        diversity: mean pixel distance within a class over the training images'; diversity_lowest is
+            that of the class ``diversity_lowest_class``.
+        copy_ratio: median pixel distance to the nearest training image over that of test images.
+    """
+
+    n: int
+    n_reference: int
+    recognised: int
+    recognised_by_class: dict[int, float]
+    feature_distance: float
+    precision: float
+    recall: float
+    diversity: float
+    diversity_lowest: float
+    diversity_lowest_class: int
+    copy_ratio: float
+
+    @property
+    def recognition_rate(self) -> float:
+        """Share of the images that are recognised."""
+        return self.recognised / self.n
+
+
+class ImageScorer:
+    """Scores images against a data set.
+
+    Args:
+        data: the real images; train is what is compared with.
+        classifier: trained on ``data.train``.
+        extractor: of the features.
+        cache: of the real images' features.
+        reference_size: at most so many training images, drawn once, have their features compared.
+    """
+
+    def __init__(
+        self,
+        data: ImageData,
+        classifier: ImageClassifier,
+        extractor: FeatureExtractor,
+        cache: ContentCache,
+        reference_size: int = 10_000,
+    ) -> None:
+        self.data, self.classifier, self.extractor = data, classifier, extractor
+        self._cache, self._reference_size = cache, reference_size
+
+    def score(self, images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) -> ImageScores:
+        """images (N, H, W, C) made as classes labels (N,).
+
+        Raises:
+            ValueError: too few images (more than 3, and 2 of each class), or of another shape.
+        """
+        generated = ImageSet(images, labels)
+        train = self.data.train
+        if images.shape[1:] != train.images.shape[1:]:
+            raise ValueError(
+                f"generated images are {images.shape[1:]} (height, width, channels), the data's "
+                f"{train.images.shape[1:]}: is this the data that the model was trained on?"
+            )
+        if len(generated) <= NEIGHBOURS:
+            raise ValueError(
+                f"{len(generated)} images are too few to score; make more than {NEIGHBOURS}"
+            )
+        right = self.classifier.predict(images) == labels
+        features = self.extractor(images)
+        reference = real_features(self._reference(labels), self.extractor, self._cache)
+        distance = frechet_distance(FeatureStatistics.of(features), FeatureStatistics.of(reference))
+        shares = precision_recall(some(reference, len(images)), features)
+        variety = diversity(train.images, train.labels, images, labels)
+        return ImageScores(
+            n=len(images),
+            n_reference=len(reference),
+            recognised=int(right.sum()),
+            recognised_by_class={
+                int(label): float(right[labels == label].mean()) for label in np.unique(labels)
+            },
+            feature_distance=distance,
+            precision=shares.precision,
+            recall=shares.recall,
+            diversity=variety.ratio,
+            diversity_lowest=variety.lowest,
+            diversity_lowest_class=variety.lowest_class,
+            copy_ratio=copy_ratio(images, train.images, self.data.test.images),
+        )
+
+    def _reference(self, labels: npt.NDArray[np.int64]) -> ImageSet:
+        """Training images of the classes that were made: the others would count as not covered."""
+        train = self.data.train
+        rows = some(np.flatnonzero(np.isin(train.labels, labels)), self._reference_size)
+        return ImageSet(train.images[rows], train.labels[rows])
+
+    def score_real(self, n: int) -> ImageScores:
+        """The test part, at most n images of it, scored the same way."""
+        test = self.data.test
+        rows = some(np.arange(len(test)), n)
+        return self.score(test.images[rows], test.labels[rows])
+
+
+def some(values: npt.NDArray[Scalar], n: int) -> npt.NDArray[Scalar]:
+    """At most n of the rows, drawn from a fixed seed, in their order."""
+    if len(values) <= n:
+        return values
+    rows = np.random.default_rng(_SEED).choice(len(values), n, replace=False)
+    return values[np.sort(rows)]
