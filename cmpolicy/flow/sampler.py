@@ -58,9 +58,35 @@ def sample(
     Raises:
         ValueError: ``num_steps`` below 1, an unknown ``kind``, or a bad ``floor``.
     """
+    return _states(flow_map, z, cond, num_steps, kind, floor)[-1]
+
+
+def trajectory(
+    flow_map: FlowMap,
+    z: Tensor,
+    cond: Tensor | None = None,
+    *,
+    num_steps: int = 1,
+    kind: SamplerKind = "flow_map",
+    floor: float = 0.0,
+) -> Tensor:
+    """As :func:`sample`, but all states (num_steps + 1, B, ...): the noise first, the data last."""
+    return torch.stack([z, *_states(flow_map, z, cond, num_steps, kind, floor)])
+
+
+def _states(
+    flow_map: FlowMap,
+    z: Tensor,
+    cond: Tensor | None,
+    num_steps: int,
+    kind: SamplerKind,
+    floor: float,
+) -> list[Tensor]:
+    """The state after each evaluation."""
     if kind not in SAMPLERS:
         raise ValueError(f"unknown sampler {kind!r}; choose one of {list(SAMPLERS)}")
     grid = time_grid(num_steps, z.device, z.dtype, floor=floor)
+    states: list[Tensor] = []
     x = z
     for i in range(num_steps):
         t = grid[i].expand(len(z))
@@ -69,4 +95,5 @@ def sample(
             x = flow_map(x, t, s, cond)
         else:
             x = flow_map.path.jump(x, flow_map.velocity(x, t, cond), t, s)
-    return x
+        states.append(x)
+    return states

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cmpolicy.flow.flow_map import FlowMap
 from cmpolicy.flow.path import PATHS
-from cmpolicy.flow.sampler import SamplerKind, sample, time_grid
+from cmpolicy.flow.sampler import SamplerKind, sample, time_grid, trajectory
 
 
 class Recorder:
@@ -72,3 +72,18 @@ def test_bad_arguments() -> None:
         sample(flow_map, torch.zeros(1, 2), num_steps=0)
     with pytest.raises(ValueError, match=r"'heun'.*\['flow_map', 'diagonal'\]"):
         sample(flow_map, torch.zeros(1, 2), kind="heun")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["flow_map", "diagonal"])
+def test_a_trajectory_starts_at_the_noise_and_ends_at_the_sample(kind: SamplerKind) -> None:
+    z = torch.randn(5, 3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def net(x: Tensor, t: Tensor, s: Tensor, cond: Tensor | None) -> Tensor:
+        return 0.3 * x + (t + s)[:, None, None]
+
+    flow_map = FlowMap(net, PATHS["linear"])
+    states = trajectory(flow_map, z, num_steps=3, kind=kind)
+    assert states.shape == (4, 5, 3, 2)
+    assert torch.equal(states[0], z)
+    assert torch.equal(states[-1], sample(flow_map, z, num_steps=3, kind=kind))
+    assert not torch.equal(states[1], states[2])
