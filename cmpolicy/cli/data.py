@@ -1,4 +1,4 @@
-"""``cmpolicy-data``: look at, check, generate, download and pack demonstrations.
+"""``cmpolicy-data``: look at, check, generate, download, convert and pack demonstrations.
 
 Exit status: 0 well, 1 ``validate`` found problems, 2 the command could not be carried out.
 """
@@ -13,12 +13,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-_DESCRIPTION = "Look at, check, generate, download and pack demonstrations."
+from cmpolicy.cli import data_robomimic
+from cmpolicy.cli.data_options import names, read_options, whole
+
+_DESCRIPTION = "Look at, check, generate, download, convert and pack demonstrations."
 _SHOWN_PROBLEMS = 50
-
-
-class UsageError(ValueError):
-    """Arguments that make no sense."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("cmpolicy-data: stopped", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:  # all that the data package raises on bad input
+    # All that the data package raises on bad input, and packages of an extra that is not installed.
+    except (ValueError, OSError, ImportError) as error:
         print(f"cmpolicy-data: {error}", file=sys.stderr)
         return 2
 
@@ -62,14 +62,28 @@ def _parser() -> argparse.ArgumentParser:
         "generate", "Make scripted demonstrations in the simulator.", _generate, _GENERATE_OPTIONS
     )
     generate.add_argument("task", choices=["pusht"])
-    download = add(
-        "download", "Fetch the human demonstrations of a task.", _download, _DOWNLOAD_OPTIONS
+    download = add("download", "Fetch human demonstrations.", _download, _DOWNLOAD_OPTIONS)
+    download.add_argument("task", choices=["pusht", "robomimic"])
+    convert = add(
+        "convert",
+        "Convert demonstrations of another layout to a store.",
+        data_robomimic.convert,
+        data_robomimic.CONVERT_OPTIONS,
     )
-    download.add_argument("task", choices=["pusht"])
+    convert.add_argument("layout", choices=["robomimic", "robosuite"])
+    convert.add_argument("source", help="the HDF5 file")
+    replay = add(
+        "replay",
+        "Play the actions of a converted store in the simulator: how many episodes succeed again.",
+        data_robomimic.replay,
+        data_robomimic.REPLAY_OPTIONS,
+    )
+    replay.add_argument("layout", choices=["robomimic"])
+    replay.add_argument("path", help="a store that `convert robomimic` made")
     pack = add("pack", "Pack a directory store into one .zip.", _pack)
     pack.add_argument("source", help="a directory store")
     pack.add_argument("target", help="the .zip to write")
-    for command in (validate, generate, download):
+    for command in (validate, generate, download, convert, replay):
         command.add_argument("options", nargs="*", metavar="key=value")
     return parser
 
@@ -83,8 +97,10 @@ _GENERATE_OPTIONS = (
 )
 _DOWNLOAD_OPTIONS = (
     "  out=FOLDER        default CMPOLICY_DATA, else ~/.cache/cmpolicy\n"
+    " pusht:\n"
     "  url=...           another source of the archive\n"
     "  sha256=...        what the archive must hash to\n"
+    " robomimic:\n" + data_robomimic.DOWNLOAD_OPTIONS
 )
 
 
@@ -100,12 +116,9 @@ def _validate(arguments: argparse.Namespace) -> int:
     from cmpolicy_data.catalog import resolve
     from cmpolicy_data.validation import validate
 
-    options = _options(arguments, {"keys": "[action]"})
-    text = options["keys"].removeprefix("[")
-    text = text.removesuffix("]") if text != options["keys"] else text  # [a,b] or a,b
-    keys = [key.strip() for key in text.split(",") if key.strip()]
+    options = read_options(arguments, {"keys": "[action]"})
     path = resolve(arguments.path)
-    problems = validate(path, keys)
+    problems = validate(path, names(options, "keys"))
     for problem in problems[:_SHOWN_PROBLEMS]:
         print(problem)
     if len(problems) > _SHOWN_PROBLEMS:
@@ -117,11 +130,11 @@ def _validate(arguments: argparse.Namespace) -> int:
 def _generate(arguments: argparse.Namespace) -> int:
     from cmpolicy_data.generate.pusht import generate
 
-    options = _options(
+    options = read_options(
         arguments,
         {"episodes": "300", "seed": "0", "workers": "2", "out": "pusht_scripted.zarr.zip"},
     )
-    episodes = _whole(options, "episodes")
+    episodes = whole(options, "episodes")
     with tqdm(total=episodes, unit="episode", disable=None) as bar:
 
         def show(kept: int, attempted: int) -> None:
@@ -131,8 +144,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         report = generate(
             Path(options["out"]),
             episodes=episodes,
-            seed=_whole(options, "seed"),
-            workers=_whole(options, "workers"),
+            seed=whole(options, "seed"),
+            workers=whole(options, "workers"),
             progress=show,
         )
     print(
@@ -144,9 +157,11 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _download(arguments: argparse.Namespace) -> int:
+    if arguments.task == "robomimic":
+        return data_robomimic.download(arguments)
     from cmpolicy_data.download import DATASETS, download
 
-    options = _options(arguments, {"out": "", "url": "", "sha256": ""})
+    options = read_options(arguments, {"out": "", "url": "", "sha256": ""})
     # disable=None: no bar unless stderr is a terminal
     with tqdm(unit="B", unit_scale=True, unit_divisor=1000, disable=None) as bar:
 
@@ -175,26 +190,6 @@ def _pack(arguments: argparse.Namespace) -> int:
     path = pack(arguments.source, arguments.target)
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
     return 0
-
-
-def _options(arguments: argparse.Namespace, defaults: dict[str, str]) -> dict[str, str]:
-    options = dict(defaults)
-    for text in arguments.options:
-        key, equals, value = text.partition("=")
-        if not equals or key not in defaults:
-            raise UsageError(
-                f"Cannot use {text!r}: options are written key=value, and the keys of this command "
-                f"are {', '.join(defaults)}."
-            )
-        options[key] = value
-    return options
-
-
-def _whole(options: dict[str, str], key: str) -> int:
-    try:
-        return int(options[key])
-    except ValueError:
-        raise UsageError(f"{key} must be a whole number, got {options[key]!r}.") from None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,117 @@
+"""Commands of ``cmpolicy-data`` for the Robomimic tasks."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+from tqdm import tqdm
+
+from cmpolicy.cli.data_options import UsageError, names, read_options, whole
+
+CONVERT_OPTIONS = (
+    "  out=NAME.zarr     the store to write (.zarr or .zip); default: named as the source\n"
+    "  actions=delta     or absolute: target poses, 10 numbers per arm\n"
+    "  obs=[]            observation keys; default: all that are one vector per step\n"
+    "  filter=           convert only the demonstrations of this mask (train, valid, ...)\n"
+    "  workers=1         simulator processes that recover absolute actions\n"
+)
+REPLAY_OPTIONS = (
+    "  episodes=         only so many, from the first on\n  workers=1         simulator processes\n"
+)
+DOWNLOAD_OPTIONS = (
+    "  task=lift         lift, can, square, transport, tool_hang\n"
+    "  type=ph           ph (proficient human), mh (multi human), mg (machine), paired\n"
+    "  endpoint=...      a mirror of the Hugging Face hub\n"
+    "  revision=main     of the data set repository\n"
+)
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    """``convert robomimic FILE``: HDF5 to a store."""
+    from cmpolicy_data.convert import robomimic
+
+    options = read_options(
+        arguments, {"out": "", "actions": "delta", "obs": "", "filter": "", "workers": "1"}
+    )
+    source = Path(arguments.source)
+    suffix = "_abs.zarr" if options["actions"] == "absolute" else ".zarr"
+    with tqdm(unit="episode", disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        report = robomimic.convert(
+            source,
+            options["out"] or f"{source.stem}{suffix}",
+            actions=options["actions"],
+            keys=names(options, "obs") or None,
+            filter_key=options["filter"] or None,
+            workers=whole(options, "workers"),
+            progress=show,
+        )
+    shown = shlex.quote(str(report.path))
+    print(
+        f"{report.path}: {report.task}, {report.episodes} episodes, {report.steps} steps, "
+        f"{report.actions} actions ({report.seconds:.0f} s)"
+    )
+    if report.goals_from_file:
+        print(f"absolute actions of {report.goals_from_file} episodes are the file's actions_abs")
+    for name, count in report.masks.items():
+        print(f"mask {name}: {count} episode(s)")
+    print(f"check it with: cmpolicy-data replay robomimic {shown}")
+    print(f"train on it with: cmpolicy-train task={report.task} data=robomimic data.path={shown}")
+    return 0
+
+
+def replay(arguments: argparse.Namespace) -> int:
+    """``replay robomimic STORE``: how many episodes succeed again."""
+    from cmpolicy_data.convert import replay as replaying
+
+    options = read_options(arguments, {"episodes": "", "workers": "1"})
+    with tqdm(unit="episode", disable=None) as bar:
+
+        def show(done: int, failed: int) -> None:
+            bar.set_postfix(failed=failed, refresh=False)
+            bar.update(done - bar.n)
+
+        report = replaying.replay(
+            arguments.path,
+            episodes=whole(options, "episodes") if options["episodes"] else None,
+            workers=whole(options, "workers"),
+            progress=show,
+        )
+    succeeded = report.episodes - len(report.failed)
+    print(
+        f"{report.path}: {succeeded} of {report.episodes} episodes succeed again with "
+        f"{report.actions} actions ({report.success_rate:.1%}, {report.seconds:.0f} s)"
+    )
+    if report.failed:
+        print(f"failed: {', '.join(map(str, report.failed))}")
+    return 0
+
+
+def download(arguments: argparse.Namespace) -> int:
+    """``download robomimic``: an official file."""
+    from cmpolicy_data.robomimic_download import download as fetch
+
+    options = read_options(
+        arguments, {"task": "", "type": "ph", "out": "", "endpoint": "", "revision": "main"}
+    )
+    if not options["task"]:
+        raise UsageError("Name the task, for example: cmpolicy-data download robomimic task=lift")
+    path = fetch(
+        options["task"],
+        options["type"],
+        options["out"] or None,
+        endpoint=options["endpoint"] or None,
+        revision=options["revision"],
+    )
+    print(f"{path}: readable")
+    print(
+        f"convert it with: cmpolicy-data convert robomimic {shlex.quote(str(path))} "
+        f"out={options['task']}_{options['type']}.zarr"
+    )
+    return 0

@@ -1,0 +1,1 @@
+"""Demonstrations of other layouts, converted to a store: see `robomimic`, `human`, `replay`."""

@@ -1,0 +1,142 @@
+"""Writing a converted store: beside its place, and only when it is complete into it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cmpolicy_data.convert.scenes import write_scenes
+from cmpolicy_data.pack import pack
+from cmpolicy_data.replay_buffer import ReplayBuffer
+from cmpolicy_data.store import ReplayBufferError
+
+CONVERTER = "converter"
+"""Attribute of the stores that a converter wrote: its name."""
+
+
+@dataclass(frozen=True)
+class ConvertedEpisode:
+    """What goes into a store of one demonstration of L steps.
+
+    Attributes:
+        obs: key -> (L, ...). action: (L, A).
+        state: (L, S) flattened simulator states, None if there are none.
+        model: MuJoCo XML of the scene, None if there is none.
+    """
+
+    obs: Mapping[str, npt.NDArray[Any]]
+    action: npt.NDArray[Any]
+    state: npt.NDArray[np.float64] | None
+    model: str | None
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Arrays as they are stored: float32, but states float64 and images as they are."""
+        arrays = {key: _stored(value) for key, value in self.obs.items()}
+        arrays["action"] = self.action.astype(np.float32)
+        if self.state is not None:
+            arrays["state"] = self.state
+        return arrays
+
+
+def check_target(out: Path) -> None:
+    """Refuse to write over anything but a store that a converter wrote.
+
+    Raises:
+        FileExistsError: something else is there. FileNotFoundError: its folder is not.
+        ValueError: a name that is no store's.
+    """
+    if out.suffix not in (".zarr", ".zip"):
+        raise ValueError(
+            f"out={out} must be the path of a store, ending in .zarr (a folder) or .zip (packed)."
+        )
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out.parent} is not a folder. Create it first.")
+    if out.exists() and not _is_converted(out):
+        raise FileExistsError(
+            f"{out} exists and was not written by `cmpolicy-data convert`. Choose another path or "
+            "remove it."
+        )
+
+
+def write_store(
+    out: Path, converter: str, episodes: Iterable[ConvertedEpisode], attrs: Mapping[str, Any]
+) -> int:
+    """Write the episodes, one at a time, as the store ``out``; returns the number of steps.
+
+    It appears whole or not at all; a store that was there stays until then.
+
+    Raises:
+        FileExistsError, FileNotFoundError, ValueError: see `check_target`.
+        ReplayBufferError: episodes that do not fit together.
+    """
+    check_target(out)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        new = scratch / "store.zarr"
+        buffer = ReplayBuffer.create(new, attrs={**attrs, CONVERTER: converter})
+        models = []
+        for episode in episodes:
+            buffer.append_episode(episode.arrays())
+            models.append(episode.model)
+        scenes = [model for model in models if model is not None]
+        if scenes and len(scenes) == len(models):
+            write_scenes(new, scenes)
+        steps = buffer.n_steps
+        if out.suffix == ".zip":
+            pack(new, out)
+        else:
+            _sync(new)
+            _swap(new, out, aside=scratch / "old")
+    finally:
+        # Should even putting back the old store have failed, it must not go with the scratch.
+        if out.exists() or not (scratch / "old").exists():
+            shutil.rmtree(scratch, ignore_errors=True)
+    return steps
+
+
+def _stored(value: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return value.astype(np.float32) if value.dtype.kind == "f" else value
+
+
+def _is_converted(path: Path) -> bool:
+    try:
+        return CONVERTER in ReplayBuffer.open(path).attrs
+    except (ReplayBufferError, OSError):
+        return False
+
+
+def _swap(new: Path, target: Path, aside: Path) -> None:
+    """Put ``new`` in the place of ``target``, which comes back should that fail."""
+    replaced = target.exists()
+    if replaced:
+        target.rename(aside)
+    try:
+        new.rename(target)
+    except BaseException:
+        if replaced:
+            aside.rename(target)
+        raise
+    _sync_folder(target.parent)
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
