@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
+
+from cmpolicy.image.files import write_atomically
 
 Tensors = dict[str, Tensor]
 
@@ -55,14 +55,4 @@ def _read(path: Path) -> tuple[Tensors, Mapping[str, str]] | None:
 
 def _write(path: Path, tensors: Tensors, facts: Mapping[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
-    try:
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary, dict(facts))
-        with open(temporary, "rb") as file:  # noqa: PTH123
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            Path(temporary).unlink()
+    write_atomically(path, save({k: v.contiguous().cpu() for k, v in tensors.items()}, dict(facts)))
