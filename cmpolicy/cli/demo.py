@@ -24,9 +24,10 @@ from PIL import Image
 from cmpolicy.cli.benchmarks.latency import eager_contender, time_calls
 from cmpolicy.cli.benchmarks.settings import LatencySettings
 from cmpolicy.cli.model_card import BEST, RESULT
+from cmpolicy.cli.run_command import guarded
+from cmpolicy.cli.runs import load_run_config
 from cmpolicy.cli.settings import compose_settings, parse
-from cmpolicy.cli.train import guarded
-from cmpolicy.cli.training import load_run_config, train
+from cmpolicy.cli.training import train
 from cmpolicy.policy.consistency import ConsistencyPolicy
 from cmpolicy.train.checkpoint import load_state, state_path
 from cmpolicy.train.config import TrainConfig

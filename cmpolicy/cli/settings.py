@@ -26,22 +26,30 @@ PACKAGE = "cmpolicy_conf"
 HYDRA_VERSION_BASE = "1.3"
 #: Groups of settings whose keys are the user's own.
 OPEN_GROUPS = ("data.obs",)
-HOW = "`cmpolicy-train --help` lists all settings with their values"
+HOW = "`--help` lists all settings with their values"
 
 
-def compose_settings(config_name: str, words: Sequence[str]) -> dict[str, Any]:
+def compose_settings(
+    config_name: str, words: Sequence[str], *, package: str = PACKAGE
+) -> dict[str, Any]:
     """Settings of ``<config_name>.yaml`` with ``words`` such as ``net=tiny`` or ``optim.lr=1e-3``.
+
+    Args:
+        config_name: the YAML file.
+        words: as typed.
+        package: the folder of the YAML file, its groups in it; groups that it lacks are those of
+            ``cmpolicy_conf`` if the file's ``hydra.searchpath`` says so.
 
     Raises:
         ConfigError: a word that cannot be read, an unknown group, choice or setting.
     """
     overrides = parse(words)
-    groups = _groups()
+    groups = _groups(config_name, package)
     choices = [o for o in overrides if o.key_or_group in groups]
     for override in choices:
         _check_choice(override, groups[override.key_or_group])
     chosen = {o.key_or_group for o in choices}
-    known = _known_keys(config_name, tuple(str(o.input_line) for o in choices))
+    known = _known_keys(config_name, package, tuple(str(o.input_line) for o in choices))
     for override in overrides:
         key = override.key_or_group
         if key not in chosen and not override.is_add() and not _is_known(key, known):
@@ -50,7 +58,7 @@ def compose_settings(config_name: str, words: Sequence[str]) -> dict[str, Any]:
     # Hydra would merge a mapping of the user's own into the one of the chosen group
     replaced = [o for o in overrides if o.key_or_group in OPEN_GROUPS and _is_plain(o)]
     merged = [str(o.input_line) for o in overrides if o not in replaced]
-    return apply(_container(_compose(config_name, merged)), replaced)
+    return apply(_container(_compose(config_name, package, merged)), replaced)
 
 
 def parse(words: Iterable[str]) -> list[Override]:
@@ -125,18 +133,21 @@ def write_yaml(settings: Mapping[str, Any], path: str) -> None:
 
 
 @cache
-def _known_keys(config_name: str, choices: tuple[str, ...]) -> tuple[str, ...]:
+def _known_keys(config_name: str, package: str, choices: tuple[str, ...]) -> tuple[str, ...]:
     """All dotted keys there are with these choices, of groups and of single settings."""
-    return tuple(_keys(OmegaConf.to_container(_compose(config_name, choices), resolve=False)))
+    config = _compose(config_name, package, choices)
+    return tuple(_keys(OmegaConf.to_container(config, resolve=False)))
 
 
-def _compose(config_name: str, words: Sequence[str]) -> DictConfig:
+def _compose(
+    config_name: str, package: str, words: Sequence[str], *, with_hydra: bool = False
+) -> DictConfig:
     # a caller's own Hydra state, such as that of --multirun, is put back afterwards
     before = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_module(PACKAGE, version_base=HYDRA_VERSION_BASE):
-            return compose(config_name, list(words))
+        with initialize_config_module(package, version_base=HYDRA_VERSION_BASE):
+            return compose(config_name, list(words), return_hydra_config=with_hydra)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error)) from error
     finally:
@@ -153,14 +164,18 @@ def _container(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
-def _groups() -> dict[str, list[str]]:
-    """Choices by group: the folders of ``cmpolicy_conf`` and the YAML files in them."""
-    root = files(PACKAGE)
-    return {
-        folder.name: sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if _yaml(f.name))
-        for folder in root.iterdir()
-        if folder.is_dir() and any(_yaml(f.name) for f in folder.iterdir())
-    }
+@cache
+def _groups(config_name: str, package: str) -> dict[str, list[str]]:
+    """Choices by group, of the groups in the defaults list: the YAML files in its folder."""
+    composed = _compose(config_name, package, (), with_hydra=True)
+    chosen = [str(group) for group in composed.hydra.runtime.choices if "/" not in group]
+    return {group: _choices(group, package) for group in chosen}
+
+
+def _choices(group: str, package: str) -> list[str]:
+    roots = [files(package), files(PACKAGE)]
+    folder = next(root / group for root in roots if (root / group).is_dir())
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if _yaml(f.name))
 
 
 def _yaml(name: str) -> bool:

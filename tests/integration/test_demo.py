@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cmpolicy.cli.demo import main
-from cmpolicy.cli.training import COMMAND_FILE
+from cmpolicy.cli.runs import COMMAND_FILE
 from cmpolicy.policy.consistency import ConsistencyPolicy
 from cmpolicy.train.trackers import read_log
 from cmpolicy_eval.result import Result
