@@ -29,7 +29,11 @@ class Normalizer(nn.Module):
             self.register_buffer(_buffer("offset", key), offset.clone())
 
     @classmethod
-    def fit(cls, data: Mapping[str, npt.NDArray[Any]]) -> Normalizer:
+    def fit(
+        cls,
+        data: Mapping[str, npt.NDArray[Any]],
+        unchanged: Mapping[str, npt.NDArray[np.bool_]] | None = None,
+    ) -> Normalizer:
         """Map each dimension's minimum to -1 and maximum to 1.
 
         A constant dimension (range below :data:`CONSTANT_RANGE`) is only centred, so that it never
@@ -37,6 +41,8 @@ class Normalizer(nn.Module):
 
         Args:
             data: (N, ...) finite values per key, in env units.
+            unchanged: (...) true where a dimension of a key is left as it is, such as rotations,
+                whose entries are of one unit and in [-1, 1] already.
 
         Raises:
             ValueError: an empty or non-finite array, with the key.
@@ -55,6 +61,9 @@ class Normalizer(nn.Module):
             span = high - low
             scale = np.where(span < CONSTANT_RANGE, 1.0, 2.0 / np.maximum(span, CONSTANT_RANGE))
             offset = -scale * (low + high) / 2
+            if unchanged is not None and key in unchanged:
+                scale = np.where(unchanged[key], 1.0, scale)
+                offset = np.where(unchanged[key], 0.0, offset)
             affine[key] = (
                 torch.as_tensor(scale, dtype=torch.float32),
                 torch.as_tensor(offset, dtype=torch.float32),

@@ -9,19 +9,20 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
+from cmpolicy.cli.protocols import Simulator, open_protocol, read_env_args
 from cmpolicy.cli.settings import read_words
 from cmpolicy.export.load import is_exported, open_exported
 from cmpolicy.train.schema import ConfigError, from_mapping, unknown_key_message
 from cmpolicy_eval.evaluate import Evaluation, evaluate
 from cmpolicy_eval.policy import ActionChunkPolicy
-from cmpolicy_eval.protocol import EvalProtocol, get_protocol
+from cmpolicy_eval.protocol import PROTOCOL_NAMES, EvalProtocol, check_protocol
 from cmpolicy_eval.report import difference_table, table, write_report
 from cmpolicy_eval.result import Result
 from cmpolicy_eval.rollout import RolloutError
@@ -42,7 +43,9 @@ class EvalConfig:
 
     policy: str
     name: str | None
-    protocol: str
+    protocol: str | None
+    task: str | None
+    env_args: str | None
     seeds: Any
     nfe: tuple[int, ...]
     sampler: Literal["flow_map", "diagonal"] | None
@@ -114,9 +117,13 @@ def _guarded(words: Sequence[str]) -> int:
 
 def _score(config: EvalConfig, command: str) -> int:
     # What is quick to find wrong comes before torch is loaded.
-    protocol = get_protocol(config.protocol)
-    seeds = parse_seeds(config.seeds)
+    if config.protocol is not None:
+        check_protocol(config.protocol)
+    given = None if config.seeds is None else parse_seeds(config.seeds)
     scored = _open(config)
+    protocol = _protocol(config, scored)
+    first, last = protocol.default_seeds
+    seeds = given or list(range(first, last + 1))
     out = Path(config.out).expanduser()
     results: list[Result] = []
     for nfe in config.nfe:
@@ -141,6 +148,20 @@ def _score(config: EvalConfig, command: str) -> int:
         results.append(evaluation.result)
         _write_videos(out / "videos", protocol, evaluation, config.videos)
     return _write(results, out, extra=[out / "videos"] if config.videos else [])
+
+
+def _protocol(config: EvalConfig, scored: _Scored) -> EvalProtocol:
+    """The protocol asked for, else that of the policy's own task."""
+    name = config.protocol or scored.protocol
+    if name is None:
+        raise ConfigError(
+            f"{config.policy} does not say under which protocol to score it; give protocol=<name>, "
+            f"one of {', '.join(PROTOCOL_NAMES)}"
+        )
+    simulator = scored.simulator
+    if config.env_args is not None:
+        simulator = replace(simulator, env_args=read_env_args(config.env_args))
+    return open_protocol(name, config.task, simulator)
 
 
 def _report(config: ReportConfig) -> int:
@@ -173,13 +194,18 @@ def _write_videos(folder: Path, protocol: EvalProtocol, evaluation: Evaluation, 
 
 @dataclass(frozen=True)
 class _Scored:
-    """A policy ready to be scored: its name in tables, the data it was trained on, its device."""
+    """A policy ready to be scored: its name in tables, the data it was trained on, its device.
+
+    ``protocol`` and ``simulator`` are what it says of its own task.
+    """
 
     policy: ActionChunkPolicy
     set_nfe: Callable[[int], None]
     label: str
     data: str | None
     device: str
+    protocol: str | None
+    simulator: Simulator
 
 
 def _open(config: EvalConfig) -> _Scored:
@@ -210,12 +236,15 @@ def _open_bundle(config: EvalConfig) -> _Scored:
     if config.time_floor is not None:
         label += f" [floor {config.time_floor}]"
         policy.time_floor = config.time_floor
+    metadata = read_metadata(config.policy)
     return _Scored(
         policy,
         lambda nfe: setattr(policy, "num_steps", nfe),
         label,
-        read_metadata(config.policy).get("data"),
+        metadata.get("data"),
         f"cuda ({torch.cuda.get_device_name(policy.device)})" if device == "cuda" else "cpu",
+        metadata.get("config", {}).get("task", {}).get("protocol"),
+        Simulator.from_mapping(metadata.get("simulator", {})),
     )
 
 
@@ -242,7 +271,8 @@ def _open_exported(config: EvalConfig) -> _Scored:
     if config.device == "cuda":
         raise ConfigError(f"{config.policy} runs on the CPU; give device=cpu or a bundle")
     label = config.name or config.policy
-    return _Scored(policy, lambda nfe: None, label, facts.data, "cpu")
+    simulator = Simulator.from_mapping(facts.simulator)
+    return _Scored(policy, lambda nfe: None, label, facts.data, "cpu", facts.protocol, simulator)
 
 
 def _training_seeds(source: str | None) -> list[int] | None:
@@ -269,7 +299,7 @@ def _parse(words: Sequence[str], known: Sequence[str]) -> dict[str, Any]:
         if key not in known:
             raise ConfigError(unknown_key_message(key, known, how=how))
     settings = read_words(words)
-    for key in {"policy", "name", "out"} & set(settings):
+    for key in {"policy", "name", "env_args", "out"} & set(settings):
         if settings[key] is not None:  # a bundle may be called 2026
             settings[key] = str(settings[key])
     return settings

@@ -65,14 +65,13 @@ def export(settings: ExportSettings) -> str:
     out = Path(settings.out).expanduser()
     format_ = settings.format or ("pt2" if out.suffix == ".pt2" else "onnx")
     check_request(out, format_, settings.nfe)
-    metadata = read_metadata(settings.policy)
     written = export_policy(
         ConsistencyPolicy.from_pretrained(settings.policy),
         out,
         format=format_,
         nfe=settings.nfe,
         bundle_sha256=read_hashes(settings.policy),
-        data=metadata.get("data"),
+        metadata=read_metadata(settings.policy),
     )
     nfe = "" if settings.nfe == 1 else f" nfe={settings.nfe}"
     return (

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from cmpolicy.cli.protocols import Simulator
 from cmpolicy.cli.scoring import Scorer
 from cmpolicy.policy.consistency import ConsistencyPolicy
 from cmpolicy.train.config import TrainConfig
@@ -25,6 +26,7 @@ class PolicyKeeper:
         scorer: Scorer,
         *,
         source: str,
+        simulator: Simulator,
         command: str,
         start: Mapping[str, Any] | None = None,
     ) -> None:
@@ -32,6 +34,7 @@ class PolicyKeeper:
         self._run_dir = run_dir
         self._scorer = scorer
         self._source = source
+        self._simulator = simulator.to_dict()
         self._command = command
         self._start = start  # metadata of the policy that the run starts from
 
@@ -57,6 +60,8 @@ class PolicyKeeper:
             "git_commit": git_commit(),
             "config": config,
         }
+        if self._simulator:
+            metadata["simulator"] = self._simulator
         if self._start is not None:
             metadata["start"] = self._start
         folder = self._run_dir / (BEST if kind == "best" else LAST)

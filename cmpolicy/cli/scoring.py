@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cmpolicy.cli.protocols import ROBOMIMIC, open_protocol
 from cmpolicy.cli.training_data import TrainingData
 from cmpolicy.policy.consistency import ConsistencyPolicy
 from cmpolicy.train.config import TrainConfig
@@ -9,7 +10,7 @@ from cmpolicy.train.schema import ConfigError
 from cmpolicy.train.trainer import Evaluation
 from cmpolicy.train.validation import Validator
 from cmpolicy_eval.evaluate import evaluate
-from cmpolicy_eval.protocol import EvalProtocol, get_protocol
+from cmpolicy_eval.protocol import EvalProtocol
 from cmpolicy_eval.result import Result
 from cmpolicy_eval.rollout import check_fit
 
@@ -34,7 +35,8 @@ class Scorer:
         self._command = command
         self._protocol: EvalProtocol | None = None
         if config.task.protocol is not None and config.eval.episodes:
-            self._protocol = get_protocol(config.task.protocol)
+            task = config.task.name if config.task.protocol == ROBOMIMIC else None
+            self._protocol = open_protocol(config.task.protocol, task, data.simulator)
             check_tuning_seeds(self.seeds, self._protocol)
 
     @property

@@ -3,81 +3,34 @@
 from __future__ import annotations
 
 import json
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from cmpolicy.cli.model_card import BEST, LAST, PolicyKeeper
+from cmpolicy.cli.runs import (
+    RunPlace,
+    TrainingRun,
+    choose_run_dir,
+    first_command,
+    run_training,
+)
 from cmpolicy.cli.scoring import Scorer
-from cmpolicy.cli.settings import read_yaml, write_yaml
 from cmpolicy.cli.training_data import TrainingData, load_training_data
 from cmpolicy.policy.consistency import ConsistencyPolicy
 from cmpolicy.policy.pretrained import read_metadata
 from cmpolicy.train.checkpoint import state_path
 from cmpolicy.train.config import TrainConfig
-from cmpolicy.train.curves import CURVES_FILE, draw_curves
+from cmpolicy.train.curves import CURVES_FILE
 from cmpolicy.train.device import make_accelerator
-from cmpolicy.train.guard import NonFiniteError
 from cmpolicy.train.schema import ConfigError
-from cmpolicy.train.trackers import JsonLines, TensorBoard, Terminal, Tracker
-from cmpolicy.train.trainer import Outcome, Trainer
 from cmpolicy.train.validation import Validator
 
-CONFIG_FILE = "config.yaml"
-COMMAND_FILE = "command.txt"
+PROGRAM = "cmpolicy-train"
 START_FILE = "start.json"
 VALIDATION_BATCH = 512
-
-
-@dataclass(frozen=True)
-class TrainingRun:
-    """A run and how it ended. ``is_main`` is false in the other processes of a distributed run."""
-
-    run_dir: Path
-    outcome: Outcome
-    seconds: float
-    parameters: int
-    is_main: bool
-
-
-def new_run_dir(config: TrainConfig, out: str | None) -> Path:
-    """The folder of a new run.
-
-    Raises:
-        ConfigError: ``out`` holds a run or something else already.
-    """
-    if out is None:
-        stem = f"{config.task.name}-{config.objective.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        names = [stem, *(f"{stem}-{n}" for n in range(2, 1000))]
-        return next(p for p in (Path("outputs") / name for name in names) if not p.exists())
-    run_dir = Path(out).expanduser()
-    if state_path(run_dir).is_file():
-        raise ConfigError(
-            f"out={out} already holds a run; go on with it: cmpolicy-train resume={out}, or choose "
-            "another out"
-        )
-    if run_dir.is_file() or (run_dir.is_dir() and any(run_dir.iterdir())):
-        raise ConfigError(f"out={out} exists and is not an empty folder; choose another out")
-    return run_dir
-
-
-def load_run_config(run_dir: Path) -> dict[str, object]:
-    """The settings that a run was started with.
-
-    Raises:
-        ConfigError: ``run_dir`` is not the folder of a run.
-    """
-    path = run_dir / CONFIG_FILE
-    if not path.is_file():
-        raise ConfigError(
-            f"resume={run_dir}: there is no {path}; give the folder of a run, such as outputs/<run>"
-        )
-    return read_yaml(str(path))
 
 
 def train(
@@ -101,14 +54,9 @@ def train(
         ValueError, OSError, NonFiniteError: see the parts.
     """
     accelerator = make_accelerator(config)
-    is_main = accelerator.is_main_process
-    places = [Path(str(out)) if resume else new_run_dir(config, out)] if is_main else [None]
-    place = broadcast_object_list(places)[0]
-    if place is None:
-        raise RuntimeError("the main process named no folder for the run")
-    run_dir: Path = place
-
-    command = _first_command(run_dir, command)
+    stem = f"{config.task.name}-{config.objective.name}"
+    run_dir = choose_run_dir(accelerator, stem, out, resume=resume, program=PROGRAM)
+    command = first_command(run_dir, command)
     data = load_training_data(config)
     torch.manual_seed(config.seed)
     device = accelerator.device
@@ -123,47 +71,29 @@ def train(
     scorer = Scorer(config, data, _validator(config, data, device), command=command)
     scorer.check(policy)
     start = _start(run_dir, config.init)
-    keeper = PolicyKeeper(config, run_dir, scorer, source=data.source, command=command, start=start)
+    keeper = PolicyKeeper(
+        config,
+        run_dir,
+        scorer,
+        source=data.source,
+        simulator=data.simulator,
+        command=command,
+        start=start,
+    )
 
-    trainer = Trainer(
+    files = {} if start is None else {START_FILE: json.dumps(start)}
+    return run_training(
         policy,
         config,
+        RunPlace(run_dir=run_dir, program=PROGRAM, command=command, files=files),
         accelerator=accelerator,
         batches=loader.batch,
         draw=policy.draw,
-        run_dir=run_dir,
         evaluate=scorer,
         keep=keeper,
+        resume=resume,
+        until=until,
     )
-    if resume:
-        trainer.resume()
-        if trainer.samples - config.batch_size * accelerator.num_processes >= config.samples:
-            raise ConfigError(
-                f"samples={config.samples} is less than the {trainer.samples} that {run_dir} has "
-                "been trained on; give more to go on, or leave it out"
-            )
-    if is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_yaml(config.to_dict(), str(run_dir / CONFIG_FILE))
-        (run_dir / COMMAND_FILE).write_text(command + "\n")
-        if start is not None:
-            (run_dir / START_FILE).write_text(json.dumps(start) + "\n")
-        trainer.trackers = _trackers(config, run_dir, trainer.samples)
-    try:
-        outcome = trainer.train(until)
-    except NonFiniteError as error:
-        error.add_note(
-            f"the last good state, sample {trainer.saved_at}, is kept; go on with:\n"
-            f"  cmpolicy-train resume={run_dir} optim.lr={config.optim.lr / 3:.2g}"
-        )
-        raise
-    finally:
-        for tracker in trainer.trackers:
-            tracker.close()
-    if is_main:
-        draw_curves(run_dir)
-    parameters = sum(p.numel() for p in policy.parameters())
-    return TrainingRun(run_dir, outcome, trainer.seconds, parameters, is_main)
 
 
 def new_policy(config: TrainConfig, data: TrainingData) -> ConsistencyPolicy:
@@ -212,12 +142,6 @@ def start_from(policy: ConsistencyPolicy, name_or_path: str) -> None:
     policy.normalizer.load_state_dict(source.normalizer.state_dict())
 
 
-def _first_command(run_dir: Path, command: str) -> str:
-    """The command that started the run: a resumed run is still that command's."""
-    file = run_dir / COMMAND_FILE
-    return file.read_text().strip() if file.is_file() else command
-
-
 def _start(run_dir: Path, init: str | None) -> dict[str, Any] | None:
     """How the policy was trained that the run starts from.
 
@@ -253,7 +177,7 @@ def closing_words(run: TrainingRun, config: TrainConfig) -> str:
     ]
     if config.task.protocol is not None:
         lines.append(
-            f"score it: cmpolicy-eval policy={run.run_dir / kept} protocol={config.task.protocol} "
+            f"score it: cmpolicy-eval policy={run.run_dir / kept} "
             f"nfe=[{config.eval.nfe}] out={run.run_dir / 'eval'}"
         )
     else:
@@ -271,13 +195,3 @@ def _validator(config: TrainConfig, data: TrainingData, device: torch.device) ->
         return None
     settings = config.eval
     return Validator(loader, windows=settings.windows, seed=config.seed, num_steps=settings.nfe)
-
-
-def _trackers(config: TrainConfig, run_dir: Path, start: int) -> list[Tracker]:
-    trackers: list[Tracker] = [
-        JsonLines(run_dir, start=start),
-        Terminal(config.samples, start=start, bar=config.log.progress),
-    ]
-    if config.log.tensorboard:
-        trackers.append(TensorBoard(run_dir, start=start))
-    return trackers

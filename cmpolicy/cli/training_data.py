@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cmpolicy.cli.protocols import Simulator
 from cmpolicy.normalize import Normalizer
 from cmpolicy.spec import PolicySpec
 from cmpolicy.train.config import PolicyConfig, TrainConfig
 from cmpolicy.train.loader import DeviceLoader
 from cmpolicy.train.schema import ConfigError
-from cmpolicy_data import EpisodeSplit, WindowIndex, split_episodes, window_index
+from cmpolicy_data import (
+    EpisodeSplit,
+    ReplayBuffer,
+    WindowIndex,
+    split_episodes,
+    window_index,
+)
 from cmpolicy_data.catalog import resolve
 from cmpolicy_data.demonstrations import Demonstrations, load_demonstrations
 from cmpolicy_data.windows import WindowError
@@ -27,13 +34,15 @@ ACTION = "action"
 class TrainingData:
     """Arrays in env units, the windows of all their episodes, and which of these train.
 
-    ``source`` names the data set without the machine's own folders.
+    ``source`` names the data set without the machine's own folders; ``simulator`` is what the store
+    says of the one it was recorded in.
     """
 
     arrays: Demonstrations
     windows: WindowIndex
     split: EpisodeSplit
     source: str
+    simulator: Simulator = field(default_factory=Simulator)
 
     def spec(self, config: PolicyConfig) -> PolicySpec:
         """What a policy on this data eats and gives."""
@@ -49,7 +58,10 @@ class TrainingData:
         """Fitted to the training episodes."""
         rows = np.unique(self.windows.select(self.split.train_ids).action)
         named = {**self.arrays.obs, ACTION: self.arrays.action}
-        return Normalizer.fit({key: value[rows] for key, value in named.items()})
+        unchanged = {}
+        if self.simulator.actions == "absolute":
+            unchanged[ACTION] = ~is_position(self.arrays.action.shape[1])
+        return Normalizer.fit({key: value[rows] for key, value in named.items()}, unchanged)
 
     def loader(
         self, *, train: bool, batch_size: int, seed: int, device: torch.device
@@ -98,7 +110,24 @@ def load_training_data(config: TrainConfig) -> TrainingData:
     stored = int(arrays.source_episode.max()) + 1
     split = arrays.expand(split_episodes(stored, data.val_fraction, config.seed))
     named = data.path is None or data.name == "pusht_human"  # else a store of the user's own
-    return TrainingData(arrays, windows, split, data.name if named else path.name)
+    simulator = Simulator.from_mapping(ReplayBuffer.open(path).attrs)
+    return TrainingData(arrays, windows, split, data.name if named else path.name, simulator)
+
+
+def is_position(size: int) -> npt.NDArray[np.bool_]:
+    """(A,) true where an absolute action holds a position; per arm [position, rotation 6, gripper].
+
+    Rotations and gripper are in [-1, 1] already, and stretching a rotation's entries apart would
+    weigh its small ones more than its large ones.
+
+    Raises:
+        ConfigError: ``size`` is not a multiple of 10.
+    """
+    if size % 10:
+        raise ConfigError(
+            f"absolute actions are 10 numbers per arm (position, 6-D rotation, gripper), got {size}"
+        )
+    return np.tile(np.arange(10) < 3, size // 10)
 
 
 def _check_finite(selector: str, values: npt.NDArray[Any], path: Path) -> None:

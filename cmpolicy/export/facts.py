@@ -6,7 +6,7 @@ No torch here: a robot reads it with numpy and onnxruntime alone.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cmpolicy.spec import PolicySpec, SpecError
@@ -37,6 +37,8 @@ class ExportFacts:
         data: name of the data set that the policy was trained on, where the bundle says it.
         control_hz: rate of the actions, where the bundle says it.
         cmpolicy: version that wrote the file.
+        protocol: that the policy is scored under, where the bundle says it.
+        simulator: what the bundle says of the simulator of its data; empty if nothing.
     """
 
     spec: PolicySpec
@@ -48,6 +50,8 @@ class ExportFacts:
     data: str | None
     control_hz: float | None
     cmpolicy: str
+    protocol: str | None = None
+    simulator: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """One line of JSON."""
@@ -90,6 +94,8 @@ class ExportFacts:
                 data=None if source is None else str(source),
                 control_hz=None if rate is None else float(rate),
                 cmpolicy=str(data["cmpolicy"]),
+                protocol=None if data.get("protocol") is None else str(data["protocol"]),
+                simulator={str(k): str(v) for k, v in data.get("simulator", {}).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError, SpecError) as error:
             raise ExportError(

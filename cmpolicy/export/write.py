@@ -58,7 +58,7 @@ def export_policy(
     format: Format,
     nfe: int = 1,
     bundle_sha256: Mapping[str, str] | None = None,
-    data: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Exported:
     """Write ``policy`` as one file; an older one at the same place stays until the new one is good.
 
@@ -68,7 +68,7 @@ def export_policy(
         format: ``onnx`` or ``pt2``.
         nfe: network evaluations per plan.
         bundle_sha256: of the files of the bundle it comes from.
-        data: name of the data it was trained on.
+        metadata: of the bundle: its data, protocol and simulator are kept.
 
     Raises:
         ImportError: onnx or onnxruntime are not installed.
@@ -77,6 +77,7 @@ def export_policy(
     """
     target = Path(out).expanduser().absolute()
     check_request(target, format, nfe)
+    known = metadata or {}
     facts = ExportFacts(
         spec=policy.spec,
         nfe=nfe,
@@ -84,9 +85,11 @@ def export_policy(
         sampler=policy.sampler,
         noise_scale=policy.noise_scale,
         bundle_sha256=dict(bundle_sha256 or {}),
-        data=data,
+        data=known.get("data"),
         control_hz=policy.control_hz,
         cmpolicy=cmpolicy.__version__,
+        protocol=known.get("config", {}).get("task", {}).get("protocol"),
+        simulator=dict(known.get("simulator", {})),
     )
     module = PlanMap(policy, nfe, target=TARGETS[format]).eval()
     target.parent.mkdir(parents=True, exist_ok=True)

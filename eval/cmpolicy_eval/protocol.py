@@ -16,6 +16,8 @@ import gymnasium
 import numpy as np
 
 from cmpolicy_envs import PUSHT_ID
+from cmpolicy_envs.robomimic_args import EnvArgs
+from cmpolicy_envs.robomimic_tasks import TASKS, get_task
 
 ResetOptions = Callable[[int], dict[str, Any] | None]
 
@@ -91,10 +93,61 @@ PROTOCOLS: dict[str, EvalProtocol] = {
 }
 
 
-def get_protocol(name: str) -> EvalProtocol:
-    """Protocol by name; ValueError lists the known ones."""
-    if name not in PROTOCOLS:
-        near = difflib.get_close_matches(name, PROTOCOLS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown protocol {name!r}; known: {', '.join(PROTOCOLS)}{hint}")
+ROBOMIMIC = "robomimic-ph"
+PROTOCOL_NAMES = (*PROTOCOLS, ROBOMIMIC)
+
+
+def get_protocol(
+    name: str, *, task: str | None = None, actions: str = "delta", env_args: str | None = None
+) -> EvalProtocol:
+    """Protocol by name.
+
+    Args:
+        name: one of :data:`PROTOCOL_NAMES`.
+        task: of ``robomimic-ph``: ``lift``, ``can``, ``square``, ``transport`` or ``tool_hang``.
+        actions: of ``robomimic-ph``: ``delta`` or ``absolute``.
+        env_args: of ``robomimic-ph``: robomimic's JSON that says which environment; None takes
+            robosuite's own Panda with OSC_POSE.
+
+    Raises:
+        ValueError: an unknown name or task, no task where there are several, settings that the
+            protocol does not have, or ``env_args`` that cannot be built.
+    """
+    check_protocol(name)
+    if name == ROBOMIMIC:
+        return _robomimic(task, actions, env_args)
+    if task is not None:
+        raise ValueError(f"protocol {name!r} is one task; it takes no task={task}")
     return PROTOCOLS[name]
+
+
+def check_protocol(name: str) -> None:
+    """Raise ValueError, listing the known ones, if there is no protocol of that name."""
+    if name not in PROTOCOL_NAMES:
+        near = difflib.get_close_matches(name, PROTOCOL_NAMES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown protocol {name!r}; known: {', '.join(PROTOCOL_NAMES)}{hint}")
+
+
+def _robomimic(task: str | None, actions: str, env_args: str | None) -> EvalProtocol:
+    if task is None:
+        raise ValueError(f"{ROBOMIMIC} needs a task: task={' | '.join(TASKS)}")
+    known = get_task(task)
+    arguments = None if env_args is None else EnvArgs.from_json(env_args)
+    return EvalProtocol(
+        name=f"{ROBOMIMIC} {known.name}",
+        summary=f"Robomimic {known.name} in robosuite, {actions} actions, success at any step",
+        # Not gymnasium.make: an episode's length is the protocol's own affair.
+        make_env=partial(_make_robomimic, known.name, actions, arguments),
+        max_steps=known.max_steps,
+        reset_options=_plain_reset,
+        default_seeds=(100_000, 100_099),
+    )
+
+
+def _make_robomimic(
+    task: str, actions: str, env_args: EnvArgs | None, render_mode: str | None = None
+) -> gymnasium.Env[Any, Any]:
+    from cmpolicy_envs.robomimic import RobomimicEnv  # robosuite is an extra
+
+    return RobomimicEnv(task, env_args=env_args, actions=actions, render_mode=render_mode)

@@ -23,12 +23,14 @@ def save_policy(
     obs: dict[str, tuple[int, ...]],
     action_dim: int = 2,
     data: str = "pusht_human",
+    protocol: str | None = "pusht-dp",
 ) -> Path:
     spec = PolicySpec(obs, action_dim, horizon=16, n_obs_steps=2, n_action_steps=8)
     shapes = {**obs, "action": (action_dim,)}
     arrays = {k: np.stack([np.zeros(s), np.full(s, 512.0)]) for k, s in shapes.items()}
     normalizer = Normalizer.fit({k: v.astype(np.float32) for k, v in arrays.items()})
-    ConsistencyPolicy(spec, NET, normalizer).save_pretrained(folder, metadata={"data": data})
+    metadata = {"data": data, "config": {"task": {"protocol": protocol}}}
+    ConsistencyPolicy(spec, NET, normalizer).save_pretrained(folder, metadata=metadata)
     return folder
 
 
@@ -160,7 +162,7 @@ def test_an_episode_does_not_depend_on_the_other_seeds(bundle: Path) -> None:
 
 def test_help_shows_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
-    assert "protocol: pusht-dp" in capsys.readouterr().out
+    assert "protocol: null  # pusht-dp | pusht-gym" in capsys.readouterr().out
     assert main([]) == 2
 
 
@@ -176,6 +178,8 @@ def test_help_shows_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
         ("nfe=[1", "cannot read 'nfe=[1': its value is not YAML"),
         ("nfe=many", "nfe must be a list such as [1, 2], got 'many'"),
         ("protocol=pusht", "unknown protocol 'pusht'"),
+        ("task=lift", "protocol 'pusht-dp' is one task; it takes no task=lift"),
+        ("protocol=robomimic-ph", "robomimic-ph needs a task: task=lift | can | square"),
         ("sampler=euler", "sampler='euler' is not one of flow_map, diagonal"),
         (
             "time_floor=0.1",
@@ -190,6 +194,13 @@ def test_bad_settings(
     bundle: Path, word: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in fails(capsys, f"policy={bundle}", word)
+
+
+def test_a_policy_that_names_no_protocol(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = save_policy(tmp_path / "bare", {"agent_pos": (2,)}, protocol=None)
+    assert "give protocol=<name>, one of pusht-dp, pusht-gym" in fails(capsys, f"policy={policy}")
 
 
 def test_no_policy_given(capsys: pytest.CaptureFixture[str]) -> None:

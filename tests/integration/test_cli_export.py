@@ -14,6 +14,8 @@ from cmpolicy.export.load import open_exported
 from cmpolicy.policy.consistency import ConsistencyPolicy
 from cmpolicy.policy.pretrained import read_hashes
 
+METADATA: dict[str, Any] = {"data": "mine", "config": {"task": {"protocol": "pusht-dp"}}}
+
 
 @pytest.fixture(scope="module")
 def bundle(
@@ -24,7 +26,7 @@ def bundle(
     policy.noise_scale = 0.8
     policy.control_hz = 10.0
     folder = tmp_path_factory.mktemp("policy") / "bundle"
-    policy.save_pretrained(folder, metadata={"data": "mine"})
+    policy.save_pretrained(folder, metadata=METADATA)
     return folder
 
 
@@ -48,6 +50,7 @@ def test_exported_and_scored(
     facts = open_exported(out).facts
     assert facts.bundle_sha256 == read_hashes(bundle)
     assert (facts.nfe, facts.noise_scale, facts.control_hz) == (nfe, 0.8, 10.0)
+    assert (facts.protocol, facts.simulator) == ("pusht-dp", {})
     assert [path.name for path in out.parent.iterdir()] == [name]
 
     short = ["seeds=500000-500002", "workers=1", "device=cpu"]

@@ -178,7 +178,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             format=format_,
             nfe=nfe,
             bundle_sha256={"model.safetensors": "ab" * 32},
-            data="pusht_human",
+            metadata={"data": "pusht_human"},
         )
         assert written.size == written.path.stat().st_size
         assert 0 <= written.difference <= TOLERANCE

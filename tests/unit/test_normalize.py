@@ -116,3 +116,15 @@ def test_from_arrays_refuses_what_cannot_be_inverted(
     arrays = Normalizer.identity({"action": (2,)}).to_arrays() | changes
     with pytest.raises(ValueError, match=message):
         Normalizer.from_arrays({k: v for k, v in arrays.items() if v is not None})
+
+
+def test_unchanged_dimensions_stay_as_they_are() -> None:
+    action = np.random.default_rng(0).uniform(-0.3, 0.7, (64, 3))
+    mask = np.array([False, True, False])
+    normalizer = Normalizer.fit({"action": action, "state": action}, {"action": mask})
+    given = torch.as_tensor(action, dtype=torch.float32)
+    mapped = normalizer.normalize("action", given)
+    torch.testing.assert_close(mapped[:, 1], given[:, 1], rtol=0, atol=0)
+    assert mapped[:, [0, 2]].amin() == pytest.approx(-1, abs=1e-6)
+    assert mapped[:, [0, 2]].amax() == pytest.approx(1, abs=1e-6)
+    assert normalizer.normalize("state", given)[:, 1].amax() == pytest.approx(1, abs=1e-6)
