@@ -10,8 +10,16 @@ HUMAN_STORE = "pusht_cchi_v7_replay.zarr"
 """Folder name of the human Push-T demonstrations of Diffusion Policy, as published."""
 
 _ASSETS = Path(__file__).parent / "assets"
-_BUNDLED = {"pusht": "pusht_scripted.zarr.zip"}
-_NAMES = {"pusht_scripted": "the bundled scripted demonstrations", "pusht_human": "human ones"}
+_BUNDLED = {task: f"{task}_scripted.zarr.zip" for task in ("pusht", "lift", "can", "square")}
+_SCRIPTED = {f"{task}_scripted": task for task in _BUNDLED}
+_NAMES = {**dict.fromkeys(_SCRIPTED, "bundled, scripted"), "pusht_human": "human demonstrations"}
+
+
+_MAKE = {"pusht": "cmpolicy-data generate pusht"}
+_MAKE_ROBOMIMIC = (
+    "cmpolicy-data generate robomimic task={task} out={task}.hdf5, then "
+    "cmpolicy-data convert robomimic {task}.hdf5 out={task}.zarr, and data.path={task}.zarr"
+)
 
 
 class DatasetNotFoundError(FileNotFoundError):
@@ -19,7 +27,7 @@ class DatasetNotFoundError(FileNotFoundError):
 
 
 def bundled_path(name: str) -> Path:
-    """The store of demonstrations that comes with the package (``pusht``).
+    """The store of scripted demonstrations of a task that comes with the package.
 
     Raises:
         DatasetNotFoundError: no such bundled data, or the installation lacks the file.
@@ -32,7 +40,7 @@ def bundled_path(name: str) -> Path:
     if not path.is_file():
         raise DatasetNotFoundError(
             f"The bundled demonstrations are missing from this installation ({path}). Reinstall "
-            f"cmpolicy, or make them: cmpolicy-data generate {name}"
+            f"cmpolicy, or make them: {_MAKE.get(name, _MAKE_ROBOMIMIC.format(task=name))}"
         )
     return path
 
@@ -59,9 +67,9 @@ def resolve(data: str, path: str | Path | None = None) -> Path:
     """The store that a data set's name, or a path, stands for.
 
     Args:
-        data: ``pusht_scripted`` (bundled), ``pusht_human`` (``path``, else CMPOLICY_DATA, else the
-            download cache), or the path of any store.
-        path: where ``pusht_human`` is: the store, or a folder that it is in.
+        data: ``<task>_scripted`` (bundled), ``pusht_human`` (``path``, else CMPOLICY_DATA, else the
+            download cache), ``robomimic`` (needs ``path``), or the path of any store.
+        path: the store; for ``pusht_human`` also a folder that it is in.
 
     Raises:
         DatasetNotFoundError: lists where it was looked for and what to do.
@@ -70,10 +78,12 @@ def resolve(data: str, path: str | Path | None = None) -> Path:
         raise DatasetNotFoundError(
             f"There is no data at {path} (data.path). Check the path{_REMEDY}"
         )
-    if data == "pusht_scripted":
-        return bundled_path("pusht") if path is None else Path(path).expanduser()
+    if data in _SCRIPTED:
+        return bundled_path(_SCRIPTED[data]) if path is None else Path(path).expanduser()
     if data == "pusht_human":
         return _find_human(path)
+    if data == "robomimic" and path is None:
+        raise DatasetNotFoundError(f"data=robomimic needs data.path, a store.{_ROBOMIMIC_REMEDY}")
     found = Path(path if path is not None else data).expanduser()
     if found.exists():
         return found
@@ -83,6 +93,12 @@ def resolve(data: str, path: str | Path | None = None) -> Path:
     )
 
 
+_ROBOMIMIC_REMEDY = (
+    "\nTo get one:\n"
+    "  cmpolicy-data download robomimic task=tool_hang type=ph     the official file, or\n"
+    "  cmpolicy-data generate robomimic task=lift out=lift.hdf5    scripted; then\n"
+    "  cmpolicy-data convert robomimic lift.hdf5 out=lift.zarr"
+)
 _REMEDY = (
     ".\nTo get Push-T demonstrations:\n"
     "  cmpolicy-data download pusht    the human ones, from their public archive\n"
