@@ -13,6 +13,7 @@ from cmpolicy.cli.data_options import UsageError, names, read_options, whole
 CONVERT_OPTIONS = (
     "  out=NAME.zarr     the store to write (.zarr or .zip); default: named as the source\n"
     "  actions=delta     or absolute: target poses, 10 numbers per arm\n"
+    " robomimic:\n"
     "  obs=[]            observation keys; default: all that are one vector per step\n"
     "  filter=           convert only the demonstrations of this mask (train, valid, ...)\n"
     "  workers=1         simulator processes that recover absolute actions\n"
@@ -29,36 +30,41 @@ DOWNLOAD_OPTIONS = (
 
 
 def convert(arguments: argparse.Namespace) -> int:
-    """``convert robomimic FILE``: HDF5 to a store."""
-    from cmpolicy_data.convert import robomimic
+    """``convert robomimic FILE``, ``convert robosuite FILE``: HDF5 to a store."""
+    from cmpolicy_data.convert import human, robomimic
 
-    options = read_options(
-        arguments, {"out": "", "actions": "delta", "obs": "", "filter": "", "workers": "1"}
-    )
-    source = Path(arguments.source)
-    suffix = "_abs.zarr" if options["actions"] == "absolute" else ".zarr"
+    defaults = {"out": "", "actions": "delta"}
+    if arguments.layout == "robomimic":
+        defaults |= {"obs": "", "filter": "", "workers": "1"}
+    options = read_options(arguments, defaults)
+    source, actions = Path(arguments.source), options["actions"]
+    suffix = "_abs.zarr" if actions == "absolute" else ".zarr"
+    out = options["out"] or f"{source.stem}{suffix}"
     with tqdm(unit="episode", disable=None) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        report = robomimic.convert(
-            source,
-            options["out"] or f"{source.stem}{suffix}",
-            actions=options["actions"],
-            keys=names(options, "obs") or None,
-            filter_key=options["filter"] or None,
-            workers=whole(options, "workers"),
-            progress=show,
-        )
+        if arguments.layout == "robosuite":
+            report = human.convert(source, out, actions=actions, progress=show)
+        else:
+            report = robomimic.convert(
+                source,
+                out,
+                actions=actions,
+                keys=names(options, "obs") or None,
+                filter_key=options["filter"] or None,
+                workers=whole(options, "workers"),
+                progress=show,
+            )
     shown = shlex.quote(str(report.path))
     print(
-        f"{report.path}: {report.task}, {report.episodes} episodes, {report.steps} steps, "
+        f"{report.path}: {report.task}, {report.episodes} episode(s), {report.steps} steps, "
         f"{report.actions} actions ({report.seconds:.0f} s)"
     )
     if report.goals_from_file:
-        print(f"absolute actions of {report.goals_from_file} episodes are the file's actions_abs")
+        print(f"absolute actions of {report.goals_from_file} episode(s): the file's actions_abs")
     for name, count in report.masks.items():
         print(f"mask {name}: {count} episode(s)")
     print(f"check it with: cmpolicy-data replay robomimic {shown}")

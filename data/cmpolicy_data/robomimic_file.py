@@ -173,7 +173,7 @@ class RobomimicFile:
         return keys
 
     def demo(self, name: str, keys: Sequence[str]) -> Demo:
-        """Read and check one demonstration with the observations ``keys``.
+        """Read and check one demonstration with the observations ``keys`` (may be none).
 
         Raises:
             RobomimicFileError: a key that is not there, no observations or actions, zero length,
@@ -188,7 +188,7 @@ class RobomimicFile:
             )
         states = self._optional(group, "states", where)
         goals = self._optional(group, "actions_abs", where)
-        there = self._observations(name)
+        there = self._observations(name) if keys else {}
         missing = [key for key in keys if key not in there]
         if missing:
             raise RobomimicFileError(
@@ -210,7 +210,7 @@ class RobomimicFile:
                 "the same. Remove actions_abs or write it again."
             )
         model = group.attrs.get("model_file")
-        return Demo(name, obs, actions, states, None if model is None else _text(model), goals)
+        return Demo(name, obs, actions, states, None if model is None else text_of(model), goals)
 
     def _group(self, parent: Any, name: str, prefix: str) -> Any:
         import h5py
@@ -226,10 +226,10 @@ class RobomimicFile:
             raise RobomimicFileError(
                 f"{self.path} lacks the attribute env_args of data (JSON with env_name, type and "
                 "env_kwargs): without it nobody knows in which environment it was recorded. "
-                "Demonstrations straight from robosuite get it from `python -m "
-                "robomimic.scripts.conversion.convert_robosuite --dataset FILE`."
+                "For demonstrations straight from robosuite (env_info instead) there is "
+                "`cmpolicy-data convert robosuite`."
             )
-        text = _text(value)
+        text = text_of(value)
         try:
             parsed = json.loads(text)
         except ValueError as error:
@@ -251,7 +251,7 @@ class RobomimicFile:
         masks = {}
         for key in group:
             names = [
-                _text(name) for name in np.ravel(self._values(group, key, f"{self.path}/mask"))
+                text_of(name) for name in np.ravel(self._values(group, key, f"{self.path}/mask"))
             ]
             unknown = sorted(set(names) - set(self.demos))
             if unknown:
@@ -339,7 +339,8 @@ def _number(name: str) -> int:
     return int(name.rpartition("_")[2])
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """An HDF5 string, which comes as bytes or as text."""
     return value.decode() if isinstance(value, bytes) else str(value)
 
 

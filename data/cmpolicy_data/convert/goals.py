@@ -56,11 +56,15 @@ def recover_goals(
         ValueError: states that are not of this environment.
         ChildProcessError: a process died.
     """
-    yield from map_in_order(partial(_open, env), recordings, workers)
+    yield from map_in_order(partial(goal_reader, env), recordings, workers)
 
 
-def _open(env: RecordedEnv) -> Callable[[Recording], Float64Array]:
-    """A function that recovers the goals of one recording, holding one simulator."""
+def goal_reader(env: RecordedEnv) -> Callable[[Recording], Float64Array]:
+    """A function that recovers the goals of one recording; it holds one simulator.
+
+    Raises:
+        ImportError: robosuite is not installed.
+    """
     from cmpolicy_envs.robomimic import RobomimicEnv
 
     simulator = RobomimicEnv(task=env.task.name, env_args=env.env_args, actions="delta")
