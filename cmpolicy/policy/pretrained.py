@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -20,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from cmpolicy.files import replace_directory, space_note
 from cmpolicy.nn.unet1d import UNet1D, UNet1DConfig
 from cmpolicy.normalize import Normalizer
 from cmpolicy.spec import PolicySpec
@@ -35,6 +34,7 @@ CONFIG, MODEL, NORMALIZER, CARD = FILES = (
     "normalizer.safetensors",
     "README.md",
 )
+IMAGE_INDEX = "model_index.json"  # what an image model has in place of CONFIG
 BUNDLED = Path(__file__).resolve().parent.parent / "pretrained"
 
 
@@ -79,41 +79,15 @@ def save_bundle(
     target = Path(directory).expanduser().absolute()
     _check_replaceable(target)
     files = _contents(policy, target, card, dict(metadata or {}), weights_dtype)
+
+    def fill(folder: Path) -> None:
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        try:
-            new = work / "new"
-            new.mkdir()
-            for name, data in files.items():
-                _write(new / name, data)
-            _swap(new, target, aside=work / "old")
-        finally:
-            if target.exists() or not (work / "old").exists():
-                shutil.rmtree(work, ignore_errors=True)
+        replace_directory(target, fill)
     except OSError as error:
         raise _write_error(target, sum(map(len, files.values())), error) from error
-
-
-def _swap(new: Path, target: Path, aside: Path) -> None:
-    """Put ``new`` in the place of ``target``, which goes to ``aside`` and comes back on failure.
-
-    What the old directory holds under names that the new one lacks moves on to the new one.
-    """
-    replaced = target.exists()
-    if replaced:
-        target.rename(aside)
-    try:
-        new.rename(target)
-    except BaseException:
-        if replaced:
-            aside.rename(target)
-        raise
-    _fsync(target.parent)
-    if replaced:
-        for entry in aside.iterdir():
-            if not (target / entry.name).exists():
-                entry.rename(target / entry.name)
 
 
 def _check_replaceable(target: Path) -> None:
@@ -173,31 +147,13 @@ def _contents(
     return {CONFIG: text.encode(), **tensors, CARD: card.encode()}
 
 
-def _write(file: Path, data: bytes) -> None:
-    with file.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
 def _write_error(target: Path, needed: int, error: OSError) -> OSError:
-    folder = next(p for p in target.parents if p.exists())
-    free = shutil.disk_usage(folder).free
     previous = "; the bundle that was there before is intact" if target.exists() else ""
     return OSError(
         error.errno,
-        f"cannot write the policy bundle {target}: {error.strerror or error}; it needs "
-        f"{needed / 1e6:.1f} MB, {folder} has {free / 1e6:.1f} MB free{previous}",
+        f"cannot write the policy bundle {target}: {error.strerror or error}; "
+        f"{space_note(target, needed)}{previous}",
     )
-
-
-def _fsync(directory: Path) -> None:
-    """Make a rename durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # -- reading --------------------------------------------------------------------------------------
@@ -266,6 +222,11 @@ def locate(name_or_path: str | os.PathLike[str]) -> Path:
         return path
     if text in bundled_names():
         return BUNDLED / text
+    if (path / IMAGE_INDEX).is_file():
+        raise BundleError(
+            f"{path} is a diffusers pipeline, such as an image model, and no policy; an image "
+            "model is opened with ConsistencyImagePipeline.from_pretrained or cmpolicy-image"
+        )
     if path.is_dir():
         inside = sorted(p.parent.name for p in path.glob(f"*/{CONFIG}"))
         hint = f"; did you mean {path / inside[0]}?" if inside else ""

@@ -18,6 +18,7 @@ SCRIPTS = (
     "cmpolicy-eval",
     "cmpolicy-data",
     "cmpolicy-bench",
+    "cmpolicy-image",
     "cmpolicy-publish",
     "cmpolicy-export",
     "cmpolicy-robot-demo",

@@ -1,0 +1,69 @@
+"""Writing folders so that a reader finds the old one or the new one, never a part of either."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def replace_directory(target: Path, fill: Callable[[Path], None]) -> None:
+    """Put a folder that ``fill`` writes in the place of ``target``; an older one stays until then.
+
+    What the old folder holds under names that the new one lacks moves on to the new one.
+
+    Args:
+        target: absolute; its parents are made.
+        fill: writes the files into the empty folder it is given.
+
+    Raises:
+        OSError: the disk is full or not writable; the older folder is intact.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        new = work / "new"
+        new.mkdir()
+        fill(new)
+        for path in sorted(new.rglob("*")):
+            _fsync(path)
+        _swap(new, target, aside=work / "old")
+    finally:
+        if target.exists() or not (work / "old").exists():
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def space_note(target: Path, needed: int) -> str:
+    """What a message about a failed write says of room: bytes needed, and what the disk has."""
+    folder = next(p for p in target.parents if p.exists())
+    free = shutil.disk_usage(folder).free
+    return f"it needs {needed / 1e6:.1f} MB, {folder} has {free / 1e6:.1f} MB free"
+
+
+def _swap(new: Path, target: Path, aside: Path) -> None:
+    """Put ``new`` in the place of ``target``, which goes to ``aside`` and comes back on failure."""
+    replaced = target.exists()
+    if replaced:
+        target.rename(aside)
+    try:
+        new.rename(target)
+    except BaseException:
+        if replaced:
+            aside.rename(target)
+        raise
+    _fsync(target.parent)
+    if replaced:
+        for entry in aside.iterdir():
+            if not (target / entry.name).exists():
+                entry.rename(target / entry.name)
+
+
+def _fsync(path: Path) -> None:
+    """Bring a file's content, or a folder's renames, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
