@@ -1,10 +1,11 @@
 """Fixtures that every test folder shares."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 
 # No timed assertion in the suite: a busy machine is not a failure.
@@ -51,3 +52,46 @@ def pusht_human(shared_data: Path) -> Path:
     if not store.is_dir():
         pytest.skip(f"no human Push-T demonstrations at {store}")
     return store
+
+
+@pytest.fixture(scope="session")
+def write_robomimic() -> Callable[..., Path]:
+    """Writes files in robomimic's layout with random numbers in them; no simulator is asked.
+
+    ``write(path, lengths=(5, 3, 4), first=0, seed=0, task="lift")``: demonstrations named from
+    ``demo_<first>`` on; the last one is in mask/valid, the others in mask/train.
+    """
+    h5py = pytest.importorskip("h5py")
+    from cmpolicy_envs.robomimic_args import default_env_args
+
+    def write(
+        path: Path,
+        lengths: Sequence[int] = (5, 3, 4),
+        first: int = 0,
+        seed: int = 0,
+        task: str = "lift",
+    ) -> Path:
+        rng = np.random.default_rng(seed)
+        arms = 2 if task == "transport" else 1
+        names = [f"demo_{first + i}" for i in range(len(lengths))]
+        with h5py.File(path, "w") as file:
+            data = file.create_group("data")
+            data.attrs["env_args"] = default_env_args(task).to_json()
+            data.attrs["total"] = sum(lengths)
+            for name, length in zip(names, lengths, strict=True):
+                demo = data.create_group(name)
+                demo.attrs["num_samples"] = length
+                demo.attrs["model_file"] = f'<mujoco model="{name}"/>'
+                demo["actions"] = rng.uniform(-1, 1, (length, 7 * arms))
+                demo["states"] = rng.normal(size=(length, 32))
+                demo["rewards"], demo["dones"] = np.zeros(length), np.zeros(length, int)
+                for moment in ("obs", "next_obs"):
+                    demo[f"{moment}/object"] = rng.normal(size=(length, 10))
+                    for arm in range(arms):
+                        for key, size in (("eef_pos", 3), ("eef_quat", 4), ("gripper_qpos", 2)):
+                            demo[f"{moment}/robot{arm}_{key}"] = rng.normal(size=(length, size))
+            file["mask/train"] = np.array([name.encode() for name in names[:-1]])
+            file["mask/valid"] = np.array([name.encode() for name in names[-1:]])
+        return path
+
+    return write

@@ -181,7 +181,7 @@ class RobomimicFile:
         """
         where = f"{self.path}, {name}"
         group = self._group(self._file["data"], name, "data/")
-        actions = self._numbers(group, "actions", where)
+        actions = self._numbers(group, "actions", where).astype(np.float64)
         if actions.ndim != 2 or actions.shape[1] < 1:
             raise RobomimicFileError(
                 f"{where}: actions have shape {actions.shape}; expected one vector per step, (L, A)"
@@ -195,7 +195,7 @@ class RobomimicFile:
                 f"{where}: no observation {', '.join(map(repr, missing))} (keys: "
                 f"{', '.join(sorted(there))})."
             )
-        obs = {key: self._values(there, key, f"{where}/obs") for key in keys}
+        obs = {key: self._numbers(there, key, f"{where}/obs") for key in keys}
         arrays = {"actions": actions, **{f"obs/{key}": value for key, value in obs.items()}}
         if states is not None:
             arrays["states"] = states
@@ -285,15 +285,18 @@ class RobomimicFile:
     def _optional(self, group: Any, key: str, where: str) -> Float64Array | None:
         if key not in group:
             return None
-        array = self._numbers(group, key, where)
+        array = self._numbers(group, key, where).astype(np.float64)
         if array.ndim != 2:
             raise RobomimicFileError(
                 f"{where}: {key} has shape {array.shape}; expected one vector per step, (L, ...)"
             )
         return array
 
-    def _numbers(self, group: Any, key: str, where: str) -> Float64Array:
-        return self._values(group, key, where).astype(np.float64)
+    def _numbers(self, group: Any, key: str, where: str) -> Array:
+        array = self._values(group, key, where)
+        if array.dtype.kind not in "biuf":
+            raise RobomimicFileError(f"{where}/{key} has dtype {array.dtype}; expected numbers")
+        return array
 
     def _values(self, group: Any, key: str, where: str) -> Array:
         import h5py
@@ -301,10 +304,7 @@ class RobomimicFile:
         value = self._read(lambda: group.get(key), f"{where}/{key}")
         if not isinstance(value, h5py.Dataset):
             raise RobomimicFileError(f"{where} has no {key}. {_EXPECTED}")
-        array = np.asarray(self._read(lambda: value[()], f"{where}/{key}"))
-        if array.dtype.kind not in "biufSO":
-            raise RobomimicFileError(f"{where}/{key} has dtype {array.dtype}; expected numbers")
-        return array
+        return np.asarray(self._read(lambda: value[()], f"{where}/{key}"))
 
     def _read(self, get: Any, what: str) -> Any:
         try:
@@ -363,8 +363,6 @@ def _check_lengths(arrays: Mapping[str, Array], num_samples: Any, where: str) ->
 
 def _check_finite(value: Array, where: str) -> None:
     if value.dtype.kind != "f":
-        if value.dtype.kind not in "biu":
-            raise RobomimicFileError(f"{where} has dtype {value.dtype}; expected numbers")
         return
     with np.errstate(over="ignore"):
         bad = ~np.isfinite(value.astype(np.float32)).reshape(value.shape[0], -1)
