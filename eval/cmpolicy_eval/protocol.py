@@ -146,8 +146,8 @@ def _robomimic(task: str | None, actions: str, env_args: str | None) -> EvalProt
 
 
 def _make_robomimic(
-    task: str, actions: str, env_args: EnvArgs | None, render_mode: str | None = None
+    task: str, actions: str, env_args: EnvArgs | None, **kwargs: Any
 ) -> gymnasium.Env[Any, Any]:
     from cmpolicy_envs.robomimic import RobomimicEnv  # robosuite is an extra
 
-    return RobomimicEnv(task, env_args=env_args, actions=actions, render_mode=render_mode)
+    return RobomimicEnv(task, env_args=env_args, actions=actions, **kwargs)
