@@ -37,7 +37,7 @@ def absolute_actions(goals: npt.ArrayLike) -> Float64Array:
     two rows of the rotation matrix (6), gripper (1).
     """
     arms = np.asarray(goals, np.float64)
-    arms = arms.reshape(len(arms), -1, ARM_DIM)
+    arms = arms.reshape(len(arms), arms.shape[1] // ARM_DIM, ARM_DIM)
     rotation = matrix_to_rot6d(axis_angle_to_matrix(arms[..., 3:6]))
     full = np.concatenate([arms[..., :3], rotation, arms[..., 6:]], axis=-1)
     return full.reshape(len(full), arms.shape[1] * ABSOLUTE_ARM_DIM)
