@@ -1,4 +1,4 @@
-"""Writing folders so that a reader finds the old one or the new one, never a part of either."""
+"""Writing files and folders so that a reader finds the old or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -33,6 +33,21 @@ def replace_directory(target: Path, fill: Callable[[Path], None]) -> None:
     finally:
         if target.exists() or not (work / "old").exists():
             shutil.rmtree(work, ignore_errors=True)
+
+
+def write_atomically(target: Path, content: bytes) -> None:
+    """Replace ``target`` by ``content``; on any failure the previous file is intact."""
+    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def space_note(target: Path, needed: int) -> str:

@@ -18,9 +18,9 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from cmpolicy.files import write_atomically
 from cmpolicy.flow.sampler import time_grid
 from cmpolicy.image.datasets.data import ImageSet
-from cmpolicy.image.files import write_atomically
 from cmpolicy.image.metrics.diversity import Nearest
 from cmpolicy.image.pixels import as_pictures
 
@@ -68,7 +68,7 @@ def table(columns: Sequence[Column], row_names: Sequence[str], title: str) -> Im
     lefts = []
     x = _MARGIN + names_w
     for column, column_w in zip(columns, widths, strict=True):
-        x += 4 * _GAP if column.apart else 0
+        x += 6 * _GAP if column.apart else 0
         lefts.append(x)
         x += column_w + _GAP
     ends = max(left + _text_width(c.heading) for c, left in zip(columns, lefts, strict=True))

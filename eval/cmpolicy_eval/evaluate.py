@@ -84,10 +84,14 @@ def evaluate(
     return Evaluation(result, tuple(episodes))
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of what can change a score, as far as installed."""
+def versions(others: Iterable[str] = ()) -> dict[str, str]:
+    """Versions of Python and of what can change a score, as far as installed.
+
+    Args:
+        others: further distributions to tell the version of.
+    """
     found = {"python": platform.python_version()}
-    for name in _DISTRIBUTIONS:
+    for name in (*_DISTRIBUTIONS, *others):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from cmpolicy.image.files import write_atomically
+from cmpolicy.files import write_atomically
 
 Tensors = dict[str, Tensor]
 

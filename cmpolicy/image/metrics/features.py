@@ -35,7 +35,7 @@ class FeatureExtractor(Protocol):
     def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]: ...
 
 
-class MissingExtractorError(ImportError):
+class MissingExtractorError(ValueError):
     """The packages of an extractor are not installed."""
 
 

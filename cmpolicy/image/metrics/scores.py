@@ -6,6 +6,7 @@ a distance of 0 is not to be had from a finite set.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -30,7 +31,7 @@ class ImageScores:
 
     Attributes:
         recognised: images that the classifier takes for the class they were made as.
-        recognised_by_class: the same of each generated class, by label.
+        recognised_by_class: the same of each generated class, by its name.
         feature_distance: squared Frechet distance of the features to those of n_reference training
             images. Not FID.
         precision, recall: in these features, against as many training images as generated ones.
@@ -42,19 +43,14 @@ class ImageScores:
     n: int
     n_reference: int
     recognised: int
-    recognised_by_class: dict[int, float]
+    recognised_by_class: Mapping[str, float]
     feature_distance: float
     precision: float
     recall: float
     diversity: float
     diversity_lowest: float
-    diversity_lowest_class: int
+    diversity_lowest_class: str
     copy_ratio: float
-
-    @property
-    def recognition_rate(self) -> float:
-        """Share of the images that are recognised."""
-        return self.recognised / self.n
 
 
 class ImageScorer:
@@ -86,7 +82,7 @@ class ImageScorer:
             ValueError: too few images (more than 3, and 2 of each class), or of another shape.
         """
         generated = ImageSet(images, labels)
-        train = self.data.train
+        train, names = self.data.train, self.data.class_names
         if images.shape[1:] != train.images.shape[1:]:
             raise ValueError(
                 f"generated images are {images.shape[1:]} (height, width, channels), the data's "
@@ -107,14 +103,15 @@ class ImageScorer:
             n_reference=len(reference),
             recognised=int(right.sum()),
             recognised_by_class={
-                int(label): float(right[labels == label].mean()) for label in np.unique(labels)
+                names[int(label)]: float(right[labels == label].mean())
+                for label in np.unique(labels)
             },
             feature_distance=distance,
             precision=shares.precision,
             recall=shares.recall,
             diversity=variety.ratio,
             diversity_lowest=variety.lowest,
-            diversity_lowest_class=variety.lowest_class,
+            diversity_lowest_class=names[variety.lowest_class],
             copy_ratio=copy_ratio(images, train.images, self.data.test.images),
         )
 
