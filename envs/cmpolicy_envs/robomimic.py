@@ -23,8 +23,8 @@ from cmpolicy_envs.robomimic_args import (
     with_absolute_actions,
 )
 from cmpolicy_envs.robomimic_tasks import get_task
-from cmpolicy_envs.robosuite_make import make_robosuite
-from cmpolicy_envs.rotations import canonical_quat, matrix_to_axis_angle, rot6d_to_matrix
+from cmpolicy_envs.robosuite_make import import_robosuite
+from cmpolicy_envs.rotations import matrix_to_axis_angle, rot6d_to_matrix
 
 Observation = dict[str, NDArray[Any]]
 
@@ -43,10 +43,10 @@ def low_dim_keys(n_arms: int) -> tuple[str, ...]:
 class RobomimicEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     """A task of Robomimic: Lift, Can, Square, Transport or ToolHang.
 
-    Observation (float32): robomimic's keys, by default ``object``, ``robot0_eef_pos`` (3,) m,
+    Observation: robomimic's keys (float32), by default ``object``, ``robot0_eef_pos`` (3,) m,
     ``robot0_eef_quat`` (4,) (x, y, z, w) with the sign of
     :func:`~cmpolicy_envs.rotations.canonical_quat`, ``robot0_gripper_qpos`` (2,) m, and ``robot1_``
-    likewise where there are two arms.
+    likewise where there are two arms; ``<camera>_image`` (H, W, 3) uint8 for each of ``cameras``.
 
     Action (float32), one after the other for each arm:
 
@@ -66,11 +66,17 @@ class RobomimicEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         env_args: how to build it, as a data set says; the protocol's own by default.
         actions: ``"delta"`` or ``"absolute"``.
         keys: low-dimensional keys to observe instead, by robomimic's names.
+        cameras: to observe, such as ``agentview`` and ``robot0_eye_in_hand``.
+        camera_size: height and width of their images, px.
+        render_mode: None (no images) or ``"rgb_array"``.
+        render_size: height and width of rendered images, px.
+        render_camera: that :meth:`render` shows.
 
     Raises:
         ModuleNotFoundError: robosuite is not installed; says how to install it.
         EnvArgsError: ``env_args`` is of another task, or cannot be carried out.
-        ValueError: no such task, kind of actions or key.
+        OpenGLError: images are asked for and there is no OpenGL; says which package gives it.
+        ValueError: no such task, kind of actions, key or camera.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012  # gymnasium's
@@ -82,22 +88,41 @@ class RobomimicEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         env_args: EnvArgs | None = None,
         actions: str = "delta",
         keys: Sequence[str] | None = None,
+        cameras: Sequence[str] = (),
+        camera_size: int = 84,
+        render_mode: str | None = None,
+        render_size: int = 256,
+        render_camera: str = "agentview",
     ) -> None:
+        if render_mode not in (None, "rgb_array"):
+            raise ValueError(
+                f"Robomimic: render_mode must be None or 'rgb_array', got {render_mode!r}"
+            )
         self.task = get_task(task)
         self.actions = actions
         self.env_args = _env_args(task, env_args, actions)
-        self._env = make_robosuite(self.env_args)
-        self._xml = ""
-        self._env.set_xml_processor(self._keep_xml)
-        self._own_model = True  # not one of a recorded state
+        self.render_mode = render_mode
+        self.render_size, self.render_camera = render_size, render_camera
+        self._cameras, self._camera_size = tuple(cameras), camera_size
+        import_robosuite()  # the error of a missing one, before what needs it is imported
+        from cmpolicy_envs.robosuite_sim import RobosuiteSim
+
+        visible = bool(cameras) or render_mode is not None
+        self._sim = RobosuiteSim(
+            self.env_args, model_varies=self.task.model_varies, visible=visible
+        )
+        self._renderer: Any = None
+        self._rendered_model: Any = None
         self.keys = tuple(keys) if keys is not None else low_dim_keys(self.task.n_arms)
+        self._check_names()
         self.observation_space = self._observation_space()
+        self._sim.sense_only(self.keys)
         self.action_space = _action_space(actions, self.task.n_arms)
 
     @property
     def robosuite(self) -> Any:
         """robosuite's environment underneath."""
-        return self._env
+        return self._sim.env
 
     def reset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
@@ -115,74 +140,38 @@ class RobomimicEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
                 f"Robomimic: unknown reset option {unknown[0]!r}; known: {', '.join(_OPTIONS)}"
             )
         state = options.get("reset_to")
-        if state is not None:
-            if not isinstance(state, Mapping) or "states" not in state:
-                raise ValueError("Robomimic: reset_to needs a mapping with 'states'")
-            observation = self.reset_to(state["states"], state.get("model"))
-            return observation, {"is_success": self.is_success()}
-        self._reset_robosuite(int(self.np_random.integers(2**63)))
+        if state is None:
+            self._sim.start(int(self.np_random.integers(2**63)))
+        elif isinstance(state, Mapping) and "states" in state:
+            self._sim.restore(state["states"], state.get("model"))
+        else:
+            raise ValueError(
+                "Robomimic: reset_to needs a mapping with 'states' and, if it is of another model, "
+                f"'model'; got {type(state).__name__}"
+            )
         return self.get_obs(), {"is_success": self.is_success()}
-
-    def _reset_robosuite(self, seed: int) -> None:
-        env = self._env
-        # The samplers of robosuite share this one generator, so its state is set in place.
-        env.rng.bit_generator.state = np.random.default_rng(seed).bit_generator.state
-        env.deterministic_reset = False
-        env.reset()
-        self._own_model = True
-        self._settle()
-
-    def _settle(self) -> None:
-        """Make what follows a function of the state alone.
-
-        Left over from before are the solver's guess and the mass matrix of the controllers, which
-        robosuite takes before it places the arm and uses for the first 2 ms.
-        """
-        sim = self._env.sim
-        sim.data.qacc_warmstart[:] = 0
-        sim.forward()
-        for controller in self._controllers():
-            controller.update(force=True)
 
     def step(self, action: ArrayLike) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """One 20 Hz action; raises ValueError on another shape or non-finite values."""
-        self._env.step(self._to_robosuite(action))
+        self._sim.step(self._to_robosuite(action))
         success = self.is_success()
         return self.get_obs(), float(success), success, False, {"is_success": success}
 
-    def _to_robosuite(self, action: ArrayLike) -> NDArray[np.float64]:
-        values = np.asarray(action, dtype=np.float64)
-        if values.shape != self.action_space.shape or not np.isfinite(values).all():
-            (size,) = self.action_space.shape or ()
-            raise ValueError(
-                f"Robomimic: expected {self.actions} actions of {size} finite numbers for "
-                f"{self.task.name}, got shape {values.shape}: {action!r}"
-            )
-        if self.actions == "delta":
-            return np.clip(values, -1.0, 1.0)
-        arms = values.reshape(self.task.n_arms, _ABSOLUTE)
-        turned = matrix_to_axis_angle(rot6d_to_matrix(arms[:, 3:9]))
-        gripper = np.clip(arms[:, 9:], -1.0, 1.0)
-        return np.concatenate([arms[:, :3], turned, gripper], axis=1).reshape(-1)
-
     def is_success(self) -> bool:
         """Whether the task is solved in the present state."""
-        return bool(self._env._check_success())
+        return self._sim.is_success()
 
     def get_obs(self) -> Observation:
         """The observation of the present state."""
-        given = self._env._get_observations(force_update=True)
-        observation: Observation = {}
-        for key in self.keys:
-            value = np.asarray(given["object-state" if key == "object" else key])
-            if key.endswith(("eef_quat", "eef_quat_site")):
-                value = canonical_quat(value)
-            observation[key] = value.astype(np.float32)
+        low_dim = self._sim.observe(self.keys)
+        observation: Observation = {k: v.astype(np.float32) for k, v in low_dim.items()}
+        for camera in self._cameras:
+            observation[f"{camera}_image"] = self.image(camera, self._camera_size)
         return observation
 
     def get_state(self) -> dict[str, Any]:
         """``states`` (n,) float64, the flattened state (time, qpos, qvel), and ``model``, XML."""
-        return {"states": np.asarray(self._env.sim.get_state().flatten()), "model": self._xml}
+        return {"states": self._sim.flat_state(), "model": self._sim.xml}
 
     def reset_to(self, states: ArrayLike, model: str | None = None) -> Observation:
         """Restore a recorded state.
@@ -198,58 +187,101 @@ class RobomimicEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         Raises:
             ValueError: the state is not of this model, or the model cannot be loaded.
         """
-        env = self._env
-        if model is not None:
-            try:
-                env.reset_from_xml_string(env.edit_model_xml(model))
-            except Exception as error:
-                raise ValueError(
-                    f"Robomimic: the recorded model cannot be loaded for {self.task.name}: {error}"
-                ) from error
-            self._own_model = False
-        else:
-            env.deterministic_reset = True  # keeps the model, and draws nothing
-            env.reset()
-            env.deterministic_reset = False
-        flat = np.asarray(states, dtype=np.float64)
-        size = 1 + env.sim.model.nq + env.sim.model.nv
-        if flat.shape != (size,) or not np.isfinite(flat).all():
-            raise ValueError(
-                f"Robomimic: a state of {self.task.name} is {size} finite numbers (time, qpos, "
-                f"qvel), got shape {flat.shape}"
-            )
-        env.sim.set_state_from_flattened(flat)
-        self._settle()
-        if flat[0] == 0:
-            for controller in self._controllers():
-                controller.update_initial_joints(controller.joint_pos)
+        self._sim.restore(states, model)
         return self.get_obs()
 
-    def _controllers(self) -> list[Any]:
-        """Controllers of arms and grippers."""
-        return [part for robot in self._env.robots for part in robot.part_controllers.values()]
+    def render(self) -> NDArray[np.uint8] | None:  # type: ignore[override]  # one mode of several
+        """Image (H, W, 3) of the present state; None if made without render mode."""
+        if self.render_mode is None:
+            return None
+        return self.image(self.render_camera, self.render_size)
+
+    def image(self, camera: str, size: int) -> NDArray[np.uint8]:
+        """Image (size, size, 3) of the present state.
+
+        Raises:
+            OpenGLError: there is none; says which package gives it.
+            ValueError: no such camera.
+        """
+        from cmpolicy_envs.offscreen import OffscreenRenderer
+
+        model = self.robosuite.sim.model._model
+        if self._rendered_model is not model:
+            self._close_renderer()
+            self._renderer = OffscreenRenderer(model, max(self.render_size, self._camera_size))
+            self._rendered_model = model
+        return self._renderer.render(self.robosuite.sim.data._data, camera, size)
+
+    def action_pixels(self, actions: ArrayLike) -> NDArray[np.float64]:
+        """Where on the rendered image a chunk of actions (T, A) leads: (T, arms, 2) x, y px.
+
+        Absolute actions are places. Delta actions are added up from the present place, although
+        the arm, which lags behind its targets, does not get as far.
+        """
+        from cmpolicy_envs.offscreen import project
+
+        n_arms = self.task.n_arms
+        chunk = np.asarray(actions, dtype=np.float64)
+        arms = chunk.reshape(len(chunk), n_arms, -1)[..., :3]
+        sim = self.robosuite.sim
+        if self.actions == "delta":
+            moves = []
+            for arm, robot in enumerate(self.robosuite.robots):
+                controller = robot.part_controllers["right"]
+                moved = np.clip(arms[:, arm], -1, 1) * controller.output_max[:3]
+                if controller.input_ref_frame == "base":
+                    moved = moved @ controller.origin_ori.T
+                start = sim.data.site_xpos[sim.model.site_name2id(controller.ref_name)]
+                moves.append(start + np.cumsum(moved, axis=0))
+            arms = np.stack(moves, axis=1)
+        model, data = sim.model._model, sim.data._data
+        return project(model, data, self.render_camera, arms, self.render_size)
 
     def close(self) -> None:
         """Free the simulation."""
-        self._env.close()
+        self._close_renderer()
+        self._sim.close()
 
-    def _keep_xml(self, xml: str) -> str:
-        self._xml = xml
-        return xml
+    def _close_renderer(self) -> None:
+        if self._renderer is not None:
+            self._renderer.close()
+        self._renderer = self._rendered_model = None
 
-    def _observation_space(self) -> spaces.Dict:
-        self._env.reset()
-        given = self._env._get_observations(force_update=True)
-        known = ["object", *(key for key in given if key.startswith("robot"))]
+    def _to_robosuite(self, action: ArrayLike) -> NDArray[np.float64]:
+        values = np.asarray(action, dtype=np.float64)
+        if values.shape != self.action_space.shape or not np.isfinite(values).all():
+            (size,) = self.action_space.shape or ()
+            raise ValueError(
+                f"Robomimic: {self.task.name} takes {self.actions} actions of {size} finite "
+                f"numbers, got {action!r}"
+            )
+        if self.actions == "delta":
+            return np.clip(values, -1.0, 1.0)
+        arms = values.reshape(self.task.n_arms, _ABSOLUTE)
+        turned = matrix_to_axis_angle(rot6d_to_matrix(arms[:, 3:9]))
+        gripper = np.clip(arms[:, 9:], -1.0, 1.0)
+        return np.concatenate([arms[:, :3], turned, gripper], axis=1).reshape(-1)
+
+    def _check_names(self) -> None:
+        known = self._sim.known_keys
         unknown = [key for key in self.keys if key not in known]
         if unknown:
             raise ValueError(
                 f"Robomimic: {self.task.name} observes no {unknown[0]!r}; known: {', '.join(known)}"
             )
-        shapes = {k: np.shape(given["object-state" if k == "object" else k]) for k in self.keys}
-        return spaces.Dict(
-            {key: spaces.Box(-np.inf, np.inf, shape, np.float32) for key, shape in shapes.items()}
-        )
+        shown = [*self._cameras, *([self.render_camera] if self.render_mode else [])]
+        if shown:
+            from cmpolicy_envs.offscreen import camera_id
+
+            for camera in shown:
+                camera_id(self.robosuite.sim.model._model, camera)
+
+    def _observation_space(self) -> spaces.Dict:
+        low_dim = self._sim.observe(self.keys)
+        boxes = {k: spaces.Box(-np.inf, np.inf, v.shape, np.float32) for k, v in low_dim.items()}
+        shape = (self._camera_size, self._camera_size, 3)
+        images = {f"{c}_image": spaces.Box(0, 255, shape, np.uint8) for c in self._cameras}
+        return spaces.Dict({**boxes, **images})
 
 
 def _env_args(task: str, given: EnvArgs | None, actions: str) -> EnvArgs:

@@ -15,24 +15,25 @@ class RobomimicTask:
     max_steps: int
     """Length of an episode at 20 Hz in Diffusion Policy's evaluation (2303.04137)."""
     n_arms: int
+    model_varies: bool
+    """Whether robosuite draws sizes of objects at each reset, and not only their places."""
 
 
 def _task(
-    name: str, robosuite_env: str, gym_name: str, max_steps: int, n_arms: int
+    name: str, robosuite_env: str, gym_name: str, max_steps: int, n_arms: int, model_varies: bool
 ) -> RobomimicTask:
-    return RobomimicTask(
-        name, robosuite_env, f"cmpolicy/Robomimic-{gym_name}-v0", max_steps, n_arms
-    )
+    gym_id = f"cmpolicy/Robomimic-{gym_name}-v0"
+    return RobomimicTask(name, robosuite_env, gym_id, max_steps, n_arms, model_varies)
 
 
 TASKS: dict[str, RobomimicTask] = {
     task.name: task
     for task in (
-        _task("lift", "Lift", "Lift", 400, 1),
-        _task("can", "PickPlaceCan", "Can", 400, 1),
-        _task("square", "NutAssemblySquare", "Square", 400, 1),
-        _task("transport", "TwoArmTransport", "Transport", 700, 2),
-        _task("tool_hang", "ToolHang", "ToolHang", 700, 1),
+        _task("lift", "Lift", "Lift", 400, 1, True),
+        _task("can", "PickPlaceCan", "Can", 400, 1, False),
+        _task("square", "NutAssemblySquare", "Square", 400, 1, False),
+        _task("transport", "TwoArmTransport", "Transport", 700, 2, True),
+        _task("tool_hang", "ToolHang", "ToolHang", 700, 1, False),
     )
 }
 
