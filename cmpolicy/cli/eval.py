@@ -52,7 +52,7 @@ class EvalConfig:
     noise_scale: float | None
     time_floor: float | None
     workers: int | None
-    batch_size: int
+    batch_size: int | None
     device: Literal["auto", "cpu", "cuda"]
     videos: int
     out: str
@@ -69,10 +69,10 @@ class EvalConfig:
                 f"time_floor={self.time_floor} must lie in (0, 1) and needs nfe of at least 2, got "
                 f"nfe={list(self.nfe)}"
             )
-        least = {"batch_size": 1, "videos": 0} | ({} if self.workers is None else {"workers": 1})
-        for key, minimum in least.items():
-            if getattr(self, key) < minimum:
-                raise ConfigError(f"{key} must be at least {minimum}, got {getattr(self, key)}")
+        for key, minimum in {"batch_size": 1, "videos": 0, "workers": 1}.items():
+            value = getattr(self, key)
+            if value is not None and value < minimum:
+                raise ConfigError(f"{key} must be at least {minimum}, got {value}")
 
 
 @dataclass(frozen=True)

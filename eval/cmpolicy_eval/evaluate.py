@@ -10,7 +10,7 @@ from pathlib import Path
 from cmpolicy_eval.policy import ActionChunkPolicy
 from cmpolicy_eval.protocol import EvalProtocol, get_protocol
 from cmpolicy_eval.result import Origin, Result
-from cmpolicy_eval.rollout import DEFAULT_BATCH_SIZE, EpisodeResult, rollout
+from cmpolicy_eval.rollout import EpisodeResult, rollout
 from cmpolicy_eval.seeds import warn_if_overlapping
 
 _DISTRIBUTIONS = (
@@ -42,7 +42,7 @@ def evaluate(
     nfe: int,
     policy_name: str,
     n_workers: int | None = None,
-    batch_size: int = DEFAULT_BATCH_SIZE,
+    batch_size: int | None = None,
     keep_chunks: int = 0,
     progress: str | None = None,
     device: str = "cpu",
@@ -54,7 +54,8 @@ def evaluate(
 
     Warns (:class:`~cmpolicy_eval.seeds.SeedOverlapWarning`) when ``seeds`` meet the
     ``training_seeds`` that the policy's ``data`` started from; where these are not known, those of
-    the task's public demonstrations. Arguments and errors otherwise as in :func:`rollout`.
+    the task's public demonstrations. ``batch_size`` None is the protocol's. Arguments and errors
+    otherwise as in :func:`rollout`.
     """
     chosen = get_protocol(protocol) if isinstance(protocol, str) else protocol
     if training_seeds is not None:
@@ -62,6 +63,7 @@ def evaluate(
     elif chosen.training_seeds is not None:
         first, last = chosen.training_seeds
         warn_if_overlapping(seeds, range(first, last + 1), "the public human demonstrations")
+    rows = chosen.batch_size if batch_size is None else batch_size
     episodes = rollout(
         chosen.make_env,
         policy,
@@ -69,7 +71,7 @@ def evaluate(
         max_steps=chosen.max_steps,
         reset_options=chosen.reset_options,
         n_workers=n_workers,
-        batch_size=batch_size,
+        batch_size=rows,
         keep_chunks=keep_chunks,
         progress=progress,
     )
@@ -78,7 +80,7 @@ def evaluate(
         protocol=chosen.name,
         policy=policy_name,
         nfe=nfe,
-        batch_size=batch_size,
+        batch_size=rows,
         origin=Origin(device, versions(), data, command, git_commit()),
     )
     return Evaluation(result, tuple(episodes))
