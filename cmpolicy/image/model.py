@@ -16,7 +16,7 @@ from cmpolicy.flow.path import get_path
 from cmpolicy.flow.sampler import SAMPLERS, SamplerKind, sample
 from cmpolicy.image.datasets.data import ImageBatch
 from cmpolicy.image.guidance import Guidance, LabelDraws
-from cmpolicy.image.net import ImageNet
+from cmpolicy.image.net import ImageNet, ImageNetConfig
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -48,7 +48,7 @@ class ImageFlowModel(nn.Module):
         super().__init__()
         if sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {sampler!r}; choose one of {list(SAMPLERS)}")
-        check_derivative(objective, net)
+        check_derivative(objective, net.net_config)
         self.path_name = path
         self.sampler: SamplerKind = sampler
         self.objective = objective
@@ -157,7 +157,7 @@ def generate_images(
     return images.clamp(-1.0, 1.0).float()
 
 
-def check_derivative(objective: Objective, net: ImageNet) -> None:
+def check_derivative(objective: Objective, net: ImageNetConfig) -> None:
     """Refuse forward-mode differentiation of a network that cannot be differentiated so.
 
     Raises:

@@ -14,13 +14,13 @@ from typing import Any, Literal, get_args
 import torch
 from diffusers import ConfigMixin, DiTTransformer2DModel, ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor, nn
 
 from cmpolicy.nn.embeddings import TwoTimeEmbedding, check_time_dim
 
 #: ``fused`` is torch's own kernel, which cannot be differentiated forward; ``plain`` can.
-Attention = Literal["fused", "plain"]
+AttentionKernel = Literal["fused", "plain"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class UNetConfig:
         head_dim: channels per attention head.
         groups: of the group normalisation; divides every width.
         embedding: E, a multiple of 4.
-        attention: see :data:`Attention`.
+        attention: see :data:`AttentionKernel`.
     """
 
     kind: Literal["unet"] = "unet"
@@ -44,7 +44,7 @@ class UNetConfig:
     head_dim: int = 32
     groups: int = 8
     embedding: int = 128
-    attention: Attention = "fused"
+    attention: AttentionKernel = "fused"
 
     def __post_init__(self) -> None:
         _check_common(self.embedding, self.attention)
@@ -82,9 +82,9 @@ class UNetConfig:
         return sides
 
     @property
-    def attends(self) -> bool:
-        """Whether there is any attention."""
-        return bool(self.attention_at)
+    def differentiates_forward(self) -> bool:
+        """Whether ``torch.func.jvp`` works on the network."""
+        return not self.attention_at or self.attention == "plain"
 
     def build(self, image_size: int, channels: int) -> nn.Module:
         """The U-Net: body(x, 0, class_labels=embedding)."""
@@ -118,7 +118,7 @@ class DiTConfig:
         depth: transformer blocks.
         heads: of the attention.
         patch_size: side in pixels of the patch that is one token.
-        attention: see :data:`Attention`.
+        attention: see :data:`AttentionKernel`.
     """
 
     kind: Literal["dit"] = "dit"
@@ -126,7 +126,7 @@ class DiTConfig:
     depth: int = 6
     heads: int = 4
     patch_size: int = 2
-    attention: Attention = "fused"
+    attention: AttentionKernel = "fused"
 
     def __post_init__(self) -> None:
         _check_common(self.width, self.attention)
@@ -142,9 +142,9 @@ class DiTConfig:
         return self.width
 
     @property
-    def attends(self) -> bool:
-        """Whether there is any attention."""
-        return True
+    def differentiates_forward(self) -> bool:
+        """Whether ``torch.func.jvp`` works on the network."""
+        return self.attention == "plain"
 
     def build(self, image_size: int, channels: int) -> nn.Module:
         """The transformer: body(x, class_labels=embedding)."""
@@ -200,8 +200,10 @@ class ImageNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.classes = nn.Embedding(n_classes + 1, config.embedding)
         nn.init.normal_(self.classes.weight, std=0.02)
         self.body = config.build(image_size, channels)
-        if config.attends and config.attention == "plain":
-            self.body.set_attn_processor(AttnProcessor())
+        if config.attention == "plain":
+            for module in self.body.modules():
+                if isinstance(module, Attention):
+                    module.set_processor(_PlainAttention())
 
     @property
     def n_classes(self) -> int:
@@ -214,11 +216,6 @@ class ImageNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         size = int(self.config.image_size)
         return int(self.config.channels), size, size
 
-    @property
-    def differentiates_forward(self) -> bool:
-        """Whether ``torch.func.jvp`` works on it."""
-        return not self.net_config.attends or self.net_config.attention == "plain"
-
     def forward(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor | None = None) -> Tensor:
         """See the class; no label means that of no class."""
         if label is None:
@@ -228,6 +225,24 @@ class ImageNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         time = torch.zeros((), dtype=torch.long, device=x.device)
         output: Tensor = self.body(x, time, class_labels=embedding, return_dict=False)[0]
         return output
+
+
+class _PlainAttention(AttnProcessor):  # type: ignore[misc]
+    """Attention written out in full, which torch differentiates forward."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        output: Tensor = super().__call__(
+            attn, hidden_states, encoder_hidden_states, attention_mask, temb
+        )
+        # the forward derivative of a group norm needs derivatives that lie contiguous in memory
+        return output.clone(memory_format=torch.contiguous_format)
 
 
 class _Given(nn.Module):
@@ -267,9 +282,9 @@ def build_net(
 
 def _check_common(embedding: int, attention: str) -> None:
     check_time_dim(embedding)
-    if attention not in get_args(Attention):
+    if attention not in get_args(AttentionKernel):
         raise ValueError(
-            f"net.attention={attention!r} is not one of {', '.join(get_args(Attention))}"
+            f"net.attention={attention!r} is not one of {', '.join(get_args(AttentionKernel))}"
         )
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cmpolicy.flow.health import Health
+from cmpolicy.flow.objective import LossOutput
 from cmpolicy.policy.consistency import ConsistencyPolicy
 from cmpolicy.train.loader import Batch, DeviceLoader
 
@@ -24,6 +26,35 @@ class Validation:
     """
 
     metrics: dict[str, float]
+
+
+class HeldOutLosses:
+    """The objective's terms averaged over parts of held-out data."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, output: LossOutput, count: int) -> None:
+        """Add a part of ``count`` samples."""
+        for name, value in output.metrics.items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value * count
+        self._count += count
+
+    def read(self) -> dict[str, float]:
+        """``val_<term>`` of each term, and ``val_loss``, the unweighted sum of the losses."""
+        means = {f"val_{name}": float(total) / self._count for name, total in self._sums.items()}
+        total = sum(v for name, v in means.items() if name.startswith("val_loss"))
+        return {"val_loss": total, **means}
+
+
+def health_metrics(health: Health) -> dict[str, float]:
+    """The numbers of :class:`cmpolicy.flow.health.Health` as they are logged."""
+    return {
+        "health_semigroup": float(health.semigroup),
+        "health_tangent": float(health.tangent),
+        "health_variance_ratio": float(health.variance_ratio),
+    }
 
 
 class Validator:
@@ -51,33 +82,21 @@ class Validator:
         As scheduled, policies from before a term joins in would look better than later ones.
         """
         generator = torch.Generator(self._loader.device).manual_seed(self._seed)
-        sums: dict[str, Tensor] = {}
-        windows = values = 0
+        losses = HeldOutLosses()
+        values = 0
         squares = 0.0
         for part in self._parts:
             batch = self._loader.gather(part)
             output = policy.compute_loss(batch, generator, progress=1.0, ema=policy)
-            for name, value in output.metrics.items():
-                sums[name] = sums.get(name, torch.zeros_like(value)) + value * len(part)
+            losses.add(output, len(part))
             noise = torch.randn(
                 len(part), *policy.noise_shape, generator=generator, device=self._loader.device
             )
             error, count = _action_error(policy, batch, noise, self._num_steps)
             squares, values = squares + error, values + count
-            windows += len(part)
-        losses = {f"val_{name}": float(total) / windows for name, total in sums.items()}
-        metrics = {
-            "val_loss": sum(v for name, v in losses.items() if name.startswith("val_loss")),
-            **losses,
-            "val_action_error": float((squares / max(values, 1)) ** 0.5),
-        }
+        metrics = losses.read() | {"val_action_error": float((squares / max(values, 1)) ** 0.5)}
         health = policy.health(self._loader.gather(self._parts[0][:HEALTH_WINDOWS]), generator)
-        metrics |= {
-            "health_semigroup": float(health.semigroup),
-            "health_tangent": float(health.tangent),
-            "health_variance_ratio": float(health.variance_ratio),
-        }
-        return Validation(metrics)
+        return Validation(metrics | health_metrics(health))
 
 
 def _action_error(

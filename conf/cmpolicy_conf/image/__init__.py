@@ -1,0 +1,1 @@
+"""Settings of ``cmpolicy-image train``; the objectives and the optimizer are those of policies."""

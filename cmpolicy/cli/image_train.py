@@ -1,0 +1,32 @@
+"""``cmpolicy-image train``: train an image model, or go on with a run.
+
+Exit status: see :mod:`cmpolicy.cli.run_command`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cmpolicy.cli.image_config import ImageTrainConfig
+from cmpolicy.cli.image_training import PROGRAM, closing_words, train_images
+from cmpolicy.cli.run_command import RunCommand, stopped_words
+
+PACKAGE = "cmpolicy_conf.image"
+
+
+def main(words: Sequence[str]) -> int:
+    """Train as ``words`` say; returns the exit status."""
+    return RunCommand(program=PROGRAM, run=_run, package=PACKAGE)(words)
+
+
+def _run(settings: dict[str, Any], out: str | None, command: str, resume: bool) -> int:
+    config = ImageTrainConfig.from_mapping(settings)
+    run = train_images(config, out, command=command, resume=resume)
+    if not run.is_main:
+        return 0
+    if not run.outcome.finished:
+        print(stopped_words(PROGRAM, run.run_dir, run.outcome.samples, config.samples))
+        return 128 + (run.outcome.signum or 0)
+    print(closing_words(run, config))
+    return 0
