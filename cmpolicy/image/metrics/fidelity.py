@@ -31,7 +31,7 @@ class FidelityError(ValueError):
 
 @dataclass(frozen=True)
 class FidelityScores:
-    """By Inception features. ``kid_std`` is over random subsets; n is the size of the sets."""
+    """All by Inception features. ``kid_std`` is over random subsets; n is the size of the sets."""
 
     fid: float
     kid: float
@@ -101,6 +101,8 @@ def fidelity_scores(
         fid=True,
         kid=True,
         prc=True,
+        feature_extractor="inception-v3-compat",  # else precision and recall want another network
+        feature_layer_prc="2048",
         kid_subset_size=min(_KID_SUBSET, smallest),
         feature_extractor_weights_path=str(weights),
         verbose=False,
