@@ -1,0 +1,432 @@
+"""Conversion with the simulator: absolute actions, open-loop replay, robosuite's own files."""
+
+import json
+import os
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from functools import partial
+from operator import methodcaller
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from scipy.spatial.transform import Rotation
+
+from cmpolicy.cli.data import main
+from cmpolicy_data import ReplayBuffer, validate
+from cmpolicy_data.convert import human
+from cmpolicy_data.convert.goals import Recording, goal_reader
+from cmpolicy_data.convert.recorded_env import RecordedEnvError, recorded_env
+from cmpolicy_data.convert.replay import ReplayError, replay
+from cmpolicy_data.convert.robomimic import convert
+from cmpolicy_data.convert.workers import map_in_order
+from cmpolicy_data.robomimic_file import RobomimicFileError
+from cmpolicy_envs.robomimic_args import default_env_args
+from cmpolicy_envs.rotations import rot6d_to_matrix
+
+h5py = pytest.importorskip("h5py")
+pytest.importorskip("robosuite")
+
+EPISODES = 2
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two demonstrations of Lift that succeed: above the cube, down, close, up; some turning."""
+    from cmpolicy_envs.robomimic import RobomimicEnv
+
+    path = tmp_path_factory.mktemp("lift") / "lift.hdf5"
+    env = RobomimicEnv("lift")
+    with h5py.File(path, "w") as file:
+        data = file.create_group("data")
+        data.attrs["env_args"] = default_env_args("lift").to_json()
+        for number in range(EPISODES):
+            rng = np.random.default_rng(number)
+            obs, _ = env.reset(seed=number)
+            model = env.get_state()["model"]
+            rows: dict[str, list[Any]] = {"states": [], "actions": [], "object": []}
+            rows |= {f"robot0_{key}": [] for key in ("eef_pos", "eef_quat", "gripper_qpos")}
+            closed = success = False
+            for step in range(80):
+                cube, hand = obs["object"][:3], obs["robot0_eef_pos"]
+                aside = np.linalg.norm((cube - hand)[:2])
+                target = cube.copy()
+                target[2] += 0.06 if aside > 0.015 and not closed else 0
+                closed = closed or (np.linalg.norm(hand - cube) < 0.01 and step > 10)
+                if closed and obs["robot0_gripper_qpos"][0] < 0.025:
+                    target = hand + np.array([0, 0, 0.05])
+                turn = rng.uniform(-0.1, 0.1, 3)
+                move = np.clip((target - hand) / 0.05, -1, 1)
+                action = np.concatenate([move, turn, [1.0 if closed else -1.0]])
+                for key, value in {"states": env.get_state()["states"], "actions": action}.items():
+                    rows[key].append(value)
+                for key, value in obs.items():
+                    rows[key].append(value)
+                obs, _, success, _, _ = env.step(action)
+                if success:
+                    break
+            assert success, "the fixture itself must lift the cube"
+            demo = data.create_group(f"demo_{number}")
+            demo.attrs["model_file"], demo.attrs["num_samples"] = model, len(rows["actions"])
+            for key, values in rows.items():
+                demo[key if key in ("states", "actions") else f"obs/{key}"] = np.array(values)
+        data.attrs["total"] = sum(data[name].attrs["num_samples"] for name in data)
+    env.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def absolute(source: Path) -> Path:
+    """The demonstrations as a store with absolute actions."""
+    out = source.parent / "absolute.zarr"
+    convert(source, out, actions="absolute")
+    return out
+
+
+def stacked(path: Path, key: str) -> Any:
+    with h5py.File(path) as file:
+        return np.concatenate([file[f"data/demo_{i}/{key}"][()] for i in range(EPISODES)])
+
+
+def changed(path: Path, folder: Path, change: Callable[[Any], object]) -> Path:
+    """A changed copy of a file."""
+    copy = folder / path.name
+    copy.write_bytes(path.read_bytes())
+    with h5py.File(copy, "r+") as file:
+        change(file)
+    return copy
+
+
+class TestAbsolute:
+    def test_goals_are_the_pose_plus_the_scaled_delta(self, source: Path, absolute: Path):
+        actions, stored = stacked(source, "actions"), ReplayBuffer.open(absolute)["action"][:]
+        assert stored.shape == (len(actions), 10)
+        # OSC_POSE at its default scale: 0.05 m and 0.5 rad for an action of 1.
+        at = stacked(source, "obs/robot0_eef_pos")
+        np.testing.assert_allclose(stored[:, :3], at + 0.05 * actions[:, :3], atol=1e-6)
+        np.testing.assert_array_equal(stored[:, 9], actions[:, 6])
+        # The controller turns its reference site, which is fixed to the body that eef_quat is of.
+        hand = Rotation.from_quat(stacked(source, "obs/robot0_eef_quat"))
+        turned = Rotation.from_rotvec(0.5 * actions[:, 3:6]) * hand
+        fixed = turned.inv() * Rotation.from_matrix(rot6d_to_matrix(stored[:, 3:9]))
+        assert (fixed[0].inv() * fixed).magnitude().max() < 1e-5
+
+    def test_a_controller_in_the_frame_of_the_base(
+        self, source: Path, absolute: Path, tmp_path: Path
+    ):
+        def to_base(file: Any) -> None:
+            args = json.loads(file["data"].attrs["env_args"])
+            right = args["env_kwargs"]["controller_configs"]["body_parts"]["right"]
+            right["input_ref_frame"] = "base"
+            file["data"].attrs["env_args"] = json.dumps(args)
+
+        # A Lift robot stands away from the origin, not turned: deltas mean the same in both frames.
+        copy = changed(source, tmp_path, to_base)
+        convert(copy, tmp_path / "x.zarr", actions="absolute", workers=2)
+        np.testing.assert_allclose(
+            ReplayBuffer.open(tmp_path / "x.zarr")["action"][:],
+            ReplayBuffer.open(absolute)["action"][:],
+            atol=1e-6,
+        )
+
+    def test_two_arms(self):
+        from cmpolicy_envs.robomimic import RobomimicEnv
+
+        env = RobomimicEnv("transport")
+        obs, _ = env.reset(seed=0)
+        state, actions = env.get_state()["states"], np.linspace(-1, 1, 14)[None]
+        env.close()
+        reader = goal_reader(recorded_env(default_env_args("transport").to_json(), "test"))
+        goals = reader(Recording(state[None], actions, None))
+        for i, start in enumerate((0, 7)):
+            at = obs[f"robot{i}_eef_pos"] + 0.05 * actions[0, start : start + 3]
+            np.testing.assert_allclose(goals[0, start : start + 3], at, atol=1e-6)
+            assert goals[0, start + 6] == actions[0, start + 6]
+
+    def test_states_of_another_scene(self, source: Path, tmp_path: Path):
+        def cut(file: Any) -> None:
+            for name in file["data"]:
+                states = file[f"data/{name}/states"][:, :-1]
+                del file[f"data/{name}/states"]
+                file[f"data/{name}/states"] = states
+
+        with pytest.raises(ValueError, match=r"a state of .* is 32 finite numbers"):
+            convert(changed(source, tmp_path, cut), tmp_path / "x.zarr", actions="absolute")
+        assert not (tmp_path / "x.zarr").exists()
+
+
+class TestReplay:
+    @pytest.mark.parametrize("actions", ["delta", "absolute"])
+    def test_converted_episodes_succeed_again(
+        self, source: Path, absolute: Path, tmp_path: Path, actions: str
+    ):
+        store = absolute
+        if actions == "delta":
+            store = tmp_path / "delta.zarr"
+            convert(source, store)
+        told: list[tuple[int, int]] = []
+        report = replay(store, progress=lambda *counts: told.append(counts))
+        assert report.failed == ()
+        assert report.success_rate == 1.0
+        assert (report.task, report.actions, report.episodes) == ("lift", actions, EPISODES)
+        assert told == [(1, 0), (2, 0)]
+
+    def test_wrong_actions_fail(self, absolute: Path, tmp_path: Path):
+        store = tmp_path / "wrong.zarr"
+        buffer = ReplayBuffer.create(store, attrs=ReplayBuffer.open(absolute).attrs)
+        good = ReplayBuffer.open(absolute)
+        first = int(good.episode_ends[0])
+        for start, end, sign in ((0, first, 1), (first, None, -1)):
+            action = good["action"][start:end]
+            action[:, 9] *= sign  # opens the gripper where it should close
+            buffer.append_episode({"action": action, "state": good["state"][start:end]})
+        report = replay(store)  # without scenes: of the cube's size, which is drawn, nothing hangs
+        assert report.failed == (1,)
+        assert report.success_rate == 0.5
+        assert replay(store, episodes=1).failed == ()
+
+    def test_stores_that_cannot_be_replayed(self, source: Path, tmp_path: Path):
+        buffer = ReplayBuffer.create(tmp_path / "plain.zarr", attrs={"task": "lift"})
+        buffer.append_episode({"action": np.zeros((3, 7))})
+        lacks = r"lacks the attribute env_args, the attribute actions, data/state"
+        with pytest.raises(ReplayError, match=lacks):
+            replay(tmp_path / "plain.zarr")
+        convert(source, tmp_path / "x.zarr")
+        with pytest.raises(ReplayError, match=r"no episodes to replay \(episodes=0\)"):
+            replay(tmp_path / "x.zarr", episodes=0)
+        with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
+            replay(tmp_path / "x.zarr", workers=0)
+        zarr.open_group(tmp_path / "x.zarr", mode="r+").attrs["env_args"] = "{"
+        with pytest.raises(ValueError, match="attribute env_args: env_args is not valid JSON"):
+            replay(tmp_path / "x.zarr")
+
+
+class TestHuman:
+    """A file as robosuite 1.0 wrote it, made of the demonstrations with today's robosuite."""
+
+    @pytest.fixture
+    def recorded(self, source: Path, tmp_path: Path) -> Path:
+        folder = tmp_path / "human"
+        folder.mkdir()
+        info = {
+            "env_name": "Lift",
+            "robots": "Panda",
+            "controller_configs": {
+                "type": "OSC_POSE",
+                "input_max": 1,
+                "input_min": -1,
+                "output_max": [0.05, 0.05, 0.05, 0.5, 0.5, 0.5],
+                "output_min": [-0.05, -0.05, -0.05, -0.5, -0.5, -0.5],
+                "kp": 150,
+                "damping_ratio": 1,
+                "impedance_mode": "fixed",
+                "kp_limits": [0, 300],
+                "damping_ratio_limits": [0, 10],
+                "position_limits": None,
+                "orientation_limits": None,
+                "uncouple_pos_ori": True,
+                "control_delta": True,
+                "interpolation": None,
+                "ramp_ratio": 0.2,
+            },
+        }
+        with h5py.File(source) as file, h5py.File(folder / "demo.hdf5", "w") as out:
+            data = out.create_group("data")
+            data.attrs["env_info"] = json.dumps(info)
+            data.attrs["repository_version"] = "1.0.0"
+            for name in file["data"]:
+                demo = data.create_group(name)
+                demo.attrs["model_file"] = f"{name}.xml"
+                xml = file[f"data/{name}"].attrs["model_file"]
+                (folder / f"{name}.xml").write_text(_old_scene(xml))
+                demo["actions"] = file[f"data/{name}/actions"][()]
+                demo["states"] = _old_states(file[f"data/{name}/states"][()])
+        return folder / "demo.hdf5"
+
+    def test_observations_and_states_are_those_of_today(
+        self, recorded: Path, source: Path, absolute: Path, tmp_path: Path
+    ):
+        report = human.convert(recorded, tmp_path / "x.zarr", actions="absolute")
+        assert validate(tmp_path / "x.zarr", ["action", "state"]) == []
+        buffer, today = ReplayBuffer.open(tmp_path / "x.zarr"), ReplayBuffer.open(absolute)
+        assert report.episodes == EPISODES
+        assert buffer.episode_ends.tolist() == today.episode_ends.tolist()
+        np.testing.assert_allclose(buffer["state"][:], today["state"][:], rtol=0, atol=1e-12)
+        for key in ("action", "object", "robot0_eef_pos", "robot0_eef_quat"):
+            np.testing.assert_allclose(buffer[key][:], today[key][:], atol=1e-5, err_msg=key)
+        assert replay(tmp_path / "x.zarr").success_rate == 1.0
+
+    def test_the_scene_must_be_there(self, recorded: Path, tmp_path: Path):
+        (recorded.parent / "demo_1.xml").rename(recorded.parent / "other.xml")
+        with pytest.raises(RobomimicFileError, match=r"demo_1 lacks its scene demo_1\.xml"):
+            human.convert(recorded, tmp_path / "x.zarr")
+        (recorded.parent / "demo_1.xml").write_text("<mujoco>")
+        with pytest.raises(RobomimicFileError, match="demo_1 lacks a readable scene"):
+            human.convert(recorded, tmp_path / "x.zarr")
+        (recorded.parent / "demo_1.xml").write_text("<mujoco/>")
+        with pytest.raises(RecordedEnvError, match=r"lacks the joints cube_joint0, gripper0_right"):
+            human.convert(recorded, tmp_path / "x.zarr")
+        assert not (tmp_path / "x.zarr").exists()
+
+    def test_without_success(self, recorded: Path, tmp_path: Path):
+        def cut(file: Any) -> None:
+            demo = file["data/demo_1"]
+            for key in ("actions", "states"):
+                values = demo[key][:5]
+                del demo[key]
+                demo[key] = values
+
+        copy = changed(recorded, recorded.parent.parent, cut)
+        for scene in recorded.parent.glob("*.xml"):
+            scene.rename(copy.parent / scene.name)
+        with pytest.raises(RecordedEnvError, match="none of its 5 states counts as success"):
+            human.convert(copy, tmp_path / "x.zarr")
+
+    @pytest.mark.parametrize(
+        ("info", "message"),
+        [
+            (None, r"lacks what says in which environment .*env_info"),
+            ({"env_name": "Lift"}, r"env_info of data.*'robots'"),
+            ({"env_name": "NutAssembly"}, r"Robomimic's is 'NutAssemblySquare', with one"),
+            ({"env_name": "Door"}, r"'Door', which is none of the Robomimic tasks"),
+            ({"robots": "Sawyer"}, r"Sawyer.*'Panda'"),
+            ({"controller_configs": {"type": "JOINT_POSITION"}}, r"JOINT_POSITION.*OSC_POSE"),
+        ],
+    )
+    def test_what_it_lacks(
+        self, recorded: Path, tmp_path: Path, info: dict[str, Any] | None, message: str
+    ):
+        with h5py.File(recorded, "r+") as file:
+            attrs = file["data"].attrs
+            full = json.loads(attrs["env_info"])
+            del attrs["env_info"]
+            if info is not None:
+                attrs["env_info"] = json.dumps(
+                    info if info == {"env_name": "Lift"} else full | info
+                )
+        with pytest.raises(ValueError, match=message):
+            human.convert(recorded, tmp_path / "x.zarr")
+
+    def test_layouts_are_told_apart(self, recorded: Path, source: Path, tmp_path: Path):
+        with pytest.raises(RobomimicFileError, match="cmpolicy-data convert robosuite"):
+            convert(recorded, tmp_path / "x.zarr")
+        with pytest.raises(RobomimicFileError, match=r"`cmpolicy-data\s+convert robomimic`"):
+            human.convert(source, tmp_path / "x.zarr")
+
+    def test_the_recorded_lift_of_robosuite_1_0(self, shared_data: Path, tmp_path: Path):
+        demo = shared_data / "robosuite_human_demos" / "lift" / "demo.hdf5"
+        if not demo.is_file():
+            pytest.skip(f"no human demonstrations at {demo}")
+        report = human.convert(demo, tmp_path / "x.zarr", actions="absolute")
+        assert (report.episodes, report.steps) == (1, 412)
+        assert replay(tmp_path / "x.zarr").failed == ()
+
+    @pytest.mark.parametrize("task", ["door", "stack", "wipe", "nut-assembly", "pick-place"])
+    def test_the_other_recorded_tasks(self, shared_data: Path, tmp_path: Path, task: str):
+        demo = shared_data / "robosuite_human_demos" / task / "demo.hdf5"
+        if not demo.is_file():
+            pytest.skip(f"no human demonstrations at {demo}")
+        with pytest.raises(RecordedEnvError, match="Robomimic"):
+            human.convert(demo, tmp_path / "x.zarr")
+
+
+def _old_scene(xml: str) -> str:
+    """The cube before the robot, and the names of joints that robosuite 1.0 gave."""
+    tree = ET.fromstring(xml)
+    world = tree.find("worldbody")
+    assert world is not None
+    cube = next(b for b in world if any(j.get("name") == "cube_joint0" for j in b.iter()))
+    world.remove(cube)
+    world.insert(0, cube)
+    text = ET.tostring(tree, encoding="unicode").replace("cube_joint0", "cube_jnt0")
+    return re.sub(r'"gripper0_right_(finger_joint\d)"', r'"gripper0_\1"', text)
+
+
+def _old_states(states: Any) -> Any:
+    """States with the numbers of the cube (7 of qpos, 6 of qvel) first; time not from 0."""
+    time, robot, cube = states[:, :1] + 0.25, states[:, 1:10], states[:, 10:17]
+    robot_vel, cube_vel = states[:, 17:26], states[:, 26:]
+    return np.concatenate([time, cube, robot, cube_vel, robot_vel], axis=1)
+
+
+class TestWorkers:
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_results_come_in_order(self, workers: int):
+        numbers = [3, 1000, 0, 7, 2**40, 5, 6, 80]
+        found = list(map_in_order(partial(methodcaller, "bit_length"), numbers, workers))
+        assert found == [n.bit_length() for n in numbers]
+
+    def test_a_process_that_dies_is_an_error(self):
+        with pytest.raises(ChildProcessError, match="simulator process died"):
+            list(map_in_order(partial(os._exit, 3), [1, 2], 2))
+
+    def test_errors_of_the_work_come_through(self):
+        with pytest.raises(AttributeError, match="no_such_method"):
+            list(map_in_order(partial(methodcaller, "no_such_method"), [1], 2))
+
+
+class TestCommand:
+    def run(self, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+        status = main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return status, out, err
+
+    def test_convert_and_replay(
+        self,
+        capsys: pytest.CaptureFixture[str],
+        source: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ):
+        monkeypatch.chdir(tmp_path)
+        status, out, err = self.run(
+            capsys,
+            "convert",
+            "robomimic",
+            source,
+            "actions=absolute",
+            "obs=[object,robot0_eef_pos]",
+        )
+        assert (status, err) == (0, "")
+        assert out.startswith("lift_abs.zarr: lift, 2 episode(s), ")
+        assert "absolute actions" in out
+        assert "cmpolicy-data replay robomimic lift_abs.zarr" in out
+        assert ReplayBuffer.open("lift_abs.zarr").attrs["obs"] == ["object", "robot0_eef_pos"]
+        status, out, err = self.run(capsys, "replay", "robomimic", "lift_abs.zarr", "episodes=1")
+        assert (status, err) == (0, "")
+        assert out.startswith("lift_abs.zarr: 1 of 1 episodes succeed again with absolute actions")
+        assert "(100.0%, " in out
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["convert", "robomimic", "nope.hdf5", "out=x.zarr"], "There is no file nope.hdf5"),
+            (["convert", "robomimic", "SOURCE", "out=x.hdf5"], "ending in .zarr"),
+            (["convert", "robomimic", "SOURCE", "out=x.zarr", "filter=test"], "no filter 'test'"),
+            (["convert", "robomimic", "SOURCE", "workers=two"], "workers must be a whole number"),
+            (["convert", "robomimic", "SOURCE", "mode=delta"], "'mode=delta': options are written"),
+            (["convert", "robosuite", "SOURCE", "workers=2"], "'workers=2': options are written"),
+            (["replay", "robomimic", "nope.zarr"], "There is no data at nope.zarr"),
+        ],
+    )
+    def test_errors(
+        self,
+        capsys: pytest.CaptureFixture[str],
+        source: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        arguments: list[str],
+        message: str,
+    ):
+        monkeypatch.chdir(tmp_path)
+        status, out, err = self.run(
+            capsys, *(str(source) if a == "SOURCE" else a for a in arguments)
+        )
+        assert (status, out) == (2, "")
+        assert err.startswith("cmpolicy-data: ")
+        assert message in err
+        assert list(tmp_path.iterdir()) == []
