@@ -152,7 +152,8 @@ class RobosuiteSim:
             controller.update(force=True)
         self._control = FastControl(self.env)
         observables = self.env._observables.items()
-        self._objects = [name for name, one in observables if one.modality == "object"]
+        # Only those of the task's own object: Square and Can carry sensors of absent ones.
+        self._objects = [n for n, o in observables if o.modality == "object" and o.is_active()]
         for robot in self.env.robots:
             # A compiled copy of the robot alone, 45 MB, for controllers that plan with it.
             robot.robot_model.mujoco_model = None
