@@ -35,7 +35,7 @@ def load_folder(root, **settings):
     return load_images(ImageDataConfig(name="folder", path=str(root), **settings))
 
 
-# -- digits -----------------------------------------------------------------------------------------
+# -- digits ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [8, 16, 32])
@@ -56,7 +56,10 @@ def test_the_digits_are_those_of_scikit_learn():
 
     bunch = load_digits()
     data = load_images(ImageDataConfig(image_size=8))
-    stored = {(image.round().astype(int).tobytes(), int(k)) for image, k in zip(*bunch_of(bunch))}
+    stored = {
+        (image.round().astype(int).tobytes(), int(k))
+        for image, k in zip(*bunch_of(bunch), strict=True)
+    }
     ours = np.concatenate([data.train.images, data.test.images])[..., 0]
     labels = np.concatenate([data.train.labels, data.test.labels])
     read = {(image.astype(int).tobytes(), int(k)) for image, k in zip(ours, labels, strict=True)}
@@ -80,7 +83,7 @@ def test_a_missing_extra_is_named(monkeypatch):
         load_images(ImageDataConfig())
 
 
-# -- folder -----------------------------------------------------------------------------------------
+# -- folder ----------------------------------------------------------------------------------------
 
 
 def test_folder(folder):
@@ -210,7 +213,7 @@ def test_folders_of_another_layout(folder, tmp_path):
         load_folder(folder)
 
 
-# -- npz --------------------------------------------------------------------------------------------
+# -- npz -------------------------------------------------------------------------------------------
 
 
 def mnist_arrays(n=20):
@@ -318,7 +321,7 @@ def test_npz_files_that_cannot_be_read(tmp_path):
         load_images(config)
 
 
-# -- torchvision ------------------------------------------------------------------------------------
+# -- torchvision -----------------------------------------------------------------------------------
 
 
 def write_idx(path, array):
@@ -347,7 +350,7 @@ def test_nothing_downloaded(tmp_path, name):
         load_images(ImageDataConfig(name=name, path=str(tmp_path / "nowhere")))
 
 
-# -- settings, parts --------------------------------------------------------------------------------
+# -- settings, parts -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

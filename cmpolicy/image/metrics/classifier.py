@@ -166,7 +166,8 @@ def real_classifier(
         return {name: value.detach().clone() for name, value in net.state_dict().items()}, facts
 
     weights, facts = (cache or ContentCache(None)).get_or_make("classifier", key, make)
-    net = ClassifierNet(data.channels, data.n_classes, chosen.width_for(data))
+    with torch.random.fork_rng(devices=[]):  # first weights that are replaced at once
+        net = ClassifierNet(data.channels, data.n_classes, chosen.width_for(data))
     net.load_state_dict(weights)
     n_test = int(facts["n_test"])
     accuracy = int(facts["right"]) / n_test
