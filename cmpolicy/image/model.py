@@ -13,7 +13,7 @@ from cmpolicy.flow.flow_map import FlowMap
 from cmpolicy.flow.health import Health, flow_health
 from cmpolicy.flow.objective import LossOutput, Objective
 from cmpolicy.flow.path import get_path
-from cmpolicy.flow.sampler import SAMPLERS, SamplerKind, sample
+from cmpolicy.flow.sampler import SAMPLERS, SamplerKind, sample, trajectory
 from cmpolicy.image.datasets.data import ImageBatch
 from cmpolicy.image.guidance import Guidance, LabelDraws
 from cmpolicy.image.net import ImageNet, ImageNetConfig
@@ -146,15 +146,38 @@ def generate_images(
     Raises:
         ValueError: ``num_steps`` below 1, or an unknown sampler.
     """
+    noise = _noise(flow_map, len(labels), generator)
+    images = sample(flow_map, noise, labels.to(noise.device), num_steps=num_steps, kind=sampler)
+    return images.clamp(-1.0, 1.0).float()
+
+
+@torch.no_grad()
+def generate_trajectory(
+    flow_map: FlowMap,
+    labels: Tensor,
+    *,
+    num_steps: int = 1,
+    generator: Generators = None,
+    sampler: SamplerKind = "flow_map",
+) -> Tensor:
+    """States of :func:`generate_images`, noise to image: float32 (num_steps + 1, N, C, H, W).
+
+    They are not clamped: noise is not within [-1, 1].
+    """
+    noise = _noise(flow_map, len(labels), generator)
+    states = trajectory(flow_map, noise, labels.to(noise.device), num_steps=num_steps, kind=sampler)
+    return states.float()
+
+
+def _noise(flow_map: FlowMap, count: int, generator: Generators) -> Tensor:
     net = cast(ImageNet, flow_map.net)
-    noise = randn_tensor(
-        (len(labels), *net.image_shape),
+    noise: Tensor = randn_tensor(
+        (count, *net.image_shape),
         generator=list(generator) if isinstance(generator, Sequence) else generator,
         device=net.device,
         dtype=net.dtype,
     )
-    images = sample(flow_map, noise, labels.to(net.device), num_steps=num_steps, kind=sampler)
-    return images.clamp(-1.0, 1.0).float()
+    return noise
 
 
 def check_derivative(objective: Objective, net: ImageNetConfig) -> None:

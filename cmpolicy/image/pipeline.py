@@ -25,7 +25,7 @@ from cmpolicy.files import replace_directory, space_note
 from cmpolicy.flow.flow_map import FlowMap
 from cmpolicy.flow.path import PATHS, get_path
 from cmpolicy.flow.sampler import SAMPLERS, SamplerKind
-from cmpolicy.image.model import Generators, generate_images
+from cmpolicy.image.model import Generators, generate_images, generate_trajectory
 from cmpolicy.image.net import ImageNet
 
 INDEX, CARD, NET = "model_index.json", "README.md", "net"
@@ -171,17 +171,43 @@ class ConsistencyImagePipeline(DiffusionPipeline):  # type: ignore[misc]
             ValueError: fewer than one step, an unknown sampler, or another number of generators
                 than of labels.
         """
-        if labels.ndim != 1 or len(labels) == 0:
-            raise ImageModelError(f"labels must be (N,) with N >= 1, got {tuple(labels.shape)}")
-        for label in (int(labels.min()), int(labels.max())):
-            self._label(label)
+        self._check_labels(labels)
         return generate_images(
-            FlowMap(self.net, get_path(self.config.path)),
+            self._flow_map(),
             labels,
             num_steps=num_steps,
             generator=generator,
             sampler=sampler or self.sampler,
         )
+
+    def trajectory(
+        self,
+        labels: Tensor,
+        num_steps: int = 1,
+        generator: Generators = None,
+        sampler: SamplerKind | None = None,
+    ) -> Tensor:
+        """As :meth:`generate`, but all states from noise to image, (num_steps + 1, N, C, H, W).
+
+        The last is the image; none is clamped to [-1, 1].
+        """
+        self._check_labels(labels)
+        return generate_trajectory(
+            self._flow_map(),
+            labels,
+            num_steps=num_steps,
+            generator=generator,
+            sampler=sampler or self.sampler,
+        )
+
+    def _flow_map(self) -> FlowMap:
+        return FlowMap(self.net, get_path(self.config.path))
+
+    def _check_labels(self, labels: Tensor) -> None:
+        if labels.ndim != 1 or len(labels) == 0:
+            raise ImageModelError(f"labels must be (N,) with N >= 1, got {tuple(labels.shape)}")
+        for label in (int(labels.min()), int(labels.max())):
+            self._label(label)
 
     def _label(self, label: object) -> int:
         names = self.class_names
