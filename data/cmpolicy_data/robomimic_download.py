@@ -67,7 +67,6 @@ def download(
         ImportError: h5py is not installed.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     import_h5py()  # without it the file is of no use: better said before the download
     path = hub_path(task, type)
@@ -86,8 +85,9 @@ def download(
                 endpoint=endpoint,
             )
         )
-    # The first is raised without a network: it is no HTTP error.
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    # The hub's client lets errors of its HTTP library through, which is another one in each of its
+    # major releases.
+    except Exception as error:
         reason = " ".join(str(error).split())
         raise DownloadError(
             f"{source} could not be downloaded ({reason}). Check the network, name a mirror of the "
