@@ -16,6 +16,7 @@ from cmpolicy_data.store import Array, blocks, chunks, missing_chunks, read_rows
 
 _BAR = 40
 _BINS = 8
+_WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,11 @@ def format_summary(summary: StoreSummary) -> str:
             lines.append(f"{key.key}: {key.n_not_finite} values are NaN or infinite")
     lines += ["", *_histogram(lengths)]
     if summary.attrs:
-        lines += ["", "attributes:", *(f"  {k}: {v}" for k, v in sorted(summary.attrs.items()))]
+        lines += [
+            "",
+            "attributes:",
+            *(f"  {k}: {_short(v)}" for k, v in sorted(summary.attrs.items())),
+        ]
     return "\n".join(lines)
 
 
@@ -135,6 +140,12 @@ def _histogram(lengths: npt.NDArray[np.int64]) -> list[str]:
         bar = "#" * round(_BAR * count / counts.max())
         lines.append(f"  {start:>6} - {stop - 1:<6} {count:>6}  {bar}".rstrip())
     return lines
+
+
+def _short(value: object) -> str:
+    """An attribute on one line: converted stores have long ones."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= _WIDTH else f"{text[:_WIDTH]}... ({len(text)} characters)"
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cmpolicy.cli.data import main
 from cmpolicy_data import ReplayBuffer, load_demonstrations, validate
 from cmpolicy_data.convert import writing
 from cmpolicy_data.convert.goals import absolute_actions
@@ -421,3 +422,33 @@ def test_scenes_are_checked(source: Path, tmp_path: Path):
     (tmp_path / "x.zarr" / "meta" / "scene_xml" / "c" / "0").unlink()
     with pytest.raises(ValueError, match="scene_xml are not there"):
         read_scenes(tmp_path / "x.zarr", 3)
+
+
+def test_robosuite_is_not_installed(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setitem(sys.modules, "robosuite", None)
+    out = tmp_path / "x.zarr"
+    with pytest.raises(ImportError, match=r"robosuite, .*pip install 'cmpolicy\[robomimic\]'"):
+        convert(source, out, actions="absolute")
+    assert main(["convert", "robomimic", str(source), f"out={out}", "actions=absolute"]) == 2
+    assert "pip install 'cmpolicy[robomimic]'" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["demos.hdf5"]
+    convert(source, out)  # delta actions need none
+    assert ReplayBuffer.open(out).n_episodes == 3
+
+
+def test_inspect_shows_a_converted_store(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    convert(source, tmp_path / "x.zarr")
+    assert main(["inspect", str(tmp_path / "x.zarr")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "  masks: {'train': [0, 1], 'valid': [2]}" in lines
+    (shown,) = (line for line in lines if line.startswith("  env_args: "))
+    assert shown.startswith('  env_args: { "env_name": "Lift", ')
+    assert shown.endswith(" characters)")
+    assert max(map(len, lines)) < 160
