@@ -5,6 +5,7 @@ Pixels are enlarged by a whole factor and never smoothed, so that one sees what 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -191,7 +192,7 @@ def _enlarged(image: npt.NDArray[np.uint8], scale: int) -> Image.Image:
 
 
 def _text_width(text: str) -> int:
-    return round(_font().getlength(text))
+    return math.ceil(_font().getlength(text))
 
 
 @lru_cache(maxsize=1)

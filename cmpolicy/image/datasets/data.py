@@ -151,7 +151,7 @@ class ImageSet:
 
     def of_class(self, label: int) -> npt.NDArray[np.uint8]:
         """The images (n, H, W, C) of one class."""
-        return self.images[self.labels == label]
+        return np.asarray(self.images[self.labels == label])
 
 
 @dataclass(frozen=True, eq=False)

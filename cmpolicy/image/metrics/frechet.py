@@ -10,6 +10,7 @@ compares sets of the same size under the same features. Small sets make it large
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,7 @@ class FeatureStatistics:
     n: int
 
     @classmethod
-    def of(cls, features: npt.NDArray[np.floating]) -> FeatureStatistics:
+    def of(cls, features: npt.NDArray[np.floating[Any]]) -> FeatureStatistics:
         """features (N, D), N >= 2.
 
         Raises:

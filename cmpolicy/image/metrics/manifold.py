@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ class PrecisionRecall:
 
 
 def precision_recall(
-    real: npt.NDArray[np.floating], generated: npt.NDArray[np.floating], k: int = NEIGHBOURS
+    real: npt.NDArray[np.floating[Any]], generated: npt.NDArray[np.floating[Any]], k: int = NEIGHBOURS
 ) -> PrecisionRecall:
     """real (N, D), generated (M, D): features. Compare sets of like sizes: both shares depend on
     N and M.
@@ -68,5 +69,5 @@ def _by_block(x: Tensor, y: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tenso
 
 
 # cdist goes by the inner product, which in single precision loses the small distances
-def _double(features: npt.NDArray[np.floating]) -> Tensor:
+def _double(features: npt.NDArray[np.floating[Any]]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(features, dtype=np.float64))
