@@ -132,6 +132,24 @@ class TestAbsolute:
             atol=1e-6,
         )
 
+    @pytest.mark.parametrize("which", [0, 1])
+    def test_the_goals_that_a_file_has_are_used(
+        self, source: Path, absolute: Path, tmp_path: Path, which: int
+    ):
+        def add(file: Any) -> None:
+            file[f"data/demo_{which}/actions_abs"] = np.ones_like(
+                file[f"data/demo_{which}/actions"][()]
+            )
+
+        copy = changed(source, tmp_path, add)
+        assert convert(copy, tmp_path / "x.zarr", actions="absolute").goals_from_file == 1
+        stored, recovered = (
+            np.split(buffer["action"][:], buffer.episode_ends[:-1])
+            for buffer in (ReplayBuffer.open(tmp_path / "x.zarr"), ReplayBuffer.open(absolute))
+        )
+        np.testing.assert_array_equal(stored[which][:, [0, 1, 2, 9]], 1)
+        np.testing.assert_array_equal(stored[1 - which], recovered[1 - which])
+
     def test_two_arms(self):
         from cmpolicy_envs.robomimic import RobomimicEnv
 
