@@ -24,11 +24,12 @@ from cmpolicy_envs.robomimic_args import (
 )
 from cmpolicy_envs.robomimic_tasks import get_task
 from cmpolicy_envs.robosuite_make import import_robosuite
-from cmpolicy_envs.rotations import matrix_to_axis_angle, rot6d_to_matrix
+from cmpolicy_envs.rotations import canonical_quat, matrix_to_axis_angle, rot6d_to_matrix
 
 Observation = dict[str, NDArray[Any]]
 
 _DELTA, _ABSOLUTE = 7, 10  # numbers per arm
+_QUATS = ("eef_quat", "eef_quat_site")
 _OPTIONS = ("reset_to",)
 
 
@@ -108,21 +109,19 @@ class RobomimicEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         from cmpolicy_envs.robosuite_sim import RobosuiteSim
 
         visible = bool(cameras) or render_mode is not None
-        self._sim = RobosuiteSim(
-            self.env_args, model_varies=self.task.model_varies, visible=visible
-        )
+        self.sim = RobosuiteSim(self.env_args, model_varies=self.task.model_varies, visible=visible)
         self._renderer: Any = None
         self._rendered_model: Any = None
         self.keys = tuple(keys) if keys is not None else low_dim_keys(self.task.n_arms)
         self._check_names()
         self.observation_space = self._observation_space()
-        self._sim.sense_only(self.keys)
+        self.sim.sense_only(self.keys)
         self.action_space = _action_space(actions, self.task.n_arms)
 
     @property
     def robosuite(self) -> Any:
         """robosuite's environment underneath."""
-        return self._sim.env
+        return self.sim.env
 
     def reset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
@@ -141,9 +140,9 @@ class RobomimicEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
             )
         state = options.get("reset_to")
         if state is None:
-            self._sim.start(int(self.np_random.integers(2**63)))
+            self.sim.start(int(self.np_random.integers(2**63)))
         elif isinstance(state, Mapping) and "states" in state:
-            self._sim.restore(state["states"], state.get("model"))
+            self.sim.restore(state["states"], state.get("model"))
         else:
             raise ValueError(
                 "Robomimic: reset_to needs a mapping with 'states' and, if it is of another model, "
@@ -153,25 +152,29 @@ class RobomimicEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
 
     def step(self, action: ArrayLike) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """One 20 Hz action; raises ValueError on another shape or non-finite values."""
-        self._sim.step(self._to_robosuite(action))
+        self.sim.step(self._to_robosuite(action))
         success = self.is_success()
         return self.get_obs(), float(success), success, False, {"is_success": success}
 
     def is_success(self) -> bool:
         """Whether the task is solved in the present state."""
-        return self._sim.is_success()
+        return self.sim.is_success()
 
     def get_obs(self) -> Observation:
         """The observation of the present state."""
-        low_dim = self._sim.observe(self.keys)
-        observation: Observation = {k: v.astype(np.float32) for k, v in low_dim.items()}
-        for camera in self._cameras:
-            observation[f"{camera}_image"] = self.image(camera, self._camera_size)
-        return observation
+        observation: Observation = {}
+        for key, value in self.sim.observe(self.keys).items():
+            canonical = canonical_quat(value) if key.endswith(_QUATS) else value
+            observation[key] = canonical.astype(np.float32)
+        return {**observation, **self.camera_images()}
+
+    def camera_images(self) -> dict[str, NDArray[np.uint8]]:
+        """``<camera>_image`` (H, W, 3) of each observed camera."""
+        return {f"{name}_image": self.image(name, self._camera_size) for name in self._cameras}
 
     def get_state(self) -> dict[str, Any]:
         """``states`` (n,) float64, the flattened state (time, qpos, qvel), and ``model``, XML."""
-        return {"states": self._sim.flat_state(), "model": self._sim.xml}
+        return {"states": self.sim.flat_state(), "model": self.sim.xml}
 
     def reset_to(self, states: ArrayLike, model: str | None = None) -> Observation:
         """Restore a recorded state.
@@ -187,7 +190,7 @@ class RobomimicEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         Raises:
             ValueError: the state is not of this model, or the model cannot be loaded.
         """
-        self._sim.restore(states, model)
+        self.sim.restore(states, model)
         return self.get_obs()
 
     def render(self) -> NDArray[np.uint8] | None:  # type: ignore[override]  # one mode of several
@@ -240,7 +243,7 @@ class RobomimicEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     def close(self) -> None:
         """Free the simulation."""
         self._close_renderer()
-        self._sim.close()
+        self.sim.close()
 
     def _close_renderer(self) -> None:
         if self._renderer is not None:
@@ -263,7 +266,7 @@ class RobomimicEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         return np.concatenate([arms[:, :3], turned, gripper], axis=1).reshape(-1)
 
     def _check_names(self) -> None:
-        known = self._sim.known_keys
+        known = self.sim.known_keys
         unknown = [key for key in self.keys if key not in known]
         if unknown:
             raise ValueError(
@@ -277,7 +280,7 @@ class RobomimicEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
                 camera_id(self.robosuite.sim.model._model, camera)
 
     def _observation_space(self) -> spaces.Dict:
-        low_dim = self._sim.observe(self.keys)
+        low_dim = self.sim.observe(self.keys)
         boxes = {k: spaces.Box(-np.inf, np.inf, v.shape, np.float32) for k, v in low_dim.items()}
         shape = (self._camera_size, self._camera_size, 3)
         images = {f"{c}_image": spaces.Box(0, 255, shape, np.uint8) for c in self._cameras}

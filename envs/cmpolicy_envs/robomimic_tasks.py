@@ -45,3 +45,12 @@ def get_task(name: str) -> RobomimicTask:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown Robomimic task {name!r}; known: {', '.join(TASKS)}{hint}")
     return TASKS[name]
+
+
+def task_of(robosuite_env: str) -> RobomimicTask:
+    """Task by robosuite's name of its environment; ValueError lists the known ones."""
+    for task in TASKS.values():
+        if task.robosuite_env == robosuite_env:
+            return task
+    known = ", ".join(task.robosuite_env for task in TASKS.values())
+    raise ValueError(f"{robosuite_env!r} is no task of Robomimic; known: {known}")

@@ -55,16 +55,21 @@ def import_robosuite() -> Any:
     try:
         import robosuite
     except ModuleNotFoundError as error:
-        if error.name not in ("robosuite", "mujoco"):
-            raise
-        raise ModuleNotFoundError(
-            f"the Robomimic tasks need {error.name}, which is not installed; install it with: "
-            "pip install 'cmpolicy[robomimic]'",
-            name=error.name,
-        ) from None
+        raise missing_extra(error) from None
     finally:
         logger.removeFilter(_drop)
     return robosuite
+
+
+def missing_extra(error: ModuleNotFoundError) -> ModuleNotFoundError:
+    """An error that says how to install what ``error`` misses; ``error`` if that is no extra."""
+    if error.name not in ("robosuite", "robomimic", "mujoco"):
+        return error
+    return ModuleNotFoundError(
+        f"the Robomimic tasks need {error.name}, which is not installed; install it with: "
+        "pip install 'cmpolicy[robomimic]'",
+        name=error.name,
+    )
 
 
 def make_robosuite(args: EnvArgs) -> Any:

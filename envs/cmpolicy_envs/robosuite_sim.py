@@ -11,7 +11,6 @@ from numpy.typing import ArrayLike, NDArray
 from cmpolicy_envs.robomimic_args import EnvArgs
 from cmpolicy_envs.robosuite_control import FastControl
 from cmpolicy_envs.robosuite_make import make_robosuite
-from cmpolicy_envs.rotations import canonical_quat
 
 # What sensors of objects are computed from, beside what is asked for.
 _ALWAYS_SENSED = ("eef_pos", "eef_quat")
@@ -115,8 +114,7 @@ class RobosuiteSim:
                 parts = [np.atleast_1d(observables[name].obs) for name in self._objects]
                 found[key] = np.concatenate(parts)
                 continue
-            value = np.atleast_1d(np.asarray(observables[key].obs, dtype=np.float64))
-            found[key] = canonical_quat(value) if key.endswith(_QUATS) else value
+            found[key] = np.atleast_1d(np.asarray(observables[key].obs, dtype=np.float64))
         return found
 
     def sense_only(self, keys: Sequence[str]) -> None:
@@ -125,6 +123,11 @@ class RobosuiteSim:
             robots = observable.modality != "object"
             if robots and name not in keys and not name.endswith(_ALWAYS_SENSED):
                 observable.set_enabled(False)
+
+    def sense_all(self) -> None:
+        """Undo :meth:`sense_only`."""
+        for observable in self.env._observables.values():
+            observable.set_enabled(True)
 
     def is_success(self) -> bool:
         """Whether the task is solved in the present state."""
@@ -165,9 +168,6 @@ class RobosuiteSim:
     def _keep_xml(self, xml: str) -> str:
         self.xml = xml
         return xml
-
-
-_QUATS = ("eef_quat", "eef_quat_site")
 
 
 def _sensed(env: Any) -> list[str]:
