@@ -37,6 +37,8 @@ class EvalProtocol:
     """First and last seed of the full evaluation."""
     training_seeds: tuple[int, int] | None = None
     """Seeds (first, last) from which the public demonstrations of the task were recorded."""
+    control_hz: int = 10
+    """Steps per second, the rate of a video."""
     batch_size: int = DEFAULT_BATCH_SIZE
     """Episodes at a time, and rows of a policy call, unless told otherwise."""
 
@@ -145,6 +147,7 @@ def _robomimic(task: str | None, actions: str, env_args: str | None) -> EvalProt
         max_steps=known.max_steps,
         reset_options=_plain_reset,
         default_seeds=(100_000, 100_099),
+        control_hz=20,
         # A robosuite environment takes 50 to 70 MB, and 0.2 s to make.
         batch_size=20,
     )

@@ -39,7 +39,10 @@ class Moment:
     coverage: float | None
     success: bool
     plan: NDArray[np.float64] | None
-    """(Ta, 2) pixels of the chunk under way; None where actions are not places."""
+    """(Ta, 2) pixels of the chunk under way, or (Ta, arms, 2); None where it cannot be drawn.
+
+    As seen when it was decided: where actions are moves, they lead on from there.
+    """
     n_executed: int
     """How many actions of ``plan`` have been executed."""
 
@@ -61,22 +64,23 @@ def replay(protocol: EvalProtocol, episode: EpisodeResult, *, every: int = 1) ->
         n_chunks, chunk_length, _ = episode.chunks.shape
         actions = episode.chunks.reshape(n_chunks * chunk_length, -1)
         _, info = env.reset(seed=episode.seed, options=protocol.reset_options(episode.seed))
-        success = False
+        success, plan = False, None
         for step in range(episode.length + 1):
             if step > 0:
                 _, _, _, _, info = env.step(actions[step - 1])
                 success = success or bool(info["is_success"])
-            if step % every and step != episode.length:
-                continue
             # At the seam of two chunks the plan is the new one, decided on what is seen here.
             current = min(step // chunk_length, n_chunks - 1)
-            chunk = episode.chunks[current]
+            if to_pixels is not None and step == current * chunk_length:
+                plan = np.asarray(to_pixels(episode.chunks[current]))
+            if step % every and step != episode.length:
+                continue
             yield Moment(
                 image=np.asarray(env.render(), dtype=np.uint8),
                 step=step,
                 coverage=float(info["coverage"]) if "coverage" in info else None,
                 success=bool(info["is_success"]),
-                plan=None if to_pixels is None else np.asarray(to_pixels(chunk)),
+                plan=plan,
                 n_executed=step - current * chunk_length,
             )
         if success != episode.success:
@@ -89,14 +93,22 @@ def replay(protocol: EvalProtocol, episode: EpisodeResult, *, every: int = 1) ->
 
 
 def write_video(
-    path: str | Path, protocol: EvalProtocol, episode: EpisodeResult, *, fps: int = 10
+    path: str | Path, protocol: EvalProtocol, episode: EpisodeResult, *, fps: int | None = None
 ) -> Path:
-    """Write an mp4 of one episode at real time (10 Hz), ``length + 1`` frames; returns the path."""
+    """Write an mp4 of one episode, ``length + 1`` frames; returns the path.
+
+    ``fps`` None is real time: the rate of the protocol's steps.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # yuv420p and baseline settings: plays in browsers and on the README page.
     writer: Any = imageio.get_writer(
-        target, fps=fps, codec="libx264", quality=7, pixelformat="yuv420p", macro_block_size=16
+        target,
+        fps=protocol.control_hz if fps is None else fps,
+        codec="libx264",
+        quality=7,
+        pixelformat="yuv420p",
+        macro_block_size=16,
     )
     with closing(writer):
         for moment in replay(protocol, episode):
@@ -170,13 +182,16 @@ def annotate(moment: Moment, seed: int) -> Frame:
     image = np.ascontiguousarray(moment.image)
     if moment.plan is not None:
         image = image.copy()
-        _draw_plan(image, moment.plan, moment.n_executed)
+        plans = moment.plan[:, None] if moment.plan.ndim == 2 else moment.plan
+        for arm in range(plans.shape[1]):
+            _draw_plan(image, plans[:, arm], moment.n_executed)
     width = image.shape[1]
     strip = Image.new("RGB", (width, _STRIP), "white")
     draw = ImageDraw.Draw(strip)
     draw.text((10, 7), f"seed {seed}   step {moment.step}", fill=_TEXT, font=_font())
-    if moment.coverage is not None:
-        text = f"coverage {moment.coverage:.2f}" + ("   success" if moment.success else "")
+    told = [] if moment.coverage is None else [f"coverage {moment.coverage:.2f}"]
+    text = "   ".join(told + ["success"] * moment.success)
+    if text:
         colour = _SUCCESS if moment.success else _TEXT
         draw.text((width - 10, 7), text, fill=colour, font=_font(), anchor="ra")
     return np.concatenate([np.asarray(strip), image])
