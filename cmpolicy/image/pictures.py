@@ -192,7 +192,8 @@ def _enlarged(image: npt.NDArray[np.uint8], scale: int) -> Image.Image:
 
 
 def _text_width(text: str) -> int:
-    return math.ceil(_font().getlength(text))
+    width: float = _font().getlength(text)
+    return math.ceil(width)
 
 
 @lru_cache(maxsize=1)

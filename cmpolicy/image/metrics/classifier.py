@@ -33,7 +33,8 @@ class ClassifierConfig:
     Args:
         width: channels of the first stage, a quarter of the features' size; null: 16 for grey
             images, 32 for colour.
-        samples: training samples seen; null: 30 epochs, at most 120,000 grey or 500,000 colour.
+        samples: training samples seen; null: 30 epochs, but 20,000 to 120,000 of grey images, up to
+            500,000 of colour images.
         batch_size: of a step. lr: highest learning rate (one cycle, AdamW).
         shift: images are moved by up to this share of their size.
         seed: of weights, order and shifts.
@@ -69,7 +70,7 @@ class ClassifierConfig:
     def samples_for(self, data: ImageData) -> int:
         """:attr:`samples`, null resolved."""
         most = 120_000 if data.channels == 1 else 500_000
-        return self.samples or max(min(30 * len(data.train), most), self.batch_size)
+        return self.samples or min(max(30 * len(data.train), 20_000), most)
 
 
 class ClassifierNet(nn.Module):

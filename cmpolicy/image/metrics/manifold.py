@@ -19,6 +19,7 @@ from torch import Tensor
 NEIGHBOURS = 3
 """k of the paper."""
 _BLOCK = 1024
+Features = npt.NDArray[np.floating[Any]]  # (N, D)
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,7 @@ class PrecisionRecall:
     recall: float
 
 
-def precision_recall(
-    real: npt.NDArray[np.floating[Any]], generated: npt.NDArray[np.floating[Any]], k: int = NEIGHBOURS
-) -> PrecisionRecall:
+def precision_recall(real: Features, generated: Features, k: int = NEIGHBOURS) -> PrecisionRecall:
     """real (N, D), generated (M, D): features. Compare sets of like sizes: both shares depend on
     N and M.
 
@@ -69,5 +68,5 @@ def _by_block(x: Tensor, y: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tenso
 
 
 # cdist goes by the inner product, which in single precision loses the small distances
-def _double(features: npt.NDArray[np.floating[Any]]) -> Tensor:
+def _double(features: Features) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(features, dtype=np.float64))
