@@ -17,15 +17,17 @@ from cmpolicy.image.metrics import (
 )
 from cmpolicy.image.metrics.cache import content_key
 from cmpolicy.image.metrics.diversity import (
-    copy_ratio,
     diversity,
     mean_pairwise_distance,
+    median_nearest,
     nearest_neighbours,
+    spread_by_class,
 )
 from cmpolicy.image.metrics.features import MissingExtractorError
 from cmpolicy.image.metrics.fidelity import WEIGHTS_FILE, FidelityError, inception_weights
 from cmpolicy.image.metrics.frechet import FeatureStatistics, frechet_distance
 from cmpolicy.image.metrics.manifold import precision_recall
+from cmpolicy.image.metrics.subset import some
 
 QUICK = ClassifierConfig(width=4, samples=1200, batch_size=40, lr=1e-2)
 
@@ -150,31 +152,45 @@ def test_mean_pairwise_distance():
 
 def test_a_collapsed_class_shows_in_the_variety():
     real, generated = bars(120, 0), bars(60, 2)
-    whole = diversity(real.images, real.labels, generated.images, generated.labels)
+    reference = spread_by_class(real.images, real.labels)
+    whole = diversity(reference, spread_by_class(generated.images, generated.labels))
     assert whole.ratio == pytest.approx(1.0, abs=0.05)
     images = generated.images.copy()
     images[generated.labels == 1] = images[1]
-    collapsed = diversity(real.images, real.labels, images, generated.labels)
+    collapsed = diversity(reference, spread_by_class(images, generated.labels))
     assert collapsed.lowest == pytest.approx(0, abs=1e-4)
     assert collapsed.lowest_class == 1
     assert collapsed.ratio == pytest.approx(0.5, abs=0.05)
 
 
 def test_variety_needs_two_images_of_each_class():
-    data = bars(4, 0)
-    with pytest.raises(ValueError, match=r"there are 1 generated of class 0"):
-        diversity(data.images, data.labels, data.images[:1], data.labels[:1])
+    data = bars(3, 0)
+    with pytest.raises(ValueError, match=r"there is one of class 1"):
+        spread_by_class(data.images, data.labels)
+
+
+def test_large_classes_are_sampled():
+    data = bars(3000, 0, classes=1)
+    spread = spread_by_class(data.images, data.labels)[0]
+    assert spread == pytest.approx(mean_pairwise_distance(data.images), rel=0.02)
+    rows = some(np.arange(3000), 1000)
+    assert spread == mean_pairwise_distance(data.images[rows])
+    assert len(set(rows.tolist())) == 1000
+    assert (np.diff(rows) > 0).all()
 
 
 def test_copies_are_found():
-    train, test, made = bars(120, 0).images, bars(60, 1).images, bars(60, 2).images
-    assert copy_ratio(train[:50], train, test) == pytest.approx(0, abs=1e-6)
-    assert copy_ratio(made, train, test) == pytest.approx(1, abs=0.1)
+    train, made = bars(120, 0).images, bars(60, 2).images
+    assert median_nearest(train[:50], train) == pytest.approx(0, abs=1e-6)
+    assert median_nearest(made, train) > 0.5
     nearest = nearest_neighbours(train[5:9], train, k=2)
     assert nearest.rows[:, 0].tolist() == [5, 6, 7, 8]
     assert (nearest.distances[:, 1] > nearest.distances[:, 0]).all()
+    others = np.delete(train, 5, axis=0).reshape(119, -1) / 255.0
+    expected = np.linalg.norm(others - train[5].ravel() / 255.0, axis=1).min()
+    assert nearest.distances[0, 1] == pytest.approx(expected)
     with pytest.raises(ValueError, match="k=121 neighbours among 120"):
-        nearest_neighbours(test, train, k=121)
+        nearest_neighbours(made, train, k=121)
 
 
 # -- classifier ------------------------------------------------------------------------------------

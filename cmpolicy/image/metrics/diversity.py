@@ -5,6 +5,7 @@ Both compare pixels in [0, 1] by Euclidean distance, so no network has a say in 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +13,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cmpolicy.image.metrics.subset import some
+
 Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 _BLOCK = 512
+SPREAD_IMAGES = 1000
 
 
 @dataclass(frozen=True)
@@ -30,25 +34,28 @@ class Diversity:
     lowest_class: int
 
 
-def diversity(
-    real: Images, real_labels: Labels, generated: Images, generated_labels: Labels
-) -> Diversity:
-    """Of the classes that were generated; images (N, H, W, C).
+def spread_by_class(images: Images, labels: Labels) -> dict[int, float]:
+    """Mean distance of two images of a class, by label; images (N, H, W, C), labels (N,).
+
+    Of a large class only :data:`SPREAD_IMAGES`, drawn from a fixed seed, are compared.
 
     Raises:
-        ValueError: a class with fewer than two images on either side.
+        ValueError: a class with one image.
     """
-    ratios: dict[int, float] = {}
-    for label in np.unique(generated_labels).tolist():
-        ours = generated[generated_labels == label]
-        theirs = real[real_labels == label]
-        for name, images in (("generated", ours), ("real", theirs)):
-            if len(images) < 2:
-                raise ValueError(
-                    f"variety within a class needs 2 images of it; there are {len(images)} "
-                    f"{name} of class {label}"
-                )
-        ratios[label] = mean_pairwise_distance(ours) / mean_pairwise_distance(theirs)
+    spread: dict[int, float] = {}
+    for label in np.unique(labels).tolist():
+        rows = some(np.flatnonzero(labels == label), SPREAD_IMAGES)
+        if len(rows) < 2:
+            raise ValueError(
+                f"variety within a class needs 2 images of it; there is one of class {label}"
+            )
+        spread[label] = mean_pairwise_distance(images[rows])
+    return spread
+
+
+def diversity(real: Mapping[int, float], generated: Mapping[int, float]) -> Diversity:
+    """Of the classes that were generated; both from :func:`spread_by_class`."""
+    ratios = {label: spread / real[label] for label, spread in generated.items()}
     lowest = min(ratios, key=lambda label: ratios[label])
     return Diversity(float(np.mean(list(ratios.values()))), ratios[lowest], lowest)
 
@@ -84,14 +91,9 @@ def nearest_neighbours(images: Images, training: Images, k: int = 1) -> Nearest:
     )
 
 
-def copy_ratio(generated: Images, training: Images, held_out: Images) -> float:
-    """Median distance of generated images to the nearest training image, over held-out images' own.
-
-    About 1: as far from the training images as other real images are. Near 0: copies of them.
-    """
-    ours = nearest_neighbours(generated, training).distances
-    theirs = nearest_neighbours(held_out, training).distances
-    return float(np.median(ours) / np.median(theirs))
+def median_nearest(images: Images, training: Images) -> float:
+    """Median distance of an image to its nearest training image."""
+    return float(np.median(nearest_neighbours(images, training).distances))
 
 
 # cdist goes by the inner product, which in single precision loses the small distances

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -16,13 +16,13 @@ import numpy.typing as npt
 from cmpolicy.image.datasets.data import ImageData, ImageSet
 from cmpolicy.image.metrics.cache import ContentCache
 from cmpolicy.image.metrics.classifier import ImageClassifier
-from cmpolicy.image.metrics.diversity import copy_ratio, diversity
+from cmpolicy.image.metrics.diversity import diversity, median_nearest, spread_by_class
 from cmpolicy.image.metrics.features import FeatureExtractor, real_features
 from cmpolicy.image.metrics.frechet import FeatureStatistics, frechet_distance
 from cmpolicy.image.metrics.manifold import NEIGHBOURS, precision_recall
+from cmpolicy.image.metrics.subset import some
 
-_SEED = 7
-Scalar = TypeVar("Scalar", bound=np.generic)
+_HELD_OUT = 2000  # test images whose nearest training image is looked for
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ImageScores:
         recognised_by_class: the same of each generated class, by its name.
         feature_distance: squared Frechet distance of the features to those of n_reference training
             images. Not FID.
-        precision, recall: in these features, against as many training images as generated ones.
+        precision, recall: in these features, of as many training images as generated ones.
         diversity: mean pixel distance within a class over the training images'; diversity_lowest is
             that of the class ``diversity_lowest_class``.
         copy_ratio: median pixel distance to the nearest training image over that of test images.
@@ -96,8 +96,10 @@ class ImageScorer:
         features = self.extractor(images)
         reference = real_features(self._reference(labels), self.extractor, self._cache)
         distance = frechet_distance(FeatureStatistics.of(features), FeatureStatistics.of(reference))
-        shares = precision_recall(some(reference, len(images)), features)
-        variety = diversity(train.images, train.labels, images, labels)
+        # of sets of one size, since both shares depend on the sizes
+        m = min(len(reference), len(features))
+        shares = precision_recall(some(reference, m), some(features, m))
+        variety = diversity(self._real_spread, spread_by_class(images, labels))
         return ImageScores(
             n=len(images),
             n_reference=len(reference),
@@ -112,8 +114,17 @@ class ImageScorer:
             diversity=variety.ratio,
             diversity_lowest=variety.lowest,
             diversity_lowest_class=names[variety.lowest_class],
-            copy_ratio=copy_ratio(images, train.images, self.data.test.images),
+            copy_ratio=median_nearest(images, train.images) / self._held_out_nearest,
         )
+
+    @cached_property
+    def _real_spread(self) -> dict[int, float]:
+        return spread_by_class(self.data.train.images, self.data.train.labels)
+
+    @cached_property
+    def _held_out_nearest(self) -> float:
+        test = self.data.test.images
+        return median_nearest(test[some(np.arange(len(test)), _HELD_OUT)], self.data.train.images)
 
     def _reference(self, labels: npt.NDArray[np.int64]) -> ImageSet:
         """Training images of the classes that were made: the others would count as not covered."""
@@ -126,11 +137,3 @@ class ImageScorer:
         test = self.data.test
         rows = some(np.arange(len(test)), n)
         return self.score(test.images[rows], test.labels[rows])
-
-
-def some(values: npt.NDArray[Scalar], n: int) -> npt.NDArray[Scalar]:
-    """At most n of the rows, drawn from a fixed seed, in their order."""
-    if len(values) <= n:
-        return values
-    rows = np.random.default_rng(_SEED).choice(len(values), n, replace=False)
-    return values[np.sort(rows)]
