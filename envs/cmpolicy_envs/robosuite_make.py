@@ -63,12 +63,13 @@ def import_robosuite() -> Any:
 
 def missing_extra(error: ModuleNotFoundError) -> ModuleNotFoundError:
     """An error that says how to install what ``error`` misses; ``error`` if that is no extra."""
-    if error.name not in ("robosuite", "robomimic", "mujoco"):
+    package = (error.name or "").partition(".")[0]
+    if package not in ("robosuite", "robomimic", "mujoco"):
         return error
     return ModuleNotFoundError(
-        f"the Robomimic tasks need {error.name}, which is not installed; install it with: "
+        f"the Robomimic tasks need {package}, which is not installed; install it with: "
         "pip install 'cmpolicy[robomimic]'",
-        name=error.name,
+        name=package,
     )
 
 

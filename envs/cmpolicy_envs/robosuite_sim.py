@@ -20,8 +20,8 @@ class RobosuiteSim:
     """Starts, steps and reads one robosuite environment.
 
     Whatever it does next is a function of its state alone: observations and success are those of
-    the state after a step (robosuite's own observations are taken 48 ms before), and a state that
-    is restored goes on as it did.
+    the state after a step (robosuite's own are taken 48 ms before, and what they say of an object in
+    the gripper's frame is of the step before), and a state that is restored goes on as it did.
 
     Args:
         args: in robosuite 1.5's terms.
@@ -106,8 +106,13 @@ class RobosuiteSim:
     def observe(self, keys: Sequence[str]) -> dict[str, NDArray[np.float64]]:
         """Low-dimensional observations of the present state, by robomimic's names."""
         # Not through _get_observations, which also puts together what nobody asked for.
-        self.env._update_observables(force=True)
-        observables = self.env._observables
+        env, observables = self.env, self.env._observables
+        env._update_observables(force=True)
+        if "object" in keys:
+            # robosuite senses how objects lie to the gripper before it senses where they are, and
+            # so from where they were the last time.
+            for name in self._objects:
+                observables[name].update(env.model_timestep, env._obs_cache, force=True)
         found: dict[str, NDArray[np.float64]] = {}
         for key in keys:
             if key == "object":
@@ -127,7 +132,8 @@ class RobosuiteSim:
     def sense_all(self) -> None:
         """Undo :meth:`sense_only`."""
         for observable in self.env._observables.values():
-            observable.set_enabled(True)
+            if observable.modality != "object":
+                observable.set_enabled(True)
 
     def is_success(self) -> bool:
         """Whether the task is solved in the present state."""
