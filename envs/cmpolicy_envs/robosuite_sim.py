@@ -20,7 +20,7 @@ class RobosuiteSim:
     """Starts, steps and reads one robosuite environment.
 
     Whatever it does next is a function of its state alone: observations and success are those of
-    the state after a step (robosuite's own are taken 48 ms before, and what they say of an object in
+    the state after a step (robosuite takes its own 48 ms before, and what they say of an object in
     the gripper's frame is of the step before), and a state that is restored goes on as it did.
 
     Args:
