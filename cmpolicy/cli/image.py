@@ -19,8 +19,10 @@ commands:
               net=... guidance=2 key=value ...; or to go on with a run: resume=outputs/<run>
   sample    a picture of samples
               model=outputs/<run>/model classes=0-9 per_class=8 nfe=1 out=grid.png
-  eval      how good the samples are
-              model=outputs/<run>/model nfe=[1,2,4,50] out=outputs/eval
+  eval      how good the samples are: recognised, distance to real images, variety, copies
+              model=outputs/<run>/model nfe=[1,2,4,50] samples=2000 out=outputs/image-eval
+            or results that are there, in one table
+              report results=[a.json,b.json]
 
 `cmpolicy-image COMMAND --help` lists the settings of a command.
 """

@@ -51,3 +51,9 @@ def test_source_roots_load_neither_torch_nor_cmpolicy(root: str) -> None:
 
 def test_data_does_not_load_the_simulator() -> None:
     assert _loaded_by("import cmpolicy_data") & (SIMULATION | {"cmpolicy_envs"}) == set()
+
+
+def test_images_load_no_extra_before_it_is_needed() -> None:
+    loaded = _loaded_by("import cmpolicy.image.datasets, cmpolicy.image.metrics.fidelity")
+    unwanted = {"sklearn", "torchvision", "torch_fidelity", "efficientnet_lite_pytorch"}
+    assert loaded & (unwanted | SIMULATION | STORES_AND_CONFIG | SOURCE_ROOTS) == set()
