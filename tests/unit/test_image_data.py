@@ -148,6 +148,18 @@ def test_photographs_are_turned_upright(folder):
     assert (image[6:] == 0).all()
 
 
+def test_palettes_are_converted_only_when_asked(folder):
+    for file in folder.glob("*/*.png"):
+        Image.open(file).quantize(16).save(file)
+    with pytest.raises(
+        ImageDataError, match=r"have mode P, not L \(grey\) or RGB; give mixed=conv"
+    ):
+        load_folder(folder)
+    data = load_folder(folder, mixed="convert", image_size=12, mode="RGB")
+    first = np.asarray(Image.open(folder / "cat" / "0.png").convert("RGB")).tobytes()
+    assert first in {i.tobytes() for part in (data.train, data.test) for i in part.images}
+
+
 @pytest.mark.parametrize("mode", ["I;16", "F"])
 def test_more_than_8_bits_are_not_guessed_at(folder, mode):
     depth = np.uint16 if mode == "I;16" else np.float32
