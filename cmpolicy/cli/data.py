@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = add(
         "generate", "Make scripted demonstrations in the simulator.", _generate, _GENERATE_OPTIONS
     )
-    generate.add_argument("task", choices=["pusht"])
+    generate.add_argument("task", choices=["pusht", "robomimic"])
     download = add("download", "Fetch human demonstrations.", _download, _DOWNLOAD_OPTIONS)
     download.add_argument("task", choices=["pusht", "robomimic"])
     convert = add(
@@ -90,10 +90,12 @@ def _parser() -> argparse.ArgumentParser:
 
 _VALIDATE_OPTIONS = "  keys=[action]     keys or selectors that the store must have\n"
 _GENERATE_OPTIONS = (
-    "  episodes=300      how many\n"
+    "  episodes=N        how many; default: pusht 300, robomimic 200\n"
     "  seed=0            first seed of the initial states\n"
     "  workers=2         simulator processes; the result does not depend on it\n"
+    " pusht:\n"
     "  out=pusht_scripted.zarr.zip\n"
+    " robomimic:\n" + data_robomimic.GENERATE_OPTIONS
 )
 _DOWNLOAD_OPTIONS = (
     "  out=FOLDER        default CMPOLICY_DATA, else ~/.cache/cmpolicy\n"
@@ -128,6 +130,8 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
+    if arguments.task == "robomimic":
+        return data_robomimic.generate(arguments)
     from cmpolicy_data.generate.pusht import generate
 
     options = read_options(

@@ -10,6 +10,10 @@ from tqdm import tqdm
 
 from cmpolicy.cli.data_options import UsageError, names, read_options, whole
 
+GENERATE_OPTIONS = (
+    "  task=lift         lift, can, square\n"
+    "  out=TASK.hdf5     the file to write, in robomimic's layout\n"
+)
 CONVERT_OPTIONS = (
     "  out=NAME.zarr     the store to write (.zarr or .zip); default: named as the source\n"
     "  actions=delta     or absolute: target poses, 10 numbers per arm\n"
@@ -27,6 +31,44 @@ DOWNLOAD_OPTIONS = (
     "  endpoint=...      a mirror of the Hugging Face hub\n"
     "  revision=main     of the data set repository\n"
 )
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    """``generate robomimic``: demonstrations of scripted experts."""
+    from cmpolicy_data.generate.robomimic import attempt, runner
+
+    options = read_options(
+        arguments, {"task": "", "episodes": "200", "seed": "0", "workers": "2", "out": ""}
+    )
+    task = options["task"]
+    if not task:
+        known = ", ".join(attempt.SKILLS)
+        raise UsageError(
+            f"Name the task ({known}), for example: cmpolicy-data generate robomimic task=lift"
+        )
+    episodes = whole(options, "episodes")
+    with tqdm(total=episodes, unit="episode", disable=None) as bar:
+
+        def show(kept: int, attempted: int) -> None:
+            bar.set_postfix(attempted=attempted, refresh=False)
+            bar.update(kept - bar.n)
+
+        report = runner.generate(
+            options["out"] or f"{task}.hdf5",
+            task=task,
+            episodes=episodes,
+            seed=whole(options, "seed"),
+            workers=whole(options, "workers"),
+            progress=show,
+        )
+    path = shlex.quote(str(report.path))
+    print(
+        f"{report.path}: {report.task}, {report.kept} episodes, {report.steps} steps "
+        f"({report.attempted} attempted, {report.success_rate:.1%} succeeded, "
+        f"{report.seconds:.0f} s)"
+    )
+    print(f"convert it with: cmpolicy-data convert robomimic {path} out={report.task}.zarr")
+    return 0
 
 
 def convert(arguments: argparse.Namespace) -> int:

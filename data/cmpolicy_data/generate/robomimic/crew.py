@@ -15,7 +15,7 @@ from cmpolicy_data.generate.robomimic.attempt import Attempt, Demonstrator
 _GRACE = 5.0  # seconds that a process has to end by itself
 
 
-class AttemptError(RuntimeError):
+class AttemptError(ChildProcessError):
     """An attempt could not be carried out; names its seed."""
 
 
