@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from cmpolicy_data.generate.robomimic.motion import (
     CLOSE,
     OPEN,
-    WIDE,
+    OPENED,
     Array,
     Hand,
     Style,
@@ -21,6 +21,7 @@ from cmpolicy_data.generate.robomimic.motion import (
 
 _QUARTER = np.pi / 2
 _RISE = 0.15
+_CALM = 0.65  # the way is short: as slow as people are
 
 
 class LiftExpert:
@@ -41,11 +42,11 @@ class LiftExpert:
         away = grasp - scene.hand
         aside = float(np.hypot(*away[:2]))
         within = aside < 0.012 and abs(away[2]) < 0.012 and abs(off) < 0.2
-        held = scene.width < WIDE and aside < 0.02 and abs(away[2]) < 0.02
+        held = scene.width < OPENED and aside < 0.02 and abs(away[2]) < 0.02
         if held and scene.holds:
-            return self._hand.move(scene, scene.hand + [0, 0, _RISE], scene.turn, CLOSE)
+            return self._hand.move(scene, scene.hand + [0, 0, _RISE], scene.turn, CLOSE, care=_CALM)
         if within or held:
-            return self._hand.move(scene, grasp, turn, CLOSE, care=0.5)
+            return self._hand.move(scene, grasp, turn, CLOSE, care=0.4)
         if aside > 0.015 + 0.2 * max(0.0, -away[2] - 0.01) or abs(off) > 0.25:
             grasp = grasp + [0, 0, max(self._style.hover, 0.5 * aside)]
-        return self._hand.move(scene, grasp, turn, OPEN)
+        return self._hand.move(scene, grasp, turn, OPEN, care=_CALM)
