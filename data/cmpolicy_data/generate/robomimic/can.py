@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from cmpolicy_data.generate.robomimic.motion import (
     CLOSE,
     OPEN,
+    OPENED,
     WIDE,
     Array,
     Hand,
@@ -18,11 +19,10 @@ from cmpolicy_data.generate.robomimic.motion import (
     see,
 )
 
-# The middle of the quarter of the second bin that takes the can, and what of it is aimed at.
-_GOAL = np.array([0.1975, 0.4025])
-_ROOM = np.array([0.045, 0.06])
-_HALF_GOAL = np.array([0.0975, 0.1225])
-_CLEAR = 1.06  # a hand this high carries a can over the wall
+# The quarter of the second bin that takes the can, and the part of it that the arm reaches well.
+_MIDDLE, _HALF = np.array([0.1975, 0.4025]), np.array([0.0975, 0.1225])
+_GOAL, _ROOM = np.array([0.14, 0.36]), np.array([0.015, 0.035])
+_CLEAR = 1.03  # a hand this high carries a can over the wall
 _LET_GO = 0.96  # height of the can
 
 
@@ -40,7 +40,7 @@ class CanExpert:
         scene = see(obs, self._width, slice(7, 10), slice(10, 14))
         self._width = scene.width
         turn = down(self._yaw)
-        placed = bool((np.abs(scene.thing[:2] - _GOAL) < _HALF_GOAL).all())
+        placed = bool((np.abs(scene.thing[:2] - _MIDDLE) < _HALF).all())
         if placed and scene.thing[2] < _LET_GO:
             above = np.array([*scene.hand[:2], _CLEAR])
             still_in = scene.width < WIDE
@@ -49,13 +49,13 @@ class CanExpert:
         away = grasp - scene.hand
         aside = float(np.hypot(*away[:2]))
         within = aside < 0.015 and abs(away[2]) < 0.015
-        held = scene.width < WIDE and aside < 0.04 and abs(away[2]) < 0.04
+        held = scene.width < OPENED and aside < 0.04 and abs(away[2]) < 0.04
         if held and scene.holds:
             return self._carry(scene, turn)
         if within or held:
             return self._hand.move(scene, grasp, turn, CLOSE, care=0.5)
         if aside > 0.02 + 0.2 * max(0.0, -away[2] - 0.01):
-            grasp = grasp + [0, 0, max(self._style.hover, 0.5 * aside)]
+            grasp[2] += max(self._style.hover, 0.5 * aside)
         return self._hand.move(scene, grasp, turn, OPEN)
 
     def _carry(self, scene: Scene, turn: Array) -> Array:

@@ -44,9 +44,10 @@ class LiftExpert:
         within = aside < 0.012 and abs(away[2]) < 0.012 and abs(off) < 0.2
         held = scene.width < OPENED and aside < 0.02 and abs(away[2]) < 0.02
         if held and scene.holds:
-            return self._hand.move(scene, scene.hand + [0, 0, _RISE], scene.turn, CLOSE, care=_CALM)
+            up = scene.hand + np.array([0, 0, _RISE])
+            return self._hand.move(scene, up, scene.turn, CLOSE, care=_CALM)
         if within or held:
             return self._hand.move(scene, grasp, turn, CLOSE, care=0.4)
         if aside > 0.015 + 0.2 * max(0.0, -away[2] - 0.01) or abs(off) > 0.25:
-            grasp = grasp + [0, 0, max(self._style.hover, 0.5 * aside)]
+            grasp[2] += max(self._style.hover, 0.5 * aside)
         return self._hand.move(scene, grasp, turn, OPEN, care=_CALM)

@@ -17,7 +17,8 @@ Array = NDArray[np.float64]
 
 OPEN, CLOSE = -1.0, 1.0
 WIDE = 0.07  # fingers further apart than this hold nothing
-_STILL = 1e-3  # fingers that move less per step have closed on something
+OPENED = 0.0785  # fingers closer than this have begun to close
+_STILL = 3e-3  # fingers that move less per step have closed on something
 # What a full action of OSC_POSE asks for in one step.
 _STEP, _TURN = 0.05, 0.5
 _FASTEST_TURN = 0.5  # of a full action
@@ -110,7 +111,7 @@ class Hand:
     def move(
         self, scene: Scene, target: Array, turn: Array, fingers: float, *, care: float = 1.0
     ) -> Array:
-        """(7,) action towards ``target`` (3,) and ``turn`` (3, 3); ``care`` < 1 is slow and calm."""
+        """(7,) action to ``target`` (3,) and ``turn`` (3, 3); ``care`` < 1 is slow and calm."""
         style = self._style
         action = np.empty(7)
         shift = style.gain * (target - scene.hand) / _STEP

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from cmpolicy_data.generate.robomimic.motion import (
     CLOSE,
     OPEN,
-    WIDE,
+    OPENED,
     Array,
     Hand,
     Scene,
@@ -52,13 +52,13 @@ class SquareExpert:
         away = handle - scene.hand
         aside = float(np.hypot(*away[:2]))
         within = aside < 0.012 and abs(away[2]) < 0.015 and abs(off) < 0.12
-        held = scene.width < 0.055 and float(np.linalg.norm(away)) < 0.022
-        if held and scene.holds:
+        at_handle = float(np.linalg.norm(away)) < 0.025
+        if at_handle and scene.width < 0.055 and scene.still:
             return self._put(scene, nut_yaw)
-        if within or (held and scene.width < WIDE):
+        if within or (at_handle and scene.width < OPENED):
             return self._hand.move(scene, handle, down(yaw), CLOSE, care=0.5)
         if aside > 0.012 + 0.2 * max(0.0, -away[2] - 0.01) or abs(off) > 0.2:
-            handle = handle + [0, 0, max(self._style.hover, 0.5 * aside)]
+            handle[2] += max(self._style.hover, 0.5 * aside)
         return self._hand.move(scene, handle, down(yaw), OPEN)
 
     def _put(self, scene: Scene, nut_yaw: float) -> Array:
@@ -66,6 +66,8 @@ class SquareExpert:
         to_peg = _PEG - scene.thing[:2]
         aside = float(np.hypot(*to_peg))
         turn_left = -wrapped(nut_yaw, _QUARTER)
+        if abs(nut_yaw + turn_left) < 0.1:  # beyond the peg the hand would be out of reach
+            turn_left += np.copysign(_QUARTER, nut_yaw)
         turn = down(scene.yaw + turn_left)
         around = scene.thing[2] < _TIP
         # Where the hand is once the nut, turned, is over the peg; the arm stops short of targets.
