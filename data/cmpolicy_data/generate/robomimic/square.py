@@ -10,6 +10,7 @@ from cmpolicy_data.generate.robomimic.motion import (
     CLOSE,
     OPEN,
     OPENED,
+    WIDE,
     Array,
     Hand,
     Scene,
@@ -22,7 +23,10 @@ from cmpolicy_data.generate.robomimic.motion import (
 )
 
 _PEG = np.array([0.23, 0.10])
-_HANDLE = 0.054  # from the middle of the nut along its first axis
+# Where the handle is grasped, from the middle of the nut along its first axis: it sticks out from
+# 0.044 to 0.079, and the fingers, 0.02 wide, must not close on the nut's corners.
+_HANDLE = 0.06
+_INWARD = 0.005  # so much nearer to the nut will do
 _TIP = 0.965  # a nut higher than this is above the peg
 _CARRY = 0.995
 _DOWN = 0.865  # a nut lower than this is around the peg
@@ -34,13 +38,18 @@ class SquareExpert:
 
     def __init__(self, style: Style, rng: np.random.Generator) -> None:
         self._style, self._hand = style, Hand(style, rng)
-        self._handle = np.array([_HANDLE + 0.002 * style.grasp[0], 0.0, 0.002 * style.grasp[2]])
+        jitter = 0.002 * np.clip(style.grasp, -1.5, 1.5)
+        self._handle = np.array([_HANDLE + jitter[0], 0.0, jitter[2]])
         self._width = 0.0
 
     def act(self, obs: Mapping[str, NDArray[Any]]) -> Array:
         """(7,) action for an observation."""
         scene = see(obs, self._width, slice(7, 10), slice(10, 14))
         self._width = scene.width
+        over_peg = float(np.hypot(*(_PEG - scene.thing[:2]))) < 0.015
+        if over_peg and scene.thing[2] < _DOWN:
+            rise = [0, 0, 0.0 if scene.width < WIDE else 0.1]
+            return self._hand.move(scene, scene.hand + np.array(rise), scene.turn, OPEN, care=0.3)
         handle = scene.thing + scene.thing_turn @ self._handle
         nut_yaw = yaw_of(scene.thing_turn)
         # The fingers close across the handle, with either of them on either side.
@@ -51,8 +60,9 @@ class SquareExpert:
         off = yaw - scene.yaw
         away = handle - scene.hand
         aside = float(np.hypot(*away[:2]))
-        within = aside < 0.012 and abs(away[2]) < 0.015 and abs(off) < 0.12
-        at_handle = float(np.linalg.norm(away)) < 0.025
+        inward = float(scene.thing_turn[:, 0] @ away) > _INWARD
+        within = aside < 0.012 and abs(away[2]) < 0.015 and abs(off) < 0.12 and not inward
+        at_handle = float(np.linalg.norm(away)) < 0.025 and not inward
         if at_handle and scene.width < 0.055 and scene.still:
             return self._put(scene, nut_yaw)
         if within or (at_handle and scene.width < OPENED):
@@ -75,8 +85,6 @@ class SquareExpert:
         target = np.array([*_PEG, 0.0]) + arm
         target[:2] += 0.8 * to_peg
         if aside < (0.013 if around else 0.006) and abs(turn_left) < (0.12 if around else 0.06):
-            if scene.thing[2] < _DOWN:
-                return self._hand.move(scene, scene.hand, scene.turn, OPEN, care=0.3)
             target[2] = 0.83 + arm[2]
             return self._hand.move(scene, target, turn, CLOSE, care=0.5)
         target[2] = _CARRY + self._style.carry + arm[2]
