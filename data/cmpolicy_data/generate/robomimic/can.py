@@ -24,6 +24,7 @@ _MIDDLE, _HALF = np.array([0.1975, 0.4025]), np.array([0.0975, 0.1225])
 _GOAL, _ROOM = np.array([0.14, 0.36]), np.array([0.015, 0.035])
 _CLEAR = 1.03  # a hand this high carries a can over the wall
 _LET_GO = 0.96  # height of the can
+_THIN = 0.03  # fingers nearer than this have closed on nothing
 
 
 class CanExpert:
@@ -42,14 +43,16 @@ class CanExpert:
         turn = down(self._yaw)
         placed = bool((np.abs(scene.thing[:2] - _MIDDLE) < _HALF).all())
         if placed and scene.thing[2] < _LET_GO:
-            above = np.array([*scene.hand[:2], _CLEAR])
-            still_in = scene.width < WIDE
-            return self._hand.move(scene, scene.hand if still_in else above, turn, OPEN)
+            # While it is let go it is still lowered, lest it be lifted out of its place again.
+            height = scene.hand[2] - 0.02 if scene.width < WIDE else _CLEAR
+            target = np.array([*scene.hand[:2], height])
+            return self._hand.move(scene, target, turn, OPEN)
         grasp = scene.thing + self._style.grasp * [0.004, 0.004, 0.006] + [0, 0, 0.02]
         away = grasp - scene.hand
         aside = float(np.hypot(*away[:2]))
-        within = aside < 0.015 and abs(away[2]) < 0.015
-        held = scene.width < OPENED and aside < 0.04 and abs(away[2]) < 0.04
+        missed = scene.width < _THIN or scene.opening
+        within = aside < 0.015 and abs(away[2]) < 0.015 and not missed
+        held = scene.width < OPENED and aside < 0.04 and abs(away[2]) < 0.04 and not missed
         if held and scene.holds:
             return self._carry(scene, turn)
         if within or held:

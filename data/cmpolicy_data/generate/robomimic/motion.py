@@ -19,6 +19,7 @@ OPEN, CLOSE = -1.0, 1.0
 WIDE = 0.07  # fingers further apart than this hold nothing
 OPENED = 0.0785  # fingers closer than this have begun to close
 _STILL = 3e-3  # fingers that move less per step have closed on something
+_OPENS = 1e-3  # fingers that part by more per step are on their way
 # What a full action of OSC_POSE asks for in one step.
 _STEP, _TURN = 0.05, 0.5
 _FASTEST_TURN = 0.5  # of a full action
@@ -36,6 +37,8 @@ class Scene:
     """Distance of the fingers."""
     still: bool
     """The fingers do not move."""
+    opening: bool
+    """The fingers move apart."""
     thing: Array
     """(3,) place of the object."""
     thing_turn: Array
@@ -64,6 +67,7 @@ def see(
         turn=quat_to_matrix(obs["robot0_eef_quat"].astype(np.float64)),
         width=width,
         still=abs(width - last_width) < _STILL,
+        opening=width - last_width > _OPENS,
         thing=things[thing],
         thing_turn=quat_to_matrix(things[thing_quat]),
     )
