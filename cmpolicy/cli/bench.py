@@ -24,9 +24,10 @@ commands:
               device=cpu calls=500 seconds=30 threads=null seed=0 out=outputs/bench/latency.json
               (policy, or net=large with random weights, is required; runtimes: [eager,onnx] unless
               given; seconds ends a slow row)
-  rollout   wall time of an evaluation
-              policy=pusht protocol=pusht-dp episodes=50 first_seed=500000 nfe=1 workers=null
-              device=cpu out=outputs/bench/rollout.json (policy is required)
+  rollout   wall time of an evaluation; for Robomimic beside one bare robosuite environment
+              policy=pusht protocol=null task=null episodes=50 first_seed=500000 nfe=1
+              workers=null bare_steps=200 device=cpu out=outputs/bench/rollout.json
+              (policy is required; protocol and task are its own unless given)
   server    a policy server on loopback: what it adds, many clients at once, and a fuzz
               policy=pusht nfe=1 pairs=2000 clients=16 seconds=10 fuzz=10000
               seed=0 out=outputs/bench/server.json (policy is required)

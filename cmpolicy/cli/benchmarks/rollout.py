@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from statistics import mean
+
+import numpy as np
 
 from cmpolicy.cli.benchmarks.latency import available_device
 from cmpolicy.cli.benchmarks.report import Report, describe_device
 from cmpolicy.cli.benchmarks.settings import RolloutSettings
+from cmpolicy.cli.protocols import ROBOMIMIC, Simulator, open_protocol
 from cmpolicy.policy.consistency import ConsistencyPolicy
+from cmpolicy.policy.pretrained import read_metadata
+from cmpolicy.train.schema import ConfigError
 from cmpolicy_eval.evaluate import evaluate
+from cmpolicy_eval.protocol import EvalProtocol
 
 
 def measure_rollout(settings: RolloutSettings) -> Report:
@@ -18,18 +26,20 @@ def measure_rollout(settings: RolloutSettings) -> Report:
 
     Raises:
         BundleError: the policy cannot be loaded.
-        ConfigError: no such device.
+        ConfigError: no such device, or nobody says which protocol.
         ValueError: no such protocol, or the policy does not fit its environment.
     """
     device = available_device(settings.device)
     policy = ConsistencyPolicy.from_pretrained(settings.policy, device=device)
     policy.num_steps = settings.nfe
+    protocol, bare_env = _protocol(settings)
     workers = settings.workers or os.cpu_count() or 1
     seeds = range(settings.first_seed, settings.first_seed + settings.episodes)
+    bare = [bare_env()] if bare_env else []
     start = time.perf_counter()
     evaluation = evaluate(
         policy,
-        settings.protocol,
+        protocol,
         seeds,
         nfe=settings.nfe,
         policy_name=settings.policy,
@@ -37,24 +47,77 @@ def measure_rollout(settings: RolloutSettings) -> Report:
         progress="rollout",
     )
     seconds = time.perf_counter() - start
+    bare += [bare_env()] if bare_env else []
     episodes, result = evaluation.episodes, evaluation.result
     steps = sum(episode.length for episode in episodes)
     row = (len(episodes), workers, settings.nfe, seconds, steps, steps / seconds)
     where = describe_device(device)
+    summary = {
+        "seconds": seconds,
+        "steps_per_s": steps / seconds,
+        "score_mean": result.score_mean,
+        "success_rate": result.success_rate,
+    }
+    closing = [
+        f"{len(episodes)} episodes in {seconds:.1f} s "
+        f"(score {result.score_mean:.3f}, success {result.success_rate:.2f})"
+    ]
+    if bare:
+        rate = mean(bare)
+        share = steps / seconds / (workers * rate)
+        summary |= {"bare_steps_per_s": rate, "share_of_bare": share}
+        closing.append(
+            f"one bare robosuite environment makes {rate:.0f} steps/s (before and after: "
+            f"{', '.join(f'{one:.0f}' for one in bare)}); {workers} processes with policy and "
+            f"resets make {100 * share:.0f} % of {workers} times that"
+        )
     return Report(
         benchmark="rollout",
-        title=f"{settings.protocol} rollouts of {settings.policy}\n  on {where}",
+        title=f"{protocol.name} rollouts of {settings.policy}\n  on {where}",
         columns=("episodes", "processes", "evaluations", "seconds", "steps", "steps/s"),
         rows=(row,),
-        summary={
-            "seconds": seconds,
-            "score_mean": result.score_mean,
-            "success_rate": result.success_rate,
-        },
-        closing=(
-            f"{len(episodes)} episodes in {seconds:.1f} s "
-            f"(score {result.score_mean:.3f}, success {result.success_rate:.2f})",
-        ),
+        summary=summary,
+        closing=tuple(closing),
         settings=asdict(settings),
         device=where,
     )
+
+
+def _protocol(settings: RolloutSettings) -> tuple[EvalProtocol, Callable[[], float] | None]:
+    """The protocol, and what measures its bare environment, if there is one."""
+    metadata = read_metadata(settings.policy)
+    name = settings.protocol or metadata.get("config", {}).get("task", {}).get("protocol")
+    if name is None:
+        raise ConfigError(f"{settings.policy} does not say under which protocol; give protocol=...")
+    simulator = Simulator.from_mapping(metadata.get("simulator", {}))
+    protocol = open_protocol(name, settings.task, simulator)
+    task = settings.task or simulator.task
+    if name != ROBOMIMIC or task is None or not settings.bare_steps:
+        return protocol, None
+    return protocol, lambda: bare_steps_per_s(task, simulator.env_args, settings.bare_steps)
+
+
+def bare_steps_per_s(task: str, env_args: str | None, steps: int) -> float:
+    """Steps per second of robosuite's own environment in this process, its resets not counted.
+
+    Args:
+        task: such as ``lift``.
+        env_args: robomimic's JSON; None takes the protocol's own.
+        steps: timed, with small random actions.
+    """
+    from cmpolicy_envs.robomimic_args import EnvArgs, default_env_args, translate
+    from cmpolicy_envs.robosuite_make import make_robosuite
+
+    given = default_env_args(task) if env_args is None else EnvArgs.from_json(env_args)
+    env = make_robosuite(translate(given))
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-0.3, 0.3, (steps + 10, len(env.action_spec[0])))
+    env.reset()
+    for action in actions[:10]:  # compiles what robosuite compiles
+        env.step(action)
+    start = time.perf_counter()
+    for action in actions[10:]:
+        env.step(action)
+    seconds = time.perf_counter() - start
+    env.close()
+    return steps / seconds

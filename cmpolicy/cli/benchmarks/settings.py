@@ -100,7 +100,10 @@ class RolloutSettings:
 
     Args:
         policy: bundle directory, bundled name or hub id.
-        protocol: of the evaluation.
+        protocol: of the evaluation; null takes the policy's own.
+        task: of ``robomimic-ph``; null takes the policy's own.
+        bare_steps: of one bare robosuite environment, timed before and after a Robomimic
+            evaluation to compare with; 0 leaves that out.
         episodes: how many, from ``first_seed`` on.
         first_seed: of the initial states; the default is not one of the protocol's own.
         nfe: network evaluations per chunk.
@@ -110,7 +113,9 @@ class RolloutSettings:
     """
 
     policy: str
-    protocol: str = "pusht-dp"
+    protocol: str | None = None
+    task: str | None = None
+    bare_steps: int = 200
     episodes: int = 50
     first_seed: int = 500_000
     nfe: int = 1
@@ -121,7 +126,8 @@ class RolloutSettings:
     def __post_init__(self) -> None:
         for name in ("episodes", "nfe"):
             _at_least(name, getattr(self, name), 1)
-        _at_least("first_seed", self.first_seed, 0)
+        for name in ("first_seed", "bare_steps"):
+            _at_least(name, getattr(self, name), 0)
         _at_least("workers", self.workers or 1, 1)
 
 
