@@ -10,7 +10,6 @@ from cmpolicy_data.generate.robomimic.motion import (
     CLOSE,
     OPEN,
     OPENED,
-    WIDE,
     Array,
     Hand,
     Scene,
@@ -25,6 +24,7 @@ _GOAL, _ROOM = np.array([0.14, 0.36]), np.array([0.015, 0.035])
 _CLEAR = 1.03  # a hand this high carries a can over the wall
 _LET_GO = 0.96  # height of the can
 _THIN = 0.03  # fingers nearer than this have closed on nothing
+_FREE = 0.056  # fingers further apart have let go of a can
 
 
 class CanExpert:
@@ -44,7 +44,7 @@ class CanExpert:
         placed = bool((np.abs(scene.thing[:2] - _MIDDLE) < _HALF).all())
         if placed and scene.thing[2] < _LET_GO:
             # While it is let go it is still lowered, lest it be lifted out of its place again.
-            height = scene.hand[2] - 0.02 if scene.width < WIDE else _CLEAR
+            height = scene.hand[2] - 0.02 if scene.width < _FREE else _CLEAR
             target = np.array([*scene.hand[:2], height])
             return self._hand.move(scene, target, turn, OPEN)
         grasp = scene.thing + self._style.grasp * [0.004, 0.004, 0.006] + [0, 0, 0.02]
