@@ -191,11 +191,8 @@ def image_card(pipe: ConsistencyImagePipeline, metadata: Mapping[str, Any]) -> s
     config = metadata["config"]
     parameters = sum(p.numel() for p in pipe.net.parameters())
     names = ", ".join(f"`{name}`" for name in pipe.class_names)
-    guidance = (
-        "no guidance"
-        if config["guidance"] == 1
-        else f"guided by {config['guidance']:g} in training"
-    )
+    weight = config["guidance"]
+    guidance = "no guidance" if weight == 1 else f"guidance {weight:g} in training"
     rows = "\n".join(
         f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in metadata["metrics"].items()
     )

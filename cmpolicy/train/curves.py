@@ -22,8 +22,9 @@ Entries = Sequence[dict[str, Any]]
 def draw_curves(run_dir: Path) -> Path | None:
     """Write ``curves.png`` into the run's folder; None if nothing was logged yet.
 
-    Panels: losses, gradient norm, learning rate, and what the evaluations gave: rollouts, held-out
-    windows, health. Training curves are drawn as logged (faint) and smoothed.
+    Panels: losses, gradient norm, learning rate, and what the evaluations gave: rollouts, else
+    held-out actions (the speed where there are neither), held-out losses, health. Training curves
+    are drawn as logged (faint) and smoothed.
     """
     entries = read_log(run_dir)
     train = [e for e in entries if e.get("kind") == "train"]
@@ -52,7 +53,7 @@ def draw_curves(run_dir: Path) -> Path | None:
     if rollouts:
         _panel(axes[1, 0], "rollouts while training", "share, score", evals, rollouts, marker="o")
         axes[1, 0].set_ylim(-0.03, 1.03)
-    else:
+    elif any("val_action_error" in e for e in evals):
         _panel(
             axes[1, 0],
             "held-out actions",
@@ -61,6 +62,8 @@ def draw_curves(run_dir: Path) -> Path | None:
             ["val_action_error"],
             marker="o",
         )
+    else:
+        _panel(axes[1, 0], "speed", "training samples per second", train, ["samples_per_s"])
     held_out = sorted({n for e in evals for n in e if n.startswith("val_loss_")})
     _panel(axes[1, 1], "held-out loss", "unweighted mean square", evals, held_out, marker="o")
     _log_scale(axes[1, 1])

@@ -1,0 +1,247 @@
+"""``cmpolicy-image train`` from the words to a model that makes images, on tiny networks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cmpolicy.cli.image import main
+from cmpolicy.cli.image_config import ImageTrainConfig
+from cmpolicy.cli.image_train import PACKAGE
+from cmpolicy.cli.image_training import train_images
+from cmpolicy.cli.settings import compose_settings, read_yaml
+from cmpolicy.image.pipeline import ConsistencyImagePipeline
+from cmpolicy.train.checkpoint import load_state
+from cmpolicy.train.trackers import read_log
+
+HANG = 600  # seconds after which a process is taken to hang; a busy machine needs minutes
+TINY = [
+    "net.widths=[8]",
+    "net.groups=4",
+    "net.embedding=8",
+    "dataset.image_size=8",
+    "samples=64",
+    "batch_size=8",
+    "optim.warmup=16",
+    "eval.every=32",
+    "eval.images=20",
+    "eval.per_class=1",
+    "save_every=32",
+    "log.every=16",
+    "log.tensorboard=false",
+    "device=cpu",
+    "precision=fp32",
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs go to outputs/ under the current folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+def train(*words: str) -> int:
+    return main(["train", *TINY, *words])
+
+
+def log_values(run_dir: Path) -> list[dict[str, Any]]:
+    """The log without what the clock says."""
+    clock = {"seconds", "samples_per_s"}
+    return [{k: v for k, v in e.items() if k not in clock} for e in read_log(run_dir)]
+
+
+def test_a_run_gives_a_model_that_makes_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("out=run", "guidance=1.5", "log.tensorboard=true") == 0
+    printed = capsys.readouterr().out
+    assert "cmpolicy-image eval model=run/model" in printed
+    run = tmp_path / "run"
+    assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert list((run / "tensorboard").iterdir())
+    assert sorted(p.name for p in (run / "samples").iterdir()) == ["000000032.png", "000000064.png"]
+    evaluations = [e for e in read_log(run) if e["kind"] == "eval"]
+    assert [e["samples"] for e in evaluations] == [32, 64]
+    for entry in evaluations:
+        assert entry["val_loss"] == pytest.approx(entry["val_loss_fm"] + entry["val_loss_sd"])
+        assert entry["val_loss_sd"] > 0  # though it joins the training later
+        assert {"health_semigroup", "health_tangent", "health_variance_ratio"} <= entry.keys()
+
+    pipe = ConsistencyImagePipeline.from_pretrained(run / "model")
+    assert pipe.class_names == tuple("0123456789")
+    picture = pipe("7", generator=torch.Generator().manual_seed(0)).images[0]
+    assert (picture.mode, picture.size) == ("L", (8, 8))
+    assert pipe.metadata["samples"] == 64
+    assert pipe.metadata["metrics"]["val_loss"] == evaluations[-1]["val_loss"]
+    assert pipe.metadata["config"]["guidance"] == 1.5
+    assert pipe.metadata["dataset"]["name"] == "digits"
+    card = (run / "model" / "README.md").read_text()
+    assert "`cmpolicy-image train net.widths=[8]" in card.replace("'", "")
+    assert "guidance 1.5 in training" in card
+    # both are the EMA weights of the end
+    ema = load_state(run).tensors
+    for folder in ("model", "model_last"):
+        net = ConsistencyImagePipeline.from_pretrained(run / folder).net
+        for name, weight in net.named_parameters():
+            assert torch.equal(weight, ema[f"ema/flow_map.net.{name}"]), name
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [
+            "guidance=2.0",
+            "objective.tangent_weights=ema",
+            "objective.sd_begin=0.0",
+            "objective.derivative=jvp",
+        ],
+        ["net=dit", "net.width=8", "net.depth=1", "net.heads=2", "path=trigonometric"],
+    ],
+)
+def test_resume_is_bit_exact(tmp_path: Path, words: list[str]) -> None:
+    """Two steps and two more are four steps; the labels that are dropped included."""
+    unet = [w for w in TINY if not (w.startswith("net.") and "net=dit" in words)]
+    settings = compose_settings(
+        "train", [*unet, *words, "samples=32", "eval.every=24", "save_every=16"], package=PACKAGE
+    )
+    settings.pop("out")
+    config = ImageTrainConfig.from_mapping(settings)
+    train_images(config, "straight", command="")
+    assert train_images(config, "parts", command="", until=16).outcome.samples == 16
+    assert load_state(tmp_path / "parts").values["samples"] == 16
+    run = train_images(config, "parts", command="", resume=True)
+    assert run.outcome.finished
+    a, b = load_state(tmp_path / "straight"), load_state(tmp_path / "parts")
+    assert a.tensors.keys() == b.tensors.keys()
+    for name, tensor in a.tensors.items():
+        assert torch.equal(tensor, b.tensors[name]), name
+    assert log_values(tmp_path / "straight") == log_values(tmp_path / "parts")
+    weights = "net/diffusion_pytorch_model.safetensors"
+    both = [(tmp_path / run / "model" / weights).read_bytes() for run in ("straight", "parts")]
+    assert both[0] == both[1]
+
+
+def test_a_run_can_be_prolonged_but_not_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("out=run", "objective=fm") == 0
+    assert main(["train", "resume=run", "samples=96"]) == 0
+    assert load_state(tmp_path / "run").values["samples"] == 96
+    assert ConsistencyImagePipeline.from_pretrained("run/model").sampler == "diagonal"
+    capsys.readouterr()
+    assert main(["train", "resume=run", "guidance=3"]) == 2
+    assert "A resumed run keeps all else from run" in capsys.readouterr().err
+    assert train("out=run") == 2
+    assert "go on with it: cmpolicy-image train resume=run" in capsys.readouterr().err
+
+
+def test_flow_matching_is_sampled_along_the_diagonal(tmp_path: Path) -> None:
+    assert train("out=run", "objective=fm", "path=trigonometric", "guidance=1.5") == 0
+    pipe = ConsistencyImagePipeline.from_pretrained("run/model")
+    assert (pipe.sampler, pipe.config.path) == ("diagonal", "trigonometric")
+    assert "loss_sd" not in read_log(tmp_path / "run")[0]
+    assert "num_inference_steps=10" in (tmp_path / "run/model/README.md").read_text()
+
+
+def test_a_diverging_run_stops_and_keeps_its_state(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("out=run", "optim.lr=1e36", "optim.grad_clip=null") == 1
+    printed = capsys.readouterr().err
+    assert "non-finite gradient at sample" in printed
+    assert "cmpolicy-image train resume=run optim.lr=" in printed
+    tensors = load_state(tmp_path / "run").tensors.values()
+    assert all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["guidance=0.5"], "guidance=0.5 makes no sense"),
+        (["dataset=folder", "dataset.path=nowhere"], "nowhere"),
+        (["dataset=mnist", "dataset.path=nowhere.npz"], "there is no file nowhere.npz"),
+        (["net.widths=[8,8,8,8,8]"], "halves the image 4 times, which 8 pixels do not allow"),
+        (["optim.lrr=1"], "did you mean 'optim.lr'"),
+        (["samples=4"], "samples=4 is less than one batch"),
+        (["device=cuda"], "torch sees no GPU"),
+        (["resume=nowhere"], "there is no nowhere/config.yaml"),
+    ],
+)
+def test_bad_input_is_one_message(
+    capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    if words == ["device=cuda"] and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    if words[0].startswith("resume"):
+        assert main(["train", *words]) == 2
+    else:
+        small = [] if "dataset=" in words[0] else ["dataset.image_size=8"]
+        rest = [w for w in TINY if not w.startswith("dataset")]
+        assert main(["train", *small, *rest, *words]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("cmpolicy-image train: ")
+    assert message in printed, printed
+    assert "Traceback" not in printed
+    assert not Path("outputs").exists()
+
+
+def test_a_folder_of_ones_own_in_colour(tmp_path: Path) -> None:
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for name, level in (("dark", 0), ("light", 128)):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        for i in range(6):
+            pixels = rng.integers(level, level + 127, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "mine" / name / f"{i}.png")
+    rest = [w for w in TINY if not w.startswith("dataset")]
+    words = ["dataset=folder", "dataset.path=mine", "dataset.flip=true", "out=run"]
+    assert main(["train", *rest, *words]) == 0
+    pipe = ConsistencyImagePipeline.from_pretrained("run/model")
+    assert pipe.class_names == ("dark", "light")
+    assert pipe("light").images[0].mode == "RGB"
+    assert str(tmp_path) not in json.dumps(pipe.metadata["config"])
+    assert read_yaml("run/config.yaml")["dataset"]["path"] == "mine"
+
+
+def test_dispatch_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    assert "dataset=digits|mnist|cifar10|folder" in capsys.readouterr().out
+    assert main(["paint"]) == 2
+    assert "unknown command 'paint'; choose one of train" in capsys.readouterr().err
+    assert main(["train", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "cmpolicy-image train resume=" in printed
+    assert "label_dropout" in printed
+
+
+def test_a_signal_leaves_a_run_that_can_be_resumed(tmp_path: Path) -> None:
+    words = [*TINY, "out=run", "samples=10000000", "eval.every=10000000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cmpolicy.cli.image", "train", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+    )
+    log = tmp_path / "run/log.jsonl"
+    deadline = time.monotonic() + HANG
+    while process.poll() is None and not (log.exists() and log.stat().st_size):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)  # as SIGINT, which a job in the background may ignore
+    out, err = process.communicate(timeout=HANG)
+    assert process.returncode == 143, err
+    assert "go on with:\n  cmpolicy-image train resume=run" in out
+    samples = int(load_state(tmp_path / "run").values["samples"])
+    assert main(["train", "resume=run", f"samples={samples + 16}"]) == 0
+    assert load_state(tmp_path / "run").values["samples"] == samples + 16
