@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cmpolicy.image.datasets.data import ImageDataConfig
-from cmpolicy.image.guidance import Guidance
+from cmpolicy.image.guidance import USUAL_DROPOUT, Guidance
 from cmpolicy.image.model import check_derivative
 from cmpolicy.image.net import KINDS, ImageNetConfig
 from cmpolicy.train.config import EvalSchedule, LoopConfig, ObjectiveConfig, at_least
@@ -71,7 +71,8 @@ class ImageTrainConfig(LoopConfig):
     Args:
         path: interpolant, ``linear`` or ``trigonometric``.
         guidance: weight of the guidance at training time; 1 is none.
-        label_dropout: share of samples that are trained without their label.
+        label_dropout: share of samples that are trained without their label; null: what guidance
+            needs, 0.1, and 0 without it.
     """
 
     dataset: ImageDataConfig
@@ -79,7 +80,7 @@ class ImageTrainConfig(LoopConfig):
     objective: ObjectiveConfig
     path: Literal["linear", "trigonometric"] = "linear"
     guidance: float = 1.0
-    label_dropout: float = 0.1
+    label_dropout: float | None = None
     eval: ImageEvalConfig = field(default_factory=ImageEvalConfig)
 
     def __post_init__(self) -> None:
@@ -93,4 +94,6 @@ class ImageTrainConfig(LoopConfig):
     @property
     def guide(self) -> Guidance:
         """Guidance at training time."""
-        return Guidance(self.guidance, self.label_dropout)
+        usual = USUAL_DROPOUT if self.guidance > 1 else 0.0
+        dropout = usual if self.label_dropout is None else self.label_dropout
+        return Guidance(self.guidance, dropout)

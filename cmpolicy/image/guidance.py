@@ -18,6 +18,8 @@ from cmpolicy.flow.objective import Draws, VelocityTarget
 from cmpolicy.flow.path import PathSample, expand_time
 
 MAX_WEIGHT = 20.0
+#: Share of labels dropped by Ho and Salimans 2022 and most after them.
+USUAL_DROPOUT = 0.1
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Guidance:
     """
 
     weight: float = 1.0
-    dropout: float = 0.1
+    dropout: float = USUAL_DROPOUT
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.weight) and 1.0 <= self.weight <= MAX_WEIGHT):

@@ -31,6 +31,13 @@ def test_defaults_are_digits_by_isd_on_a_small_unet() -> None:
     assert (config.guidance, config.eval.nfe, config.path) == (1.0, 1, "linear")
 
 
+def test_labels_are_dropped_where_guidance_needs_it() -> None:
+    assert build().guide.dropout == 0
+    assert build("guidance=2").guide.dropout == 0.1
+    assert build("label_dropout=0.2").guide.dropout == 0.2
+    assert build("guidance=2", "label_dropout=0.3").guide.dropout == 0.3
+
+
 @pytest.mark.parametrize("preset", choices("preset"))
 @pytest.mark.parametrize("objective", ["isd", "fm"])
 def test_every_preset_composes_with_every_objective(preset: str, objective: str) -> None:
