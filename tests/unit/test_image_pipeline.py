@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+import cmpolicy
 from cmpolicy.flow.objective import build_objective
 from cmpolicy.image.guidance import Guidance
 from cmpolicy.image.model import ImageFlowModel
@@ -75,6 +76,15 @@ def test_round_trip(tmp_path: Path, path: str, sampler: str) -> None:
         "net/config.json",
         "net/diffusion_pytorch_model.safetensors",
     ]
+
+
+def test_half_precision_is_what_diffusers_calls_torch_dtype(model: Path) -> None:
+    half = cmpolicy.ConsistencyImagePipeline.from_pretrained(model, torch_dtype=torch.bfloat16)
+    assert half.net.dtype == torch.bfloat16
+    generated = half.generate(torch.tensor([0, 1]), generator=seeded())
+    assert generated.dtype == torch.float32
+    expected = make_pipe().generate(torch.tensor([0, 1]), generator=seeded())
+    torch.testing.assert_close(generated, expected, rtol=0, atol=0.2)
 
 
 def test_names_are_numbers_unless_given(tmp_path: Path) -> None:
