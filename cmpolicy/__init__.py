@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cmpolicy.export.onnx_policy import OnnxPolicy
+    from cmpolicy.image.pipeline import ConsistencyImagePipeline
     from cmpolicy.policy.consistency import ConsistencyPolicy
     from cmpolicy.robot.chunking import ActionChunker
     from cmpolicy.robot.loop import ControlLoop
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "ActionChunker",
+    "ConsistencyImagePipeline",
     "ConsistencyPolicy",
     "ControlLoop",
     "OnnxPolicy",
@@ -28,6 +30,7 @@ __all__ = [
 
 _MODULES = {
     "ActionChunker": "cmpolicy.robot.chunking",
+    "ConsistencyImagePipeline": "cmpolicy.image.pipeline",
     "ConsistencyPolicy": "cmpolicy.policy.consistency",
     "ControlLoop": "cmpolicy.robot.loop",
     "OnnxPolicy": "cmpolicy.export.onnx_policy",

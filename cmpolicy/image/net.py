@@ -90,7 +90,7 @@ class UNetConfig:
         """The U-Net: body(x, 0, class_labels=embedding)."""
         sides = self.sides(image_size)
         at = [side in self.attention_at for side in sides]
-        body = UNet2DModel(
+        body: Any = UNet2DModel(
             sample_size=image_size,
             in_channels=channels,
             out_channels=channels,
@@ -106,7 +106,8 @@ class UNetConfig:
             class_embed_type="identity",
         )
         _zero(body.conv_out)
-        return body
+        unet: nn.Module = body
+        return unet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +153,7 @@ class DiTConfig:
             raise ValueError(
                 f"net.patch_size={self.patch_size} does not divide an image of {image_size} pixels"
             )
-        body = DiTTransformer2DModel(
+        body: Any = DiTTransformer2DModel(
             num_attention_heads=self.heads,
             attention_head_dim=self.width // self.heads,
             in_channels=channels,
@@ -165,7 +166,8 @@ class DiTConfig:
             block.norm1.emb = _Given()
             _zero(block.norm1.linear)  # adaLN-Zero: every block starts as the identity
         _zero(body.proj_out_2)
-        return body
+        transformer: nn.Module = body
+        return transformer
 
 
 #: Size and kind of an image network.
@@ -187,7 +189,7 @@ class ImageNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         ValueError: sizes that do not fit each other.
     """
 
-    @register_to_config  # type: ignore[untyped-decorator]
+    @register_to_config
     def __init__(
         self, image_size: int, channels: int, n_classes: int, net: Mapping[str, Any]
     ) -> None:
@@ -262,10 +264,12 @@ def net_config(settings: Mapping[str, Any]) -> ImageNetConfig:
     if kind not in KINDS:
         raise ValueError(f"net.kind={kind!r} is not one of {sorted(KINDS)}")
     values = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in settings.items()}
+    make: Any = KINDS[kind]
     try:
-        return KINDS[kind](**values)
+        config: ImageNetConfig = make(**values)
     except TypeError as error:
         raise ValueError(f"net: {error}") from error
+    return config
 
 
 def build_net(
@@ -277,7 +281,10 @@ def build_net(
         ValueError: sizes that do not fit each other.
     """
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
-    return ImageNet(image_size=image_size, channels=channels, n_classes=n_classes, net=settings)
+    net: ImageNet = ImageNet(
+        image_size=image_size, channels=channels, n_classes=n_classes, net=settings
+    )
+    return net
 
 
 def _check_common(embedding: int, attention: str) -> None:

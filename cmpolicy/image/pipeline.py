@@ -287,10 +287,11 @@ class ConsistencyImagePipeline(DiffusionPipeline):  # type: ignore[misc]
         """
         folder = _locate(pretrained_model_name_or_path)
         _check_index(folder)
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
         try:
             # read here, since diffusers only warns of weights that are missing
             net, report = ImageNet.from_pretrained(
-                folder / NET, output_loading_info=True, use_safetensors=True
+                folder / NET, output_loading_info=True, use_safetensors=True, torch_dtype=dtype
             )
         except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
             raise ImageModelError(
