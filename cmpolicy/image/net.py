@@ -30,7 +30,7 @@ class UNetConfig:
     Args:
         widths: channels at each resolution, the full one first; each next is half as large.
         blocks: residual blocks per resolution on the way down (one more on the way up).
-        attention_at: sides in pixels of the feature maps with self-attention; [] for none.
+        attention_levels: resolutions with self-attention, 0 the full one; [] for none.
         head_dim: channels per attention head.
         groups: of the group normalisation; divides every width.
         embedding: E, a multiple of 4.
@@ -40,7 +40,7 @@ class UNetConfig:
     kind: Literal["unet"] = "unet"
     widths: tuple[int, ...] = (32, 64)
     blocks: int = 1
-    attention_at: tuple[int, ...] = ()
+    attention_levels: tuple[int, ...] = ()
     head_dim: int = 32
     groups: int = 8
     embedding: int = 128
@@ -55,16 +55,29 @@ class UNetConfig:
             )
         if self.blocks < 1:
             raise ValueError(f"net.blocks={self.blocks} must be at least 1")
-        if self.attention_at and any(w % self.head_dim for w in self.widths):
+        strange = [k for k in self.attention_levels if not 0 <= k < len(self.widths)]
+        if strange:
             raise ValueError(
-                f"net.widths={list(self.widths)} must be multiples of net.head_dim={self.head_dim}"
+                f"net.attention_levels={list(self.attention_levels)}: there is no resolution "
+                f"{strange[0]}; net.widths={list(self.widths)} makes 0 to {len(self.widths) - 1}"
             )
+        for level in self.attention_levels:
+            if self.widths[level] % self.head_dim:
+                raise ValueError(
+                    f"net.widths={list(self.widths)}: resolution {level} has attention, so its "
+                    f"width must be a multiple of net.head_dim={self.head_dim}"
+                )
 
-    def sides(self, image_size: int) -> list[int]:
-        """Side of the feature maps at each resolution.
+    @property
+    def differentiates_forward(self) -> bool:
+        """Whether ``torch.func.jvp`` works on the network."""
+        return not self.attention_levels or self.attention == "plain"
+
+    def build(self, image_size: int, channels: int) -> nn.Module:
+        """The U-Net: body(x, 0, class_labels=embedding).
 
         Raises:
-            ValueError: the image cannot be halved as often, or ``attention_at`` names no such side.
+            ValueError: the image cannot be halved as often.
         """
         halvings = len(self.widths) - 1
         if image_size % 2**halvings:
@@ -72,24 +85,7 @@ class UNetConfig:
                 f"net.widths={list(self.widths)} halves the image {halvings} times, which "
                 f"{image_size} pixels do not allow; leave out widths, or choose dataset.image_size"
             )
-        sides = [image_size >> level for level in range(len(self.widths))]
-        strange = sorted(set(self.attention_at) - set(sides))
-        if strange:
-            raise ValueError(
-                f"net.attention_at={list(self.attention_at)}: no feature map has a side of "
-                f"{strange}; they have {sides}"
-            )
-        return sides
-
-    @property
-    def differentiates_forward(self) -> bool:
-        """Whether ``torch.func.jvp`` works on the network."""
-        return not self.attention_at or self.attention == "plain"
-
-    def build(self, image_size: int, channels: int) -> nn.Module:
-        """The U-Net: body(x, 0, class_labels=embedding)."""
-        sides = self.sides(image_size)
-        at = [side in self.attention_at for side in sides]
+        at = [level in self.attention_levels for level in range(len(self.widths))]
         body: Any = UNet2DModel(
             sample_size=image_size,
             in_channels=channels,
@@ -148,7 +144,11 @@ class DiTConfig:
         return self.attention == "plain"
 
     def build(self, image_size: int, channels: int) -> nn.Module:
-        """The transformer: body(x, class_labels=embedding)."""
+        """The transformer: body(x, class_labels=embedding).
+
+        Raises:
+            ValueError: an image that is not made of whole patches.
+        """
         if image_size % self.patch_size:
             raise ValueError(
                 f"net.patch_size={self.patch_size} does not divide an image of {image_size} pixels"

@@ -90,7 +90,10 @@ def test_help_names_every_choice() -> None:
             ["net=dit", "objective.derivative=jvp"],
             "choose objective.derivative=difference, or net.attention=plain",
         ),
-        (["net.attention_at=[8]", "objective.derivative=jvp"], "objective.derivative=difference"),
+        (
+            ["net.attention_levels=[1]", "objective.derivative=jvp"],
+            "objective.derivative=difference",
+        ),
     ],
 )
 def test_bad_settings(words: list[str], message: str) -> None:
@@ -101,7 +104,7 @@ def test_bad_settings(words: list[str], message: str) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["net=dit", "net.attention=plain"], ["net.attention_at=[8]", "net.attention=plain"]],
+    [[], ["net=dit", "net.attention=plain"], ["net.attention_levels=[1]", "net.attention=plain"]],
 )
 def test_forward_mode_where_attention_allows_it(words: list[str]) -> None:
     config = build(*words, "objective.derivative=jvp")

@@ -14,7 +14,7 @@ UNET: dict[str, Any] = {"widths": (8, 16), "groups": 4, "embedding": 16, "head_d
 DIT: dict[str, Any] = {"width": 16, "depth": 2, "heads": 2}
 CONFIGS = {
     "unet": UNetConfig(**UNET),
-    "unet attention": UNetConfig(**UNET, attention_at=(4,), attention="plain"),
+    "unet attention": UNetConfig(**UNET, attention_levels=(1,), attention="plain"),
     "dit": DiTConfig(**DIT, attention="plain"),
 }
 
@@ -83,7 +83,7 @@ def test_forward_mode_and_difference_agree(name: str, path: str) -> None:
     assert errors[1] < 0.3 * errors[0]  # O(e^2)
 
 
-@pytest.mark.parametrize("config", [UNetConfig(**UNET, attention_at=(4,)), DiTConfig(**DIT)])
+@pytest.mark.parametrize("config", [UNetConfig(**UNET, attention_levels=(1,)), DiTConfig(**DIT)])
 def test_attention_kernels_agree_and_only_the_plain_one_differentiates_forward(
     config: UNetConfig | DiTConfig,
 ) -> None:
@@ -109,8 +109,12 @@ def test_attention_kernels_agree_and_only_the_plain_one_differentiates_forward(
         ({"kind": "unet", "widths": []}, 8, "net.widths=[] must be at least one"),
         ({"kind": "unet", "blocks": 0}, 8, "net.blocks=0 must be at least 1"),
         ({"kind": "unet", "widths": [8, 8, 8, 8]}, 12, "halves the image 3 times, which 12 pixels"),
-        ({"kind": "unet", "attention_at": [5]}, 8, "no feature map has a side of [5]"),
-        ({"kind": "unet", "attention_at": [8], "head_dim": 24}, 8, "multiples of net.head_dim=24"),
+        ({"kind": "unet", "attention_levels": [2]}, 8, "there is no resolution 2; net.widths"),
+        (
+            {"kind": "unet", "attention_levels": [1], "head_dim": 24},
+            8,
+            "multiples of net.head_dim=24",
+        ),
         ({"kind": "unet", "embedding": 30}, 8, "time_dim=30 must be a multiple of 4"),
         ({"kind": "unet", "attention": "flash"}, 8, "net.attention='flash' is not one of fused"),
         ({"kind": "dit", "width": 24, "heads": 5}, 8, "must be a multiple of net.heads=5"),
