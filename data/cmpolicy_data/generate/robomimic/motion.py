@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 
 OPEN, CLOSE = -1.0, 1.0
 WIDE = 0.07  # fingers further apart than this hold nothing
-OPENED = 0.0785  # fingers closer than this have begun to close
+OPENED = 0.0775  # fingers closer than this have begun to close
 _STILL = 3e-3  # fingers that move less per step have closed on something
 _OPENS = 1e-3  # fingers that part by more per step are on their way
 # What a full action of OSC_POSE asks for in one step.
