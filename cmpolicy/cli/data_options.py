@@ -44,3 +44,14 @@ def names(options: dict[str, str], key: str) -> list[str]:
     text = options[key].removeprefix("[")
     text = text.removesuffix("]") if text != options[key] else text
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def yes(options: dict[str, str], key: str) -> bool:
+    """The option as true or false.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if options[key] not in ("true", "false"):
+        raise UsageError(f"{key} must be true or false, got {options[key]!r}.")
+    return options[key] == "true"

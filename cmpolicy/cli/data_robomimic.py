@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cmpolicy.cli.data_options import UsageError, names, read_options, whole
+from cmpolicy.cli.data_options import UsageError, names, read_options, whole, yes
 
 GENERATE_OPTIONS = (
     "  task=lift         lift, can, square\n"
@@ -20,6 +20,7 @@ CONVERT_OPTIONS = (
     " robomimic:\n"
     "  obs=[]            observation keys; default: all that are one vector per step\n"
     "  filter=           convert only the demonstrations of this mask (train, valid, ...)\n"
+    "  states=true       false leaves out what only `replay` reads, most of the bytes\n"
     "  workers=1         simulator processes that recover absolute actions\n"
 )
 REPLAY_OPTIONS = (
@@ -77,7 +78,7 @@ def convert(arguments: argparse.Namespace) -> int:
 
     defaults = {"out": "", "actions": "delta"}
     if arguments.layout == "robomimic":
-        defaults |= {"obs": "", "filter": "", "workers": "1"}
+        defaults |= {"obs": "", "filter": "", "states": "true", "workers": "1"}
     options = read_options(arguments, defaults)
     source, actions = Path(arguments.source), options["actions"]
     suffix = "_abs.zarr" if actions == "absolute" else ".zarr"
@@ -97,6 +98,7 @@ def convert(arguments: argparse.Namespace) -> int:
                 actions=actions,
                 keys=names(options, "obs") or None,
                 filter_key=options["filter"] or None,
+                states=yes(options, "states"),
                 workers=whole(options, "workers"),
                 progress=show,
             )

@@ -22,14 +22,14 @@ from cmpolicy_envs.robomimic_args import (
     translate,
     with_absolute_actions,
 )
+from cmpolicy_envs.robomimic_signs import canonical_observation
 from cmpolicy_envs.robomimic_tasks import get_task
 from cmpolicy_envs.robosuite_make import import_robosuite
-from cmpolicy_envs.rotations import canonical_quat, matrix_to_axis_angle, rot6d_to_matrix
+from cmpolicy_envs.rotations import matrix_to_axis_angle, rot6d_to_matrix
 
 Observation = dict[str, NDArray[Any]]
 
 _DELTA, _ABSOLUTE = 7, 10  # numbers per arm
-_QUATS = ("eef_quat", "eef_quat_site")
 _OPTIONS = ("reset_to",)
 
 
@@ -46,7 +46,7 @@ class RobomimicEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
 
     Observation: robomimic's keys (float32), by default ``object``, ``robot0_eef_pos`` (3,) m,
     ``robot0_eef_quat`` (4,) (x, y, z, w) with the sign of
-    :func:`~cmpolicy_envs.rotations.canonical_quat`, ``robot0_gripper_qpos`` (2,) m, and ``robot1_``
+    :mod:`~cmpolicy_envs.robomimic_signs`, ``robot0_gripper_qpos`` (2,) m, and ``robot1_``
     likewise where there are two arms; ``<camera>_image`` (H, W, 3) uint8 for each of ``cameras``.
 
     Action (float32), one after the other for each arm:
@@ -164,8 +164,7 @@ class RobomimicEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         """The observation of the present state."""
         observation: Observation = {}
         for key, value in self.sim.observe(self.keys).items():
-            canonical = canonical_quat(value) if key.endswith(_QUATS) else value
-            observation[key] = canonical.astype(np.float32)
+            observation[key] = canonical_observation(key, value, self.task).astype(np.float32)
         return {**observation, **self.camera_images()}
 
     def camera_images(self) -> dict[str, NDArray[np.uint8]]:

@@ -8,6 +8,9 @@ robosuite 1.5; this one takes its place::
     robomimic.utils.train_utils.run_rollout(policy, env, horizon=400)
 """
 
+import builtins
+import contextlib
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +23,9 @@ from cmpolicy_envs.robomimic_tasks import task_of
 from cmpolicy_envs.robosuite_make import import_robosuite, missing_extra
 
 try:
-    from robomimic.envs.env_base import EnvBase, EnvType
+    # robomimic prints a box at its import when its user has written no settings file.
+    with contextlib.redirect_stdout(io.StringIO()):
+        from robomimic.envs.env_base import EnvBase, EnvType
 except ModuleNotFoundError as _error:
     raise missing_extra(_error) from None
 
@@ -215,7 +220,7 @@ class RobomimicEnvBase(EnvBase):  # type: ignore[misc]  # robomimic has no types
         }
 
     @property
-    def rollout_exceptions(self) -> tuple[type[Exception], ...]:
+    def rollout_exceptions(self) -> tuple[builtins.type[Exception], ...]:  # `type` is EnvBase's
         """What an unstable simulation raises."""
         import mujoco
 

@@ -17,23 +17,24 @@ class RobomimicTask:
     n_arms: int
     model_varies: bool
     """Whether robosuite draws sizes of objects at each reset, and not only their places."""
+    object_size: int
+    """Numbers of the observation ``object``."""
+    quats_to_hand: tuple[int, ...] = ()
+    """Where in ``object`` quaternions of objects in the gripper's frame begin."""
 
 
-def _task(
-    name: str, robosuite_env: str, gym_name: str, max_steps: int, n_arms: int, model_varies: bool
-) -> RobomimicTask:
-    gym_id = f"cmpolicy/Robomimic-{gym_name}-v0"
-    return RobomimicTask(name, robosuite_env, gym_id, max_steps, n_arms, model_varies)
+def _gym_id(name: str) -> str:
+    return f"cmpolicy/Robomimic-{name}-v0"
 
 
 TASKS: dict[str, RobomimicTask] = {
     task.name: task
     for task in (
-        _task("lift", "Lift", "Lift", 400, 1, True),
-        _task("can", "PickPlaceCan", "Can", 400, 1, False),
-        _task("square", "NutAssemblySquare", "Square", 400, 1, False),
-        _task("transport", "TwoArmTransport", "Transport", 700, 2, True),
-        _task("tool_hang", "ToolHang", "ToolHang", 700, 1, False),
+        RobomimicTask("lift", "Lift", _gym_id("Lift"), 400, 1, True, 10),
+        RobomimicTask("can", "PickPlaceCan", _gym_id("Can"), 400, 1, False, 14, (3,)),
+        RobomimicTask("square", "NutAssemblySquare", _gym_id("Square"), 400, 1, False, 14, (3,)),
+        RobomimicTask("transport", "TwoArmTransport", _gym_id("Transport"), 700, 2, True, 41),
+        RobomimicTask("tool_hang", "ToolHang", _gym_id("ToolHang"), 700, 1, False, 44, (3, 17, 31)),
     )
 }
 

@@ -8,13 +8,12 @@ The store has ``data/<obs key>`` (float32; images as they are), ``data/action`` 
 
 Delta actions are as in the file: per arm position 3, rotation 3, gripper 1, each in [-1, 1].
 Absolute actions have 10 numbers per arm (see `goals`). The sign of a gripper's quaternion is made
-the one that the environment gives (`cmpolicy_envs.rotations.canonical_quat`).
+the one that the environment gives (`cmpolicy_envs.robomimic_signs`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,13 +27,12 @@ from cmpolicy_data.convert.goals import Recording, absolute_actions, recover_goa
 from cmpolicy_data.convert.recorded_env import RecordedEnv, recorded_env
 from cmpolicy_data.convert.writing import ConvertedEpisode, check_target, write_store
 from cmpolicy_data.robomimic_file import Array, Demo, RobomimicFile, RobomimicFileError
-from cmpolicy_envs.rotations import canonical_quat
+from cmpolicy_envs.robomimic_signs import canonical_observation
 
 CONVERTER = "cmpolicy_data.convert.robomimic"
 VERSION = 1
 ACTIONS = ("delta", "absolute")
 _RESERVED = ("action", "state")
-_GRIPPER_QUAT = re.compile(r"robot\d+_eef_quat(_site)?")
 
 Actions = Literal["delta", "absolute"]
 
@@ -67,6 +65,7 @@ def convert(
     actions: str = "delta",
     keys: Sequence[str] | None = None,
     filter_key: str | None = None,
+    states: bool = True,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConversionReport:
@@ -80,6 +79,8 @@ def convert(
             the file has it in the world frame, else recovered from the states in the simulator.
         keys: observation keys; default all that are one vector per step.
         filter_key: convert only the demonstrations of this filter (``train``).
+        states: keep the states and scenes, most of the bytes: training does without them, `replay`
+            does not.
         workers: simulator processes that recover absolute actions.
         progress: called with (done, all) after each demonstration.
 
@@ -112,7 +113,7 @@ def convert(
             key: [numbers[name] for name in chosen if name in numbers]
             for key, chosen in file.masks.items()
         }
-        reader = _Reader(file, env, obs_keys, names)
+        reader = _Reader(file, env, obs_keys, names, states)
         episodes = reader.delta() if actions == "delta" else reader.absolute(workers)
         attrs = {
             "version": VERSION,
@@ -138,20 +139,19 @@ def convert(
     )
 
 
-def canonical(key: str, value: Array) -> Array:
-    """An observation as the environment gives it: the quaternion of a gripper with one sign."""
-    if _GRIPPER_QUAT.fullmatch(key) and value.shape[-1:] == (4,):
-        return canonical_quat(value)
-    return value
-
-
 class _Reader:
     """Reads demonstrations in order and gives episodes with delta or absolute actions."""
 
     def __init__(
-        self, file: RobomimicFile, env: RecordedEnv, keys: list[str], names: tuple[str, ...]
+        self,
+        file: RobomimicFile,
+        env: RecordedEnv,
+        keys: list[str],
+        names: tuple[str, ...],
+        states: bool,
     ) -> None:
         self._file, self._env, self._keys, self._names = file, env, keys, names
+        self._states = states
         self._shapes: dict[str, tuple[int, ...]] = {}
         self.goals_from_file = 0
 
@@ -225,7 +225,10 @@ class _Reader:
         return Recording(demo.states, demo.actions, demo.model)
 
     def _episode(self, demo: Demo, action: npt.NDArray[np.float64]) -> ConvertedEpisode:
-        obs = {key: canonical(key, value) for key, value in demo.obs.items()}
+        task = self._env.task
+        obs = {key: canonical_observation(key, value, task) for key, value in demo.obs.items()}
+        if not self._states:
+            return ConvertedEpisode(obs, action, None, None)
         return ConvertedEpisode(obs, action, demo.states, demo.model)
 
 
