@@ -268,6 +268,7 @@ def _arm(config: Any, where: str, key: str, *, frame: str) -> dict[str, Any]:
     arm.setdefault("input_type", "delta")
     arm.setdefault("input_ref_frame", frame)
     arm.setdefault("gripper", {"type": "GRIP"})
+    arm.setdefault("interpolation", None)  # robosuite looks it up without asking
     _check_arm(arm, where, key)
     return arm
 
