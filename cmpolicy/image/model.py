@@ -144,7 +144,8 @@ def generate_images(
         sampler: see :mod:`cmpolicy.flow.sampler`.
 
     Raises:
-        ValueError: ``num_steps`` below 1, or an unknown sampler.
+        ValueError: ``num_steps`` below 1, an unknown sampler, or a list of another number of
+            generators than of labels.
     """
     noise = _noise(flow_map, len(labels), generator)
     images = sample(flow_map, noise, labels.to(noise.device), num_steps=num_steps, kind=sampler)
@@ -170,6 +171,10 @@ def generate_trajectory(
 
 
 def _noise(flow_map: FlowMap, count: int, generator: Generators) -> Tensor:
+    if isinstance(generator, Sequence) and len(generator) != count:
+        raise ValueError(
+            f"{len(generator)} generators were given for {count} images; give one, or one per image"
+        )
     net = cast(ImageNet, flow_map.net)
     noise: Tensor = randn_tensor(
         (count, *net.image_shape),

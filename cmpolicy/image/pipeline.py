@@ -287,11 +287,10 @@ class ConsistencyImagePipeline(DiffusionPipeline):  # type: ignore[misc]
         """
         folder = _locate(pretrained_model_name_or_path)
         _check_index(folder)
-        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
         try:
             # read here, since diffusers only warns of weights that are missing
             net, report = ImageNet.from_pretrained(
-                folder / NET, output_loading_info=True, use_safetensors=True, torch_dtype=dtype
+                folder / NET, output_loading_info=True, use_safetensors=True
             )
         except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
             raise ImageModelError(
@@ -305,6 +304,9 @@ class ConsistencyImagePipeline(DiffusionPipeline):  # type: ignore[misc]
                     f"describes ({what.replace('_', ' ')}: {', '.join(map(str, report[what][:3]))})"
                     "; copy the whole folder again"
                 )
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))  # the latter is the older name
+        if dtype is not None:
+            net.to(dtype)
         with _no_progress_bar():  # of one component
             pipe: ConsistencyImagePipeline = super().from_pretrained(folder, net=net, **kwargs)
         cast(ImageNet, pipe.net).eval().requires_grad_(False)

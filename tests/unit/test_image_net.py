@@ -113,7 +113,7 @@ def test_attention_kernels_agree_and_only_the_plain_one_differentiates_forward(
         (
             {"kind": "unet", "attention_levels": [1], "head_dim": 24},
             8,
-            "multiples of net.head_dim=24",
+            "multiple of net.head_dim=24",
         ),
         ({"kind": "unet", "embedding": 30}, 8, "time_dim=30 must be a multiple of 4"),
         ({"kind": "unet", "attention": "flash"}, 8, "net.attention='flash' is not one of fused"),
