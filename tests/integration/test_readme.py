@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cmpolicy.cli import bench, data, eval, export, publish, robot_demo, train
+from cmpolicy.cli import bench, data, eval, export, image, publish, robot_demo, train
 from cmpolicy_data import ReplayBuffer, bundled_path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,9 +23,11 @@ MAINS: dict[str, Callable[[list[str]], int]] = {
     "cmpolicy-publish": publish.main,
     "cmpolicy-export": export.main,
     "cmpolicy-robot-demo": robot_demo.main,
+    "cmpolicy-image": image.main,
 }
 NET = ["net.down_dims=[8,16]", "net.n_groups=4", "net.time_dim=8", "net.obs_dim=8"]
 RUN = ["samples=16", "batch_size=8", "optim.warmup=0", "eval.episodes=0", "eval.windows=8"]
+IMAGE = ["net.widths=[8]", "net.groups=4", "net.embedding=8", "eval.images=8", "eval.per_class=1"]
 TRAIN = [*NET, *RUN, "log.tensorboard=false", "device=cpu"]
 #: What makes each README command short, by the beginning of the command; the longest match counts.
 SHORT = {
@@ -42,6 +44,12 @@ SHORT = {
     "cmpolicy-data inspect": [],
     "cmpolicy-data validate": [],
     "cmpolicy-data generate": ["episodes=1", "workers=1"],
+    "cmpolicy-data generate robomimic": ["episodes=2", "workers=1"],
+    "cmpolicy-data convert robomimic": [],
+    "cmpolicy-data replay robomimic": [],
+    "cmpolicy-image train": [*IMAGE, "samples=16", "batch_size=8", "optim.warmup=0", "device=cpu"],
+    "cmpolicy-image sample": ["per_class=1"],
+    "cmpolicy-image eval": ["nfe=[1]", "samples=40"],
     "cmpolicy-eval policy=": ["seeds=500000-500001", "workers=1"],
     "cmpolicy-eval policy=pusht nfe=1 sampler": ["seeds=500000", "videos=1", "workers=1"],
     "cmpolicy-eval report": [],
