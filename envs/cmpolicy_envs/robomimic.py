@@ -114,9 +114,10 @@ class RobomimicEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         self._rendered_model: Any = None
         self.keys = tuple(keys) if keys is not None else low_dim_keys(self.task.n_arms)
         self._check_names()
-        self.observation_space = self._observation_space()
+        # gymnasium types a Dict of Boxes as no space of a dict of arrays
+        self.observation_space = self._observation_space()  # type: ignore[assignment]
         self.sim.sense_only(self.keys)
-        self.action_space = _action_space(actions, self.task.n_arms)
+        self.action_space = _action_space(actions, self.task.n_arms)  # type: ignore[assignment]
 
     @property
     def robosuite(self) -> Any:
@@ -192,7 +193,7 @@ class RobomimicEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         self.sim.restore(states, model)
         return self.get_obs()
 
-    def render(self) -> NDArray[np.uint8] | None:  # type: ignore[override]  # one mode of several
+    def render(self) -> NDArray[np.uint8] | None:
         """Image (H, W, 3) of the present state; None if made without render mode."""
         if self.render_mode is None:
             return None
@@ -308,5 +309,5 @@ def _action_space(actions: str, n_arms: int) -> spaces.Box:
     if actions == "delta":
         return spaces.Box(-1.0, 1.0, (_DELTA * n_arms,), np.float32)
     # The workspace of the arms, with room: targets may lie beyond what is reached.
-    low, high = [-3.0] * 3 + [-1.0] * 7, [3.0] * 3 + [1.0] * 7
-    return spaces.Box(np.float32(low * n_arms), np.float32(high * n_arms), dtype=np.float32)
+    high = np.tile(np.repeat([3.0, 1.0], [3, 7]), n_arms).astype(np.float32)
+    return spaces.Box(-high, high, dtype=np.float32)

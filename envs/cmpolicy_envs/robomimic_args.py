@@ -256,7 +256,7 @@ def _arm(config: Any, where: str, key: str, *, frame: str) -> dict[str, Any]:
             f"{where}: {key}.type is {config.get('type')!r}; the Robomimic tasks are controlled by "
             f"{_CONTROLLER!r}, the pose of the gripper"
         )
-    arm = {_RENAMED.get(name, name): value for name, value in config.items()}
+    arm: dict[str, Any] = {str(_RENAMED.get(name, name)): value for name, value in config.items()}
     if "control_delta" in arm:
         kind = "delta" if arm.pop("control_delta") else "absolute"
         if arm.setdefault("input_type", kind) != kind:
