@@ -242,7 +242,10 @@ def _version_of(env_kwargs: Mapping[str, Any]) -> str:
 
 def _cameras(env_kwargs: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
     names = env_kwargs.get("camera_names") or ["agentview"]
-    sides = {env_kwargs.get("camera_heights", 84), env_kwargs.get("camera_widths", 84)}
+    sides: set[Any] = set()
+    for key in ("camera_heights", "camera_widths"):
+        value = env_kwargs.get(key, 84)  # one number, or one for each camera
+        sides |= set(value) if isinstance(value, Sequence) else {value}
     if len(sides) != 1 or not isinstance(side := sides.pop(), int):
         raise ValueError("RobomimicEnvBase: images are square and of one size for all cameras")
     return ((names,) if isinstance(names, str) else tuple(names)), side

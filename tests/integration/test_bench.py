@@ -176,7 +176,9 @@ def test_rows_alternate_and_the_first_call_of_a_block_has_no_time(bundle: Path) 
 def test_rollout(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "rollout.json"
     words = [f"policy={bundle}", "episodes=2", "workers=1", f"out={out}"]
-    assert main(["rollout", *words]) == 0
+    assert main(["rollout", *words]) == 2
+    assert "protocol" in capsys.readouterr().err  # which this bundle does not name
+    assert main(["rollout", *words, "protocol=pusht-dp"]) == 0
     content = _read(out)
     (row,) = content["rows"]
     assert (row["episodes"], row["processes"], row["evaluations"]) == (2, 1, 1)
