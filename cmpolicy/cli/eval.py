@@ -16,13 +16,20 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
-from cmpolicy.cli.protocols import Simulator, open_protocol, read_env_args
+from cmpolicy.cli.protocols import (
+    ROBOMIMIC,
+    Simulator,
+    open_protocol,
+    own_protocol,
+    read_env_args,
+    require_protocol,
+)
 from cmpolicy.cli.settings import read_words
 from cmpolicy.export.load import is_exported, open_exported
 from cmpolicy.train.schema import ConfigError, from_mapping, unknown_key_message
 from cmpolicy_eval.evaluate import Evaluation, evaluate
 from cmpolicy_eval.policy import ActionChunkPolicy
-from cmpolicy_eval.protocol import PROTOCOL_NAMES, EvalProtocol, check_protocol
+from cmpolicy_eval.protocol import EvalProtocol, check_protocol
 from cmpolicy_eval.report import difference_table, table, write_report
 from cmpolicy_eval.result import Result
 from cmpolicy_eval.rollout import RolloutError
@@ -152,11 +159,11 @@ def _score(config: EvalConfig, command: str) -> int:
 
 def _protocol(config: EvalConfig, scored: _Scored) -> EvalProtocol:
     """The protocol asked for, else that of the policy's own task."""
-    name = config.protocol or scored.protocol
-    if name is None:
+    name = require_protocol(config.protocol or scored.protocol, config.policy)
+    if config.env_args is not None and name != ROBOMIMIC:
         raise ConfigError(
-            f"{config.policy} does not say under which protocol to score it; give protocol=<name>, "
-            f"one of {', '.join(PROTOCOL_NAMES)}"
+            f"env_args={config.env_args} is of {ROBOMIMIC}; protocol {name!r} is one environment. "
+            "Leave it out"
         )
     simulator = scored.simulator
     if config.env_args is not None:
@@ -243,7 +250,7 @@ def _open_bundle(config: EvalConfig) -> _Scored:
         label,
         metadata.get("data"),
         f"cuda ({torch.cuda.get_device_name(policy.device)})" if device == "cuda" else "cpu",
-        metadata.get("config", {}).get("task", {}).get("protocol"),
+        own_protocol(metadata),
         Simulator.from_mapping(metadata.get("simulator", {})),
     )
 

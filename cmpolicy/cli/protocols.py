@@ -10,7 +10,7 @@ from typing import Any
 from cmpolicy.train.schema import ConfigError
 from cmpolicy_data import ReplayBuffer
 from cmpolicy_data.robomimic_file import RobomimicFile
-from cmpolicy_eval.protocol import EvalProtocol, get_protocol
+from cmpolicy_eval.protocol import PROTOCOL_NAMES, EvalProtocol, get_protocol
 
 ROBOMIMIC = "robomimic-ph"
 
@@ -31,13 +31,34 @@ class Simulator:
 
     @classmethod
     def from_mapping(cls, facts: Mapping[str, Any]) -> Simulator:
-        """From the attributes of a store, or from what :meth:`to_dict` gave."""
+        """From the attributes of a store, or from what :meth:`to_dict` gave.
+
+        A store without ``env_args`` is not Robomimic's, whatever else its attributes are called.
+        """
+        if facts.get("env_args") is None:
+            return cls()
         names = ("task", "env_args", "actions")
         return cls(**{n: None if facts.get(n) is None else str(facts[n]) for n in names})
 
     def to_dict(self) -> dict[str, str]:
         """What is known, JSON-ready."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def own_protocol(metadata: Mapping[str, Any]) -> str | None:
+    """The protocol that a policy's metadata names."""
+    name = metadata.get("config", {}).get("task", {}).get("protocol")
+    return None if name is None else str(name)
+
+
+def require_protocol(name: str | None, policy: str) -> str:
+    """``name``, or a ConfigError where neither the user nor the policy named one."""
+    if name is None:
+        raise ConfigError(
+            f"{policy} does not say under which protocol to score it; give protocol=<name>, one of "
+            f"{', '.join(PROTOCOL_NAMES)}"
+        )
+    return name
 
 
 def open_protocol(name: str, task: str | None, simulator: Simulator) -> EvalProtocol:

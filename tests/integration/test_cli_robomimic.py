@@ -101,6 +101,16 @@ def test_the_simulator_takes_what_the_store_says(tmp_path: Path) -> None:
     assert read_env_args(str(store)) == facts.env_args
 
 
+def test_a_store_of_another_robot_may_call_its_attributes_so(tmp_path: Path) -> None:
+    buffer = ReplayBuffer.create(tmp_path / "my.zarr", attrs={"actions": "absolute", "task": "x"})
+    steps = np.random.default_rng(0).uniform(size=(40, 6)).astype(np.float32)
+    for _ in range(2):
+        buffer.append_episode({"state": steps, "action": steps})
+    words = ["task=custom", "data.path=my.zarr", "data.obs=[state]", *TINY, "out=run"]
+    assert train(words) == 0
+    assert "simulator" not in read_metadata("run/policy")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -13,10 +13,15 @@ import numpy as np
 from cmpolicy.cli.benchmarks.latency import available_device
 from cmpolicy.cli.benchmarks.report import Report, describe_device
 from cmpolicy.cli.benchmarks.settings import RolloutSettings
-from cmpolicy.cli.protocols import ROBOMIMIC, Simulator, open_protocol
+from cmpolicy.cli.protocols import (
+    ROBOMIMIC,
+    Simulator,
+    open_protocol,
+    own_protocol,
+    require_protocol,
+)
 from cmpolicy.policy.consistency import ConsistencyPolicy
 from cmpolicy.policy.pretrained import read_metadata
-from cmpolicy.train.schema import ConfigError
 from cmpolicy_eval.evaluate import evaluate
 from cmpolicy_eval.protocol import EvalProtocol
 
@@ -86,9 +91,7 @@ def measure_rollout(settings: RolloutSettings) -> Report:
 def _protocol(settings: RolloutSettings) -> tuple[EvalProtocol, Callable[[], float] | None]:
     """The protocol, and what measures its bare environment, if there is one."""
     metadata = read_metadata(settings.policy)
-    name = settings.protocol or metadata.get("config", {}).get("task", {}).get("protocol")
-    if name is None:
-        raise ConfigError(f"{settings.policy} does not say under which protocol; give protocol=...")
+    name = require_protocol(settings.protocol or own_protocol(metadata), settings.policy)
     simulator = Simulator.from_mapping(metadata.get("simulator", {}))
     protocol = open_protocol(name, settings.task, simulator)
     task = settings.task or simulator.task
