@@ -17,7 +17,7 @@ class Meter:
         self.device = device
         self.sums: dict[str, Tensor] = {}
         self.steps = 0
-        self.seconds = 0.0  # of training, evaluations not counted, over the whole run
+        self._counted = 0.0  # seconds up to the last pause of the clock
         self._read_at = 0.0
         self._clock: float | None = None
 
@@ -46,27 +46,38 @@ class Meter:
         """Averages and speed of the window, which then starts anew. Waits for the device once."""
         numbers = dict(zip(self.sums, torch.stack(list(self.sums.values())).tolist(), strict=True))
         values = {k: v if k == "grad_norm_max" else v / self.steps for k, v in numbers.items()}
-        self.pause_clock()
-        self.resume_clock()
-        values["samples_per_s"] = (
-            self.steps * step_samples / max(self.seconds - self._read_at, 1e-9)
-        )
+        values["samples_per_s"] = self.steps * step_samples / max(self.window_seconds, 1e-9)
         values["seconds"] = self._read_at = self.seconds
         self.sums, self.steps = {}, 0
         return values
 
-    def restore(self, sums: Mapping[str, Tensor], steps: int, seconds: float) -> None:
-        """Take up a saved window."""
+    @property
+    def seconds(self) -> float:
+        """Training time of the whole run, evaluations not counted."""
+        running = 0.0 if self._clock is None else time.perf_counter() - self._clock
+        return self._counted + running
+
+    @property
+    def window_seconds(self) -> float:
+        """Training time since the last reading."""
+        return self.seconds - self._read_at
+
+    def restore(
+        self, sums: Mapping[str, Tensor], steps: int, seconds: float, window_seconds: float
+    ) -> None:
+        """Take up a saved window, which had lasted ``window_seconds`` of ``seconds``."""
         self.sums = {k: v.to(self.device) for k, v in sums.items()}
         self.steps = steps
-        self.seconds = self._read_at = seconds
+        self._counted = seconds
+        self._read_at = seconds - window_seconds
 
     def pause_clock(self) -> None:
         """Stop counting training time."""
         if self._clock is not None:
-            self.seconds += time.perf_counter() - self._clock
+            self._counted += time.perf_counter() - self._clock
         self._clock = None
 
     def resume_clock(self) -> None:
         """Count training time again."""
-        self._clock = time.perf_counter()
+        if self._clock is None:
+            self._clock = time.perf_counter()

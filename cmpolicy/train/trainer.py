@@ -138,6 +138,7 @@ class Trainer:
                     self.save()
             self.save()
             self._keep_policy("last", None)
+            self._window.pause_clock()
         finished = self.samples >= self.config.samples and not self._evaluation_due(True)
         return Outcome(self.samples, finished, self._agreed_signum, self.best, dict(self._metrics))
 
@@ -257,6 +258,7 @@ class Trainer:
             "evaluated_at": self._evaluated_at,
             "window_steps": self._window.steps,
             "seconds": self._window.seconds,
+            "window_seconds": self._window.window_seconds,
             "metrics": {k: v for k, v in self._metrics.items() if np.isfinite(v)},
         }
         return TrainingState(tensors, values)
@@ -291,7 +293,10 @@ class Trainer:
         self._evaluated_at = int(values["evaluated_at"])
         self._metrics = dict(values["metrics"])
         self._window.restore(
-            select(state.tensors, "window"), int(values["window_steps"]), float(values["seconds"])
+            select(state.tensors, "window"),
+            int(values["window_steps"]),
+            float(values["seconds"]),
+            float(values.get("window_seconds", 0.0)),  # states before 0.1 lack it
         )
         torch.set_rng_state(state.tensors["rng/cpu"])
         if self.device.type == "cuda" and "rng/cuda" in state.tensors:

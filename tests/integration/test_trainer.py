@@ -7,6 +7,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def assert_equal_states(first: Path, second: Path) -> None:
     assert a.tensors.keys() == b.tensors.keys()
     for name, tensor in a.tensors.items():
         assert torch.equal(tensor, b.tensors[name]), name
-    clock = {"seconds": 0.0, "metrics": {}}
+    clock = {"seconds": 0.0, "window_seconds": 0.0, "metrics": {}}
     assert a.values | clock == b.values | clock
 
 
@@ -197,6 +198,19 @@ def test_log_is_json_lines_with_the_numbers_that_matter(tmp_path: Path) -> None:
         assert line["grad_norm_max"] >= line["grad_norm"]
     assert [e["samples"] for e in lines if e["kind"] == "eval"] == [BATCH * n for n in (4, 8, 12)]
     assert training[-1]["lr"] == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("until", [BATCH * 7, BATCH * 8])
+def test_the_speed_of_a_window_cut_by_a_resume_counts_all_of_its_time(
+    tmp_path: Path, until: int
+) -> None:
+    train(tmp_path, loop_config(), until=until)
+    train(tmp_path, loop_config())
+    entries = [e for e in read_log(tmp_path) if e["kind"] == "train"]
+    for before, after in pairwise(entries):
+        assert after["samples_per_s"] * (after["seconds"] - before["seconds"]) == pytest.approx(
+            after["samples"] - before["samples"], rel=0.05
+        )
 
 
 def test_grad_norm_is_logged_before_clipping(tmp_path: Path) -> None:
