@@ -19,6 +19,7 @@ pytest.importorskip("robosuite")
 
 from cmpolicy_data.generate.robomimic.attempt import (  # noqa: E402
     SKILLS,
+    VERSION,
     Demonstrator,
     get_skill,
     portable_model,
@@ -194,6 +195,28 @@ def test_experts_succeed(task: str, demonstrators: dict[str, Demonstrator]) -> N
     assert again is not None
     assert first is not None
     np.testing.assert_array_equal(again.states, first.states)
+
+
+@pytest.mark.parametrize("task", ["can", "square"])
+def test_some_episodes_begin_astray_and_replay_all_the_same(
+    task: str, demonstrators: dict[str, Demonstrator]
+) -> None:
+    strays, demonstrator = get_skill(task).strays, demonstrators[task]
+    assert strays is not None
+    astray = [
+        seed
+        for seed in range(200)
+        if any(strays.actions(np.random.default_rng([VERSION, seed, 1])))
+    ]
+    assert 80 < len(astray) < 120
+    for seed in (astray[0], next(seed for seed in range(200) if seed not in astray)):
+        rest, _ = demonstrator.env.reset(seed=seed)
+        recording = demonstrator.attempt(seed).recording
+        assert recording is not None
+        moved = np.linalg.norm(recording.obs["robot0_eef_pos"][0] - rest["robot0_eef_pos"])
+        assert (moved > 0.03) == (seed in astray)
+        demonstrator.env.reset_to(recording.states[0], recording.model)
+        assert any(demonstrator.env.step(action)[2] for action in recording.actions)
 
 
 def test_an_object_that_slips_is_grasped_again(demonstrators: dict[str, Demonstrator]) -> None:

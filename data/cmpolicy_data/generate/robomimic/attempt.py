@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cmpolicy_data.generate.robomimic.can import CanExpert
 from cmpolicy_data.generate.robomimic.lift import LiftExpert
-from cmpolicy_data.generate.robomimic.motion import Array, Style
+from cmpolicy_data.generate.robomimic.motion import Array, Strays, Style
 from cmpolicy_data.generate.robomimic.square import SquareExpert
 from cmpolicy_data.robomimic_writer import Recording
 from cmpolicy_envs.robomimic import RobomimicEnv, low_dim_keys
@@ -34,16 +34,25 @@ class Expert(Protocol):
 
 @dataclass(frozen=True)
 class Skill:
-    """How a task is demonstrated, and the steps after which an attempt has failed."""
+    """How a task is demonstrated.
+
+    Attributes:
+        expert: who acts.
+        patience: steps after which an attempt has failed.
+        strays: where episodes begin that do not begin with the hand at rest.
+    """
 
     expert: Callable[[Style, np.random.Generator], Expert]
     patience: int
+    strays: Strays | None = None
 
 
 SKILLS: dict[str, Skill] = {
     "lift": Skill(LiftExpert, 150),
-    "can": Skill(CanExpert, 300),
-    "square": Skill(SquareExpert, 350),
+    # Cans and handles are missed at times; who has seen nothing but perfect grasps then goes on
+    # with an empty hand, or tries again where nothing is.
+    "can": Skill(CanExpert, 300, Strays(0.5, (-0.05, -0.45, 0.92), (0.3, 0.45, 1.08))),
+    "square": Skill(SquareExpert, 350, Strays(0.5, (-0.25, -0.1, 0.86), (0.3, 0.35, 1.05))),
 }
 """Task -> its expert."""
 
@@ -97,6 +106,10 @@ class Demonstrator:
         env, rng = self.env, np.random.default_rng([VERSION, seed])
         expert = self._skill.expert(Style.draw(rng), rng)
         seen, _ = env.reset(seed=seed)
+        if self._skill.strays is not None:
+            # a stream of its own: episodes that do not stray are those of a task that has none
+            for action in self._skill.strays.actions(np.random.default_rng([VERSION, seed, 1])):
+                seen, *_ = env.step(action(seen))
         model = portable_model(env.get_state()["model"])
         obs, states = [self._observe()], []
         actions: list[Array] = []

@@ -4,7 +4,7 @@ Lengths in m, angles in rad, in the world frame. A hand that points down with ya
 closing along (-sin a, cos a).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +125,33 @@ class Hand:
         action[:6] += self._rng.normal(0.0, style.noise * care, 6) * [1, 1, 1, 0.3, 0.3, 0.3]
         action[6] = fingers
         return np.clip(action, -1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Strays:
+    """Where the hand is when some of the episodes begin, as if something had gone wrong before.
+
+    It goes there, to within what the steps allow, before the recording begins.
+    """
+
+    share: float
+    """Of the episodes."""
+    low: tuple[float, float, float]
+    high: tuple[float, float, float]
+    """Corners of the box, m."""
+
+    def actions(
+        self, rng: np.random.Generator
+    ) -> Iterator[Callable[[Mapping[str, NDArray[Any]]], Array]]:
+        """What to do, observation by observation, in one episode; mostly nothing."""
+        if rng.random() >= self.share:
+            return
+        hand = Hand(Style.draw(rng), rng)
+        target, turn = rng.uniform(self.low, self.high), down(rng.uniform(-0.8, 0.8))
+        fingers = CLOSE if rng.random() < 0.5 else OPEN
+        nothing = slice(0, 3), slice(3, 7)  # the objects do not matter
+        for _ in range(rng.integers(5, 30)):
+            yield lambda obs: hand.move(see(obs, 0.0, *nothing), target, turn, fingers)
 
 
 def down(yaw: float) -> Array:
