@@ -188,6 +188,21 @@ def test_rollout(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "2 episodes in" in capsys.readouterr().out
 
 
+def test_rollout_beside_bare_environments(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("robosuite")
+    out = tmp_path / "rollout.json"
+    words = ["policy=lift", "episodes=2", "workers=2", "bare_steps=20", f"out={out}"]
+    assert main(["rollout", *words]) == 0
+    summary = _read(out)["summary"]
+    assert summary["success_rate"] == 1.0
+    together, alone = summary["bare_together_steps_per_s"], summary["bare_steps_per_s"]
+    assert summary["share_of_bare"] == pytest.approx(summary["steps_per_s"] / (2 * alone))
+    assert summary["share_of_bare_together"] == pytest.approx(summary["steps_per_s"] / together)
+    assert "2 bare environments at once make" in capsys.readouterr().out
+
+
 def test_step(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "step.json"
     words = ["task=custom", f"data.path={store}", "data.obs=[state]", "net=tiny", "device=cpu"]

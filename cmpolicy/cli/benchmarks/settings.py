@@ -102,8 +102,8 @@ class RolloutSettings:
         policy: bundle directory, bundled name or hub id.
         protocol: of the evaluation; null takes the policy's own.
         task: of ``robomimic-ph``; null takes the policy's own.
-        bare_steps: of one bare robosuite environment, timed before and after a Robomimic
-            evaluation to compare with; 0 leaves that out.
+        bare_steps: of a bare robosuite environment, timed to compare with: one before and after a
+            Robomimic evaluation, then as many at once as there are workers; 0 leaves that out.
         episodes: how many, from ``first_seed`` on.
         first_seed: of the initial states; the default is not one of the protocol's own.
         nfe: network evaluations per chunk.
