@@ -18,8 +18,8 @@ from cmpolicy_eval.rollout import check_fit
 class Scorer:
     """Scores the EMA weights; the best policy of a run is the one that ranks highest.
 
-    Rollouts rank by success, then by score; without a simulator the validation loss ranks; without
-    held-out episodes either, the latest policy is the best one.
+    Rollouts rank by success, then by score; without a simulator the validation loss ranks. Of
+    equals, and without held-out episodes either, the later policy is the better one.
 
     Attributes:
         result: of the latest rollouts, None without a simulator.
@@ -58,7 +58,7 @@ class Scorer:
         """Score ``policy`` after ``samples`` training samples."""
         policy.num_steps = self.config.eval.nfe
         metrics: dict[str, float] = {}
-        rank: tuple[float, ...] = (float(samples),)
+        rank: tuple[float, ...] = ()
         if self._validator is not None:
             metrics |= self._validator(policy).metrics
             rank = (-metrics["val_loss"],)
@@ -76,7 +76,7 @@ class Scorer:
             ).result
             rank = (self.result.success_rate, self.result.score_mean)
             metrics |= {"success": rank[0], "score": rank[1]}
-        return Evaluation(metrics, rank)
+        return Evaluation(metrics, (*rank, float(samples)))
 
 
 def check_tuning_seeds(seeds: range, protocol: EvalProtocol) -> None:

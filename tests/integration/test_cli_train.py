@@ -14,10 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from cmpolicy.cli.settings import read_yaml
+from cmpolicy.cli.scoring import Scorer
+from cmpolicy.cli.settings import compose_settings, read_yaml
 from cmpolicy.cli.train import main
+from cmpolicy.cli.training import new_policy
+from cmpolicy.cli.training_data import load_training_data
 from cmpolicy.policy.consistency import ConsistencyPolicy
 from cmpolicy.train.checkpoint import load_state
+from cmpolicy.train.config import TrainConfig
 from cmpolicy.train.trackers import read_log
 from cmpolicy_data import ReplayBuffer
 from cmpolicy_eval.result import Result
@@ -370,3 +374,15 @@ def test_validation_counts_every_term_before_it_joins_the_training(
     first = next(e for e in entries if e["kind"] == "train")
     assert first["loss_sd"] == 0
     assert all(e["val_loss_sd"] > 0 for e in entries if e["kind"] == "eval")
+
+
+def test_of_policies_that_score_alike_the_later_ranks_higher() -> None:
+    words = ["task=pusht", *TINY, "eval.episodes=1", "eval.workers=1"]
+    settings = compose_settings("train", words)
+    del settings["out"]
+    config = TrainConfig.from_mapping(settings)
+    data = load_training_data(config)
+    policy, scorer = new_policy(config, data), Scorer(config, data, None, command="")
+    ranks = [scorer(policy, samples).rank for samples in (32, 64)]
+    assert ranks[0][:-1] == ranks[1][:-1]
+    assert ranks[0] < ranks[1]
