@@ -102,6 +102,7 @@ class Trainer:
         self._guard = FiniteGuard(self.device)
         self._window = Meter(self.device)
         self._evaluated_at = 0
+        self._evaluation: Evaluation | None = None  # the latest of this process
         self.saved_at = 0
         self._agreed_signum: int | None = None
         self._metrics: dict[str, float] = {}
@@ -137,7 +138,8 @@ class Trainer:
                 ):
                     self.save()
             self.save()
-            self._keep_policy("last", None)
+            of_these = self._evaluation if self._evaluated_at == self.samples else None
+            self._keep_policy("last", of_these)
             self._window.pause_clock()
         finished = self.samples >= self.config.samples and not self._evaluation_due(True)
         return Outcome(self.samples, finished, self._agreed_signum, self.best, dict(self._metrics))
@@ -206,6 +208,7 @@ class Trainer:
                 return  # Ctrl-C reached the simulators as well; the resumed run evaluates again
             self._log("eval", evaluation.metrics)
             self._metrics.update(evaluation.metrics)
+            self._evaluation = evaluation
             if self.best is None or evaluation.rank > self.best:
                 self.best = evaluation.rank
                 self._keep_policy("best", evaluation)

@@ -221,16 +221,32 @@ def test_grad_norm_is_logged_before_clipping(tmp_path: Path) -> None:
 
 def test_best_policy_is_the_highest_ranked_not_the_last(tmp_path: Path) -> None:
     ranks = {BATCH * 4: (0.5, 0.1), BATCH * 8: (0.5, 0.3), BATCH * 12: (0.5, 0.2)}
-    kept: list[tuple[str, int]] = []
+    kept: list[tuple[str, int, float | None]] = []
     trainer = train(
         tmp_path,
         loop_config(),
-        evaluate=lambda policy, samples: Evaluation({}, ranks[samples]),
-        keep=lambda kind, policy, samples, evaluation: kept.append((kind, samples)),
+        evaluate=lambda policy, samples: Evaluation({"success": samples}, ranks[samples]),
+        keep=lambda kind, policy, samples, evaluation: kept.append(
+            (kind, samples, evaluation and evaluation.metrics["success"])
+        ),
     )
-    assert kept == [("best", BATCH * 4), ("best", BATCH * 8), ("last", BATCH * 12)]
+    # each with the numbers of its own weights
+    scored = [("best", BATCH * 4), ("best", BATCH * 8), ("last", BATCH * 12)]
+    assert kept == [(kind, samples, samples) for kind, samples in scored]
     assert trainer.best == (0.5, 0.3)
     assert load_state(tmp_path).values["best"] == [0.5, 0.3]
+
+
+def test_the_last_policy_of_a_run_that_was_cut_has_no_numbers_of_others(tmp_path: Path) -> None:
+    kept: list[tuple[str, int, Evaluation | None]] = []
+    train(
+        tmp_path,
+        loop_config(),
+        until=BATCH * 6,
+        evaluate=score,
+        keep=lambda kind, policy, samples, evaluation: kept.append((kind, samples, evaluation)),
+    )
+    assert kept[-1] == ("last", BATCH * 6, None)
 
 
 def test_non_finite_gradient_stops_with_the_last_good_state(tmp_path: Path) -> None:
