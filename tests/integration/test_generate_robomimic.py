@@ -204,9 +204,7 @@ def test_some_episodes_begin_astray_and_replay_all_the_same(
     strays, demonstrator = get_skill(task).strays, demonstrators[task]
     assert strays is not None
     astray = [
-        seed
-        for seed in range(200)
-        if any(strays.actions(np.random.default_rng([VERSION, seed, 1])))
+        seed for seed in range(200) if any(strays.acts(np.random.default_rng([VERSION, seed, 1])))
     ]
     assert 80 < len(astray) < 120
     for seed in (astray[0], next(seed for seed in range(200) if seed not in astray)):

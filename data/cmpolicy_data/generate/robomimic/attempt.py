@@ -108,8 +108,8 @@ class Demonstrator:
         seen, _ = env.reset(seed=seed)
         if self._skill.strays is not None:
             # a stream of its own: episodes that do not stray are those of a task that has none
-            for action in self._skill.strays.actions(np.random.default_rng([VERSION, seed, 1])):
-                seen, *_ = env.step(action(seen))
+            for act in self._skill.strays.acts(np.random.default_rng([VERSION, seed, 1])):
+                seen, *_ = env.step(act(seen))
         model = portable_model(env.get_state()["model"])
         obs, states = [self._observe()], []
         actions: list[Array] = []

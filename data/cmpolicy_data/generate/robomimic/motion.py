@@ -140,10 +140,10 @@ class Strays:
     high: tuple[float, float, float]
     """Corners of the box, m."""
 
-    def actions(
+    def acts(
         self, rng: np.random.Generator
     ) -> Iterator[Callable[[Mapping[str, NDArray[Any]]], Array]]:
-        """What to do, observation by observation, in one episode; mostly nothing."""
+        """What to do with an observation, step by step, before one episode; mostly nothing."""
         if rng.random() >= self.share:
             return
         hand = Hand(Style.draw(rng), rng)
