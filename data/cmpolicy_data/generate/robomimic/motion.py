@@ -143,7 +143,7 @@ class Strays:
     def acts(
         self, rng: np.random.Generator
     ) -> Iterator[Callable[[Mapping[str, NDArray[Any]]], Array]]:
-        """What to do with an observation, step by step, before one episode; mostly nothing."""
+        """What to do with each observation before an episode; nothing if it does not stray."""
         if rng.random() >= self.share:
             return
         hand = Hand(Style.draw(rng), rng)
