@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 import zipfile
 import zlib
@@ -46,11 +47,13 @@ class ExportedPolicy(ExportedRuntime):
                 "torch, or export the policy again"
             ) from error
         self._module = torch.compile(module) if compiled else module
+        self._turn = threading.Lock()  # torch's check of the inputs' sizes is for one at a time
 
     @torch.inference_mode()
     def _run(self, obs: Sequence[Floats], noise: Floats, *, output: int) -> Floats:
         tensors = tuple(torch.from_numpy(value) for value in obs)
-        result: Floats = self._module(tensors, torch.from_numpy(noise))[output].numpy()
+        with self._turn:
+            result: Floats = self._module(tensors, torch.from_numpy(noise))[output].numpy()
         return result
 
 
