@@ -188,12 +188,13 @@ def annotate(moment: Moment, seed: int) -> Frame:
     width = image.shape[1]
     strip = Image.new("RGB", (width, _STRIP), "white")
     draw = ImageDraw.Draw(strip)
-    draw.text((10, 7), f"seed {seed}   step {moment.step}", fill=_TEXT, font=_font())
+    where = f"seed {seed}   step {moment.step}"
     told = [] if moment.coverage is None else [f"coverage {moment.coverage:.2f}"]
     text = "   ".join(told + ["success"] * moment.success)
-    if text:
-        colour = _SUCCESS if moment.success else _TEXT
-        draw.text((width - 10, 7), text, fill=colour, font=_font(), anchor="ra")
+    font = _font_for(f"{where}  {text}", width - 20)
+    draw.text((10, 7), where, fill=_TEXT, font=font)
+    colour = _SUCCESS if moment.success else _TEXT
+    draw.text((width - 10, 7), text, fill=colour, font=font, anchor="ra")
     return np.concatenate([np.asarray(strip), image])
 
 
@@ -230,6 +231,11 @@ def _page(tiles: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Ima
     return page
 
 
-@lru_cache(maxsize=1)
-def _font() -> Any:
-    return ImageFont.load_default(size=17)
+@lru_cache(maxsize=16)
+def _font(size: int = 17) -> Any:
+    return ImageFont.load_default(size=size)
+
+
+def _font_for(text: str, width: int) -> Any:
+    """The largest one in which the text is no wider, within reason."""
+    return next((f for f in map(_font, range(17, 8, -1)) if f.getlength(text) <= width), _font(8))

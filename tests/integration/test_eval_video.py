@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from cmpolicy_eval import EpisodeResult, get_protocol, rollout
-from cmpolicy_eval.video import annotate, replay, write_grid, write_videos
+from cmpolicy_eval.video import Moment, annotate, replay, write_grid, write_videos
 
 PROTOCOL = get_protocol("pusht-dp")
 
@@ -95,3 +95,20 @@ def test_what_cannot_be_drawn_is_an_error(episodes: list[EpisodeResult], tmp_pat
         write_grid(tmp_path / "g.jpg", PROTOCOL, episodes)
     with pytest.raises(RuntimeError, match="not deterministic"):
         list(replay(PROTOCOL, replace(episodes[0], success=True)))
+
+
+def test_a_caption_on_a_small_image_keeps_its_parts_apart() -> None:
+    moment = Moment(
+        np.zeros((256, 256, 3), np.uint8),
+        step=399,
+        coverage=None,
+        success=True,
+        plan=None,
+        n_executed=0,
+    )
+    strip = annotate(moment, 4_294_967_295)[:32].astype(int)
+    ink = (strip < 230).any(axis=(0, 2))
+    told = np.flatnonzero((strip[..., 1] - strip[..., 0] > 10).any(axis=0))
+    assert not ink[told[0] - 4 : told[0]].any()
+    assert np.flatnonzero(ink)[0] >= 8
+    assert told[-1] <= 250
