@@ -299,7 +299,7 @@ class Trainer:
             select(state.tensors, "window"),
             int(values["window_steps"]),
             float(values["seconds"]),
-            float(values.get("window_seconds", 0.0)),  # states before 0.1 lack it
+            float(values.get("window_seconds", 0.0)),  # older states lack it
         )
         torch.set_rng_state(state.tensors["rng/cpu"])
         if self.device.type == "cuda" and "rng/cuda" in state.tensors:
