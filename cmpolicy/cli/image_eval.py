@@ -30,7 +30,8 @@ from cmpolicy.cli.image_sampling import (
     spread_over,
 )
 from cmpolicy.cli.run_command import guarded
-from cmpolicy.cli.settings import compose_settings, read_words
+from cmpolicy.cli.runs import CONFIG_FILE
+from cmpolicy.cli.settings import compose_settings, read_words, read_yaml
 from cmpolicy.flow.sampler import SamplerKind
 from cmpolicy.image.datasets import ImageData, ImageDataConfig, load_images
 from cmpolicy.image.metrics import (
@@ -131,7 +132,7 @@ def _evaluate(words: Sequence[str]) -> int:
     config = from_mapping(ImageEvalConfig, settings)
     weights = inception_weights(config.inception) if config.fid else None
     pipe = open_model(config.model, config.device)
-    data = open_data(config.dataset, pipe)
+    data = open_data(config.dataset or trained_on(config.model, pipe), pipe)
     if config.samples < 2 * data.n_classes:
         raise ConfigError(
             f"samples={config.samples} is too few: scores need 2 images of each of "
@@ -184,18 +185,34 @@ def _evaluate(words: Sequence[str]) -> int:
     return _write_report(results, out, pictures)
 
 
-def open_data(config: ImageDataConfig | None, pipe: ConsistencyImagePipeline) -> ImageData:
-    """The data that was asked for, or else what the model was trained on.
+def trained_on(model: str, pipe: ConsistencyImagePipeline) -> ImageDataConfig:
+    """The data that a model was trained on.
+
+    A model keeps no path, since it may be handed on; while it lies in the folder of its run, the
+    run's settings still know it.
 
     Raises:
-        ConfigError: the model does not say, or the data has other classes, sizes or colours.
-        ImageDataError: the data cannot be read.
+        ConfigError: the model does not say.
     """
-    if config is None:
-        own = pipe.metadata.get("dataset")
-        if not isinstance(own, dict):
-            raise ConfigError("the model does not say what it was trained on; give dataset=<name>")
-        config = from_mapping(ImageDataConfig, own, where="dataset")
+    own = pipe.metadata.get("dataset")
+    if not isinstance(own, dict):
+        raise ConfigError("the model does not say what it was trained on; give dataset=<name>")
+    folder = Path(model).expanduser()
+    for run in (folder, folder.parent):
+        if (run / CONFIG_FILE).is_file():
+            settings = read_yaml(str(run / CONFIG_FILE)).get("dataset")
+            if isinstance(settings, dict) and {**settings, "path": None} == {**own, "path": None}:
+                own = settings
+                break
+    return from_mapping(ImageDataConfig, own, where="dataset")
+
+
+def open_data(config: ImageDataConfig, pipe: ConsistencyImagePipeline) -> ImageData:
+    """The data of ``config``, if it fits the model.
+
+    Raises:
+        ConfigError: the data cannot be read, or has other classes, sizes or colours.
+    """
     try:
         data = load_images(config, download_dir=data_dir())
     except ValueError as error:

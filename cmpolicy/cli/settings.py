@@ -53,6 +53,12 @@ def compose_settings(
     for override in overrides:
         key = override.key_or_group
         if key not in chosen and not override.is_add() and not _is_known(key, known):
+            group = key.partition(".")[0]
+            if group in groups and not any(k.startswith(f"{group}.") for k in known):
+                raise ConfigError(
+                    f"{key} is a setting of one {group}: say of which, with {group}="
+                    f"{'|'.join(groups[group])}"
+                )
             leaves = [k for k in known if not any(o.startswith(f"{k}.") for o in known)]
             raise ConfigError(unknown_key_message(key, [*leaves, *groups], how=HOW))
     # Hydra would merge a mapping of the user's own into the one of the chosen group

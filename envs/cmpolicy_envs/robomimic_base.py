@@ -31,6 +31,11 @@ except ModuleNotFoundError as _error:
 
 _Observation = dict[str, NDArray[Any]]
 
+_NO_GOAL = (
+    "the Robomimic tasks have no goal observation; train and roll out without goals: "
+    "train.goal_mode null in robomimic's config"
+)
+
 
 class RobomimicEnvBase(EnvBase):  # type: ignore[misc]  # robomimic has no types
     """A task of Robomimic in robomimic's terms.
@@ -175,11 +180,11 @@ class RobomimicEnvBase(EnvBase):  # type: ignore[misc]  # robomimic has no types
 
     def get_goal(self) -> _Observation:
         """Not supported: the tasks have no goal observation."""
-        raise NotImplementedError("the Robomimic tasks have no goal observation")
+        raise NotImplementedError(_NO_GOAL)
 
     def set_goal(self, **kwargs: Any) -> None:
         """Not supported: the tasks have no goal observation."""
-        raise NotImplementedError("the Robomimic tasks have no goal observation")
+        raise NotImplementedError(_NO_GOAL)
 
     def is_done(self) -> bool:
         """False: episodes of robomimic end by their length."""

@@ -260,6 +260,10 @@ def test_the_data_may_lie_elsewhere(model, images, tmp_path):
         ),
         (["dataset=folder", "dataset.path=nowhere"], "dataset=folder: there is no directory"),
         (["dataset=birds"], "unknown choice dataset=birds"),
+        (
+            ["dataset.path=a.npz"],
+            "dataset.path is a setting of one dataset: say of which, with dataset=cifar10|digits|",
+        ),
         (["samples=3"], "samples=3 is too few: scores need 2 images of each of 2 classes"),
         (["nfe=[]"], "nfe must hold numbers of at least 1"),
         (["nfe=[1,1]"], "each once, got [1, 1]"),

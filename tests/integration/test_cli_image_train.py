@@ -15,6 +15,7 @@ import torch
 
 from cmpolicy.cli.image import main
 from cmpolicy.cli.image_config import ImageTrainConfig
+from cmpolicy.cli.image_eval import trained_on
 from cmpolicy.cli.image_train import PACKAGE
 from cmpolicy.cli.image_training import train_images
 from cmpolicy.cli.settings import compose_settings, read_yaml
@@ -210,6 +211,12 @@ def test_a_folder_of_ones_own_in_colour(tmp_path: Path) -> None:
     assert pipe("light").images[0].mode == "RGB"
     assert str(tmp_path) not in json.dumps(pipe.metadata["config"])
     assert read_yaml("run/config.yaml")["dataset"]["path"] == "mine"
+    # the run knows where its data lies, the model alone does not
+    for inside in ("run", "run/model"):
+        config = trained_on(inside, pipe)
+        assert (config.name, config.path, config.flip) == ("folder", "mine", True)
+    Path("run/model").rename("handed_on")
+    assert trained_on("handed_on", pipe).path is None
 
 
 def test_dispatch_and_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,6 +67,15 @@ def test_a_fresh_network_predicts_zero_and_learns(name: str) -> None:
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
 
 
+def test_a_fresh_network_tells_classes_apart_as_it_tells_times_apart() -> None:
+    # where classes count for little at first, thousands of steps pass before they are learned
+    torch.manual_seed(0)
+    net = build_net(CONFIGS["unet"], image_size=8, channels=1, n_classes=10)
+    t = torch.linspace(0, 1, 100)
+    spread_of_times = net.times(t, 0.5 * t).std(dim=0).mean()
+    assert net.classes.weight.std(dim=0).mean() > spread_of_times
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("path", ["linear", "trigonometric"])
 def test_forward_mode_and_difference_agree(name: str, path: str) -> None:
