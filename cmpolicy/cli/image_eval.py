@@ -192,7 +192,7 @@ def trained_on(model: str, pipe: ConsistencyImagePipeline) -> ImageDataConfig:
     run's settings still know it.
 
     Raises:
-        ConfigError: the model does not say.
+        ConfigError: the model does not say, or not where.
     """
     own = pipe.metadata.get("dataset")
     if not isinstance(own, dict):
@@ -204,7 +204,14 @@ def trained_on(model: str, pipe: ConsistencyImagePipeline) -> ImageDataConfig:
             if isinstance(settings, dict) and {**settings, "path": None} == {**own, "path": None}:
                 own = settings
                 break
-    return from_mapping(ImageDataConfig, own, where="dataset")
+    try:
+        return from_mapping(ImageDataConfig, own, where="dataset")
+    except ConfigError as error:  # such as a folder without its path
+        name = own.get("name")
+        raise ConfigError(
+            f"the model was trained on dataset={name} and says too little of it ({error}); give "
+            f"dataset={name} dataset.path=<...>"
+        ) from error
 
 
 def open_data(config: ImageDataConfig, pipe: ConsistencyImagePipeline) -> ImageData:

@@ -21,6 +21,7 @@ from cmpolicy.cli.image_training import train_images
 from cmpolicy.cli.settings import compose_settings, read_yaml
 from cmpolicy.image.pipeline import ConsistencyImagePipeline
 from cmpolicy.train.checkpoint import load_state
+from cmpolicy.train.schema import ConfigError
 from cmpolicy.train.trackers import read_log
 
 HANG = 600  # seconds after which a process is taken to hang; a busy machine needs minutes
@@ -216,7 +217,8 @@ def test_a_folder_of_ones_own_in_colour(tmp_path: Path) -> None:
         config = trained_on(inside, pipe)
         assert (config.name, config.path, config.flip) == ("folder", "mine", True)
     Path("run/model").rename("handed_on")
-    assert trained_on("handed_on", pipe).path is None
+    with pytest.raises(ConfigError, match=r"give dataset=folder dataset\.path="):
+        trained_on("handed_on", pipe)
 
 
 def test_dispatch_and_help(capsys: pytest.CaptureFixture[str]) -> None:
