@@ -56,8 +56,7 @@ def compose_settings(
             group = key.partition(".")[0]
             if group in groups and not any(k.startswith(f"{group}.") for k in known):
                 raise ConfigError(
-                    f"{key} is a setting of one {group}: say of which, with {group}="
-                    f"{'|'.join(groups[group])}"
+                    f"{key} is set, but no {group} is chosen; add {group}={'|'.join(groups[group])}"
                 )
             leaves = [k for k in known if not any(o.startswith(f"{k}.") for o in known)]
             raise ConfigError(unknown_key_message(key, [*leaves, *groups], how=HOW))

@@ -262,7 +262,7 @@ def test_the_data_may_lie_elsewhere(model, images, tmp_path):
         (["dataset=birds"], "unknown choice dataset=birds"),
         (
             ["dataset.path=a.npz"],
-            "dataset.path is a setting of one dataset: say of which, with dataset=cifar10|digits|",
+            "dataset.path is set, but no dataset is chosen; add dataset=cifar10|digits|",
         ),
         (["samples=3"], "samples=3 is too few: scores need 2 images of each of 2 classes"),
         (["nfe=[]"], "nfe must hold numbers of at least 1"),

@@ -72,6 +72,12 @@ def test_what_it_says_of_itself(env: RobomimicEnvBase) -> None:
         env.render()
 
 
+def test_there_are_no_goals(env: RobomimicEnvBase) -> None:
+    for ask in (env.get_goal, env.set_goal):
+        with pytest.raises(NotImplementedError, match=r"without goals: train\.goal_mode null"):
+            ask()
+
+
 def test_what_cannot_be_made() -> None:
     kwargs = dict(default_env_args("can").env_kwargs)
     with pytest.raises(ValueError, match="'Door' is no task of Robomimic"):
