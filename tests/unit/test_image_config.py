@@ -47,6 +47,11 @@ def test_every_preset_composes_with_every_objective(preset: str, objective: str)
     assert config.dataset.flips
 
 
+@pytest.mark.parametrize("preset", choices("preset"))
+def test_a_network_that_is_named_wins_over_the_presets(preset: str) -> None:
+    assert isinstance(build(f"preset={preset}", "net=dit").net.config, DiTConfig)
+
+
 @pytest.mark.parametrize("net", choices("net"))
 def test_every_network_fits_every_data_set(net: str) -> None:
     config = build(f"net={net}").net.config
