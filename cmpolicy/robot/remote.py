@@ -52,6 +52,19 @@ class _LostError(Exception):
     """The connection failed in a way that another attempt may mend."""
 
 
+class _Connection(ClientConnection):
+    """One that says why a handshake failed even where the server spoke before it was asked."""
+
+    def handshake(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().handshake(*args, **kwargs)
+        except ConnectionClosed:
+            failure = self.protocol.handshake_exc
+            if failure is None:
+                raise
+            raise failure from failure.__cause__  # which tells whether there was any answer
+
+
 class RemotePolicy:
     """A policy on a server, used like one that is here. Stateless: whole histories are sent.
 
@@ -258,6 +271,7 @@ class RemotePolicy:
             connection = self._stack.enter_context(
                 connect(
                     self.url,
+                    create_connection=_Connection,
                     additional_headers=self._headers,
                     compression=None,
                     # a proxy of the environment is for the outside

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from websockets.client import ClientProtocol
+from websockets.http11 import Request
 from websockets.sync.server import ServerConnection, serve
 
 from cmpolicy import PolicyServer, RemotePolicy
@@ -359,12 +361,34 @@ def test_a_web_server(version: str, message: str) -> None:
         thread.join()
 
 
+@pytest.fixture(params=[0.0, 0.05])
+def slow_to_ask(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client asks so long after it has connected; by then a server may have spoken, or left."""
+    ask = ClientProtocol.connect
+
+    def later(protocol: ClientProtocol) -> Request:
+        time.sleep(request.param)
+        return ask(protocol)
+
+    monkeypatch.setattr(ClientProtocol, "connect", later)
+
+
+@pytest.mark.usefixtures("slow_to_ask")
 def test_a_server_of_another_protocol() -> None:
     with (
         _listening(lambda connection: connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")) as url,
         pytest.raises(RemotePolicyError, match="is no policy server"),
     ):
-        RemotePolicy(url, backoff=60)
+        RemotePolicy(url, retries=0)
+
+
+@pytest.mark.usefixtures("slow_to_ask")
+def test_a_server_that_hangs_up_at_once_may_be_back() -> None:
+    with (
+        _listening(lambda connection: None) as url,
+        pytest.raises(PolicyUnavailableError, match="2 attempts"),
+    ):
+        RemotePolicy(url, retries=1, backoff=0.001)
 
 
 def test_a_server_that_says_nothing() -> None:
