@@ -58,7 +58,7 @@ class _Connection(ClientConnection):
     def handshake(self, *args: Any, **kwargs: Any) -> None:
         try:
             super().handshake(*args, **kwargs)
-        except ConnectionClosed:
+        except (ConnectionClosed, AssertionError):  # by whether it has also hung up since
             failure = self.protocol.handshake_exc
             if failure is None:
                 raise
@@ -297,9 +297,6 @@ class RemotePolicy:
             if isinstance(error.__cause__, EOFError | OSError):
                 raise _LostError(str(error)) from error
             raise self._foreign(str(error)) from error
-        except AssertionError as error:
-            # of websockets itself, when what the server says overtakes the client's request
-            raise self._foreign("it speaks before it is asked") from error
         except (OSError, WebSocketException) as error:  # TimeoutError is an OSError
             raise _LostError(str(error) or type(error).__name__) from error
         self._greet(greeting)

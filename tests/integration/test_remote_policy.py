@@ -374,10 +374,15 @@ def slow_to_ask(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("slow_to_ask")
-def test_a_server_of_another_protocol() -> None:
+@pytest.mark.parametrize("stays", [0.0, 0.2])
+def test_a_server_of_another_protocol(stays: float) -> None:
+    def greet(connection: socket.socket) -> None:
+        connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+        time.sleep(stays)
+
     with (
-        _listening(lambda connection: connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")) as url,
-        pytest.raises(RemotePolicyError, match="is no policy server"),
+        _listening(greet) as url,
+        pytest.raises(RemotePolicyError, match=r"is no policy server .* a valid HTTP response"),
     ):
         RemotePolicy(url, retries=0)
 
