@@ -56,9 +56,9 @@ unit: install  ## pytest alone (JOBS=2 workers; PYTEST_ARGS="-k windows" to choo
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 bench: install  ## step, latency and rollout times of this machine
-	$(BIN)/cmpolicy-bench step
-	$(BIN)/cmpolicy-bench latency policy=pusht
-	$(BIN)/cmpolicy-bench rollout policy=pusht
+	$(BIN)/cmpolicy bench step
+	$(BIN)/cmpolicy bench latency policy=pusht
+	$(BIN)/cmpolicy bench rollout policy=pusht
 
 clean:  ## remove caches and build products (not .venv, not outputs)
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cmpolicy.export.onnx_policy import OnnxPolicy
     from cmpolicy.image.pipeline import ConsistencyImagePipeline
-    from cmpolicy.policy.consistency import ConsistencyPolicy
+    from cmpolicy.policy.policy import ConsistencyPolicy
     from cmpolicy.robot.chunking import ActionChunker
     from cmpolicy.robot.loop import ControlLoop
-    from cmpolicy.robot.remote import RemotePolicy
-    from cmpolicy.robot.server import PolicyServer
+    from cmpolicy.serve.client import RemotePolicy
+    from cmpolicy.serve.server import PolicyServer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,11 +31,11 @@ __all__ = [
 _MODULES = {
     "ActionChunker": "cmpolicy.robot.chunking",
     "ConsistencyImagePipeline": "cmpolicy.image.pipeline",
-    "ConsistencyPolicy": "cmpolicy.policy.consistency",
+    "ConsistencyPolicy": "cmpolicy.policy.policy",
     "ControlLoop": "cmpolicy.robot.loop",
     "OnnxPolicy": "cmpolicy.export.onnx_policy",
-    "PolicyServer": "cmpolicy.robot.server",
-    "RemotePolicy": "cmpolicy.robot.remote",
+    "PolicyServer": "cmpolicy.serve.server",
+    "RemotePolicy": "cmpolicy.serve.client",
 }
 
 

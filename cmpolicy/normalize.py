@@ -56,7 +56,7 @@ class Normalizer(nn.Module):
             if not (np.isfinite(low).all() and np.isfinite(high).all()):
                 raise ValueError(
                     f"cannot fit the normaliser: {key!r} holds NaN or inf; "
-                    "`cmpolicy-data validate <path>` names the steps"
+                    "`cmpolicy data validate <path>` names the steps"
                 )
             span = high - low
             scale = np.where(span < CONSTANT_RANGE, 1.0, 2.0 / np.maximum(span, CONSTANT_RANGE))

@@ -1,4 +1,4 @@
-"""``cmpolicy-bench``: what a training step, an action chunk and an evaluation cost here.
+"""``cmpolicy bench``: what a training step, an action chunk and an evaluation cost here.
 
 Exit status: 0 well, 2 the command could not be carried out.
 """
@@ -8,16 +8,20 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cmpolicy.train.config import TrainConfig
 
 _USAGE = """\
-usage: cmpolicy-bench COMMAND [key=value ...]
+usage: cmpolicy bench COMMAND [key=value ...]
 
 Measure what this machine makes of cmpolicy; a table here, JSON in out=FILE.
 
 commands:
   step      one isd training step against one fm step, in alternating pairs; the loader's share
               pairs=30 warmup=5 threads=null out=outputs/bench/step.json
-              and any setting of cmpolicy-train: net=base batch_size=512 device=cuda
+              and any setting of cmpolicy train: net=base batch_size=512 device=cuda
   latency   one action chunk at batch 1, normalisation included, in each runtime; beside it DDPM
             and DDIM on the same network, and the floor that memory and arithmetic set
               policy=pusht nfe=[1,2,4,10,100] runtimes=[eager,compiled,pt2,onnx] diffusion=true
@@ -43,7 +47,7 @@ _COMMANDS = ("step", "latency", "rollout", "server", "loop", "delay")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``cmpolicy-bench``; returns the exit status."""
+    """Entry point of ``cmpolicy bench``; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or {"-h", "--help"} & set(words):
         print(_USAGE, end="")
@@ -51,59 +55,84 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, *rest = words
     if command not in _COMMANDS:
         print(
-            f"cmpolicy-bench: unknown command {command!r}; choose one of {', '.join(_COMMANDS)}",
+            f"cmpolicy bench: unknown command {command!r}; choose one of {', '.join(_COMMANDS)}",
             file=sys.stderr,
         )
         return 2
     try:
         _run(command, rest)
     except KeyboardInterrupt:
-        print("cmpolicy-bench: stopped", file=sys.stderr)
+        print("cmpolicy bench: stopped", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError) as error:
         # what the libraries raise on bad input, a missing extra, a server that fails
-        print(f"cmpolicy-bench {command}: {error}", file=sys.stderr)
+        print(f"cmpolicy bench {command}: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 def _run(command: str, words: Sequence[str]) -> None:
     # imported here so that --help does not wait for torch
-    from cmpolicy.cli.benchmarks import settings as s
+    from cmpolicy.bench import settings as s
+    from cmpolicy.cli.parse import read, split
 
     if command == "step":
-        from cmpolicy.cli.benchmarks.step import measure_step
+        from cmpolicy.bench.step import measure_step
 
-        step, others = s.split(s.StepSettings, words)
-        report, out = measure_step(step, others), step.out
+        step, others = split(s.StepSettings, words)
+        report, out = measure_step(step, *_objectives(others)), step.out
     elif command == "latency":
-        from cmpolicy.cli.benchmarks.latency import measure_latency
+        from cmpolicy.bench.latency import measure_latency
 
-        latency = s.read(s.LatencySettings, words)
+        latency = read(s.LatencySettings, words)
         report, out = measure_latency(latency), latency.out
     elif command == "server":
-        from cmpolicy.cli.benchmarks.server import measure_server
+        from cmpolicy.bench.server import measure_server
 
-        server = s.read(s.ServerSettings, words)
+        server = read(s.ServerSettings, words)
         report, out = measure_server(server), server.out
     elif command == "loop":
-        from cmpolicy.cli.benchmarks.loop import LoopSettings, measure_loop
+        from cmpolicy.bench.loop import LoopSettings, measure_loop
 
-        loop = s.read(LoopSettings, words)
+        loop = read(LoopSettings, words)
         report, out = measure_loop(loop), loop.out
     elif command == "delay":
-        from cmpolicy.cli.benchmarks.delay import DelaySettings, measure_delay
+        from cmpolicy.bench.delay import DelaySettings, measure_delay
 
-        delay = s.read(DelaySettings, words)
-        report = measure_delay(delay, shlex.join(["cmpolicy-bench", command, *words]))
+        delay = read(DelaySettings, words)
+        report = measure_delay(delay, shlex.join(["cmpolicy bench", command, *words]))
         out = delay.out
     else:
-        from cmpolicy.cli.benchmarks.rollout import measure_rollout
+        from cmpolicy.bench.rollout import measure_rollout
 
-        rollout = s.read(s.RolloutSettings, words)
+        rollout = read(s.RolloutSettings, words)
         report, out = measure_rollout(rollout), rollout.out
     print(report.table())
-    print(f"written to {report.save(out, shlex.join(['cmpolicy-bench', command, *words]))}")
+    print(f"written to {report.save(out, shlex.join(['cmpolicy bench', command, *words]))}")
+
+
+def _objectives(words: Sequence[str]) -> tuple[TrainConfig, TrainConfig]:
+    """Two runs of these settings, by flow matching and by isd.
+
+    Raises:
+        ConfigError: what is wrong with the words.
+    """
+    from cmpolicy.cli.parse import compose_settings
+    from cmpolicy.train.config import TrainConfig
+    from cmpolicy.train.schema import ConfigError
+
+    if any(word.partition("=")[0] == "objective" for word in words):
+        raise ConfigError(
+            "step compares the objectives isd and fm; leave out objective=... "
+            "(settings such as objective.sd_share=0.25 are isd's)"
+        )
+    shared = [word for word in words if not word.startswith("objective.")]
+    configs = []
+    for chosen in ([*shared, "objective=fm"], [*words, "objective=isd"]):
+        settings = compose_settings("train", chosen)
+        settings.pop("out")
+        configs.append(TrainConfig.from_mapping(settings))
+    return configs[0], configs[1]
 
 
 if __name__ == "__main__":

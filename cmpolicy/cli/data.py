@@ -1,4 +1,4 @@
-"""``cmpolicy-data``: look at, check, generate, download, convert and pack demonstrations.
+"""``cmpolicy data``: look at, check, generate, download, convert and pack demonstrations.
 
 Exit status: 0 well, 1 ``validate`` found problems, 2 the command could not be carried out.
 """
@@ -21,22 +21,22 @@ _SHOWN_PROBLEMS = 50
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``cmpolicy-data``; returns the exit status."""
+    """Entry point of ``cmpolicy data``; returns the exit status."""
     arguments = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.run
     try:
         return command(arguments)
     except KeyboardInterrupt:
-        print("cmpolicy-data: stopped", file=sys.stderr)
+        print("cmpolicy data: stopped", file=sys.stderr)
         return 130
     # All that the data package raises on bad input, and packages of an extra that is not installed.
     except (ValueError, OSError, ImportError) as error:
-        print(f"cmpolicy-data: {error}", file=sys.stderr)
+        print(f"cmpolicy data: {error}", file=sys.stderr)
         return 2
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="cmpolicy-data", description=_DESCRIPTION)
+    parser = argparse.ArgumentParser(prog="cmpolicy data", description=_DESCRIPTION)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(
@@ -156,7 +156,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         f"{report.path}: {report.kept} episodes, {report.steps} steps "
         f"({report.attempted} attempted, {report.seconds:.0f} s)"
     )
-    print(f"look at it with: cmpolicy-data inspect {shlex.quote(str(report.path))}")
+    print(f"look at it with: cmpolicy data inspect {shlex.quote(str(report.path))}")
     return 0
 
 
@@ -182,7 +182,7 @@ def _download(arguments: argparse.Namespace) -> int:
         )
     print(f"{path}: verified")
     print(
-        "train on it with: cmpolicy-train task=pusht data=pusht_human "
+        "train on it with: cmpolicy train task=pusht data=pusht_human "
         f"data.path={shlex.quote(str(path))}"
     )
     return 0

@@ -1,4 +1,4 @@
-"""Options of ``cmpolicy-data`` commands, written key=value."""
+"""Options of ``cmpolicy data`` commands, written key=value."""
 
 from __future__ import annotations
 

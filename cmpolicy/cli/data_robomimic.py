@@ -1,4 +1,4 @@
-"""Commands of ``cmpolicy-data`` for the Robomimic tasks."""
+"""Commands of ``cmpolicy data`` for the Robomimic tasks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def generate(arguments: argparse.Namespace) -> int:
     if not task:
         known = ", ".join(attempt.SKILLS)
         raise UsageError(
-            f"Name the task ({known}), for example: cmpolicy-data generate robomimic task=lift"
+            f"Name the task ({known}), for example: cmpolicy data generate robomimic task=lift"
         )
     episodes = whole(options, "episodes")
     with tqdm(total=episodes, unit="episode", disable=None) as bar:
@@ -68,7 +68,7 @@ def generate(arguments: argparse.Namespace) -> int:
         f"({report.attempted} attempted, {report.success_rate:.1%} succeeded, "
         f"{report.seconds:.0f} s)"
     )
-    print(f"convert it with: cmpolicy-data convert robomimic {path} out={report.task}.zarr")
+    print(f"convert it with: cmpolicy data convert robomimic {path} out={report.task}.zarr")
     return 0
 
 
@@ -111,8 +111,8 @@ def convert(arguments: argparse.Namespace) -> int:
         print(f"absolute actions of {report.goals_from_file} episode(s): the file's actions_abs")
     for name, count in report.masks.items():
         print(f"mask {name}: {count} episode(s)")
-    print(f"check it with: cmpolicy-data replay robomimic {shown}")
-    print(f"train on it with: cmpolicy-train task={report.task} data=robomimic data.path={shown}")
+    print(f"check it with: cmpolicy data replay robomimic {shown}")
+    print(f"train on it with: cmpolicy train task={report.task} data=robomimic data.path={shown}")
     return 0
 
 
@@ -151,7 +151,7 @@ def download(arguments: argparse.Namespace) -> int:
         arguments, {"task": "", "type": "ph", "out": "", "endpoint": "", "revision": "main"}
     )
     if not options["task"]:
-        raise UsageError("Name the task, for example: cmpolicy-data download robomimic task=lift")
+        raise UsageError("Name the task, for example: cmpolicy data download robomimic task=lift")
     path = fetch(
         options["task"],
         options["type"],
@@ -161,7 +161,7 @@ def download(arguments: argparse.Namespace) -> int:
     )
     print(f"{path}: readable")
     print(
-        f"convert it with: cmpolicy-data convert robomimic {shlex.quote(str(path))} "
+        f"convert it with: cmpolicy data convert robomimic {shlex.quote(str(path))} "
         f"out={options['task']}_{options['type']}.zarr"
     )
     return 0

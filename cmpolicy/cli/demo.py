@@ -1,8 +1,8 @@
 """``make demo``: train a one-step policy on the bundled demonstrations, score it, film it.
 
 ``python -m cmpolicy.cli.demo [key=value ...]``: ``out``, ``episodes``, ``first_seed`` and
-``videos`` are the demo's own; every other word is a setting of ``cmpolicy-train``. Exit status as
-of ``cmpolicy-train``.
+``videos`` are the demo's own; every other word is a setting of ``cmpolicy train``. Exit status as
+of ``cmpolicy train``.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import imageio.v2 as imageio
 import numpy as np
 from PIL import Image
 
-from cmpolicy.cli.benchmarks.latency import eager_contender, time_calls
-from cmpolicy.cli.benchmarks.settings import LatencySettings
-from cmpolicy.cli.model_card import BEST, RESULT
+from cmpolicy.bench.latency import eager_contender, time_calls
+from cmpolicy.bench.settings import LatencySettings
+from cmpolicy.cli.parse import compose_settings, parse
 from cmpolicy.cli.run_command import guarded
-from cmpolicy.cli.runs import load_run_config
-from cmpolicy.cli.settings import compose_settings, parse
-from cmpolicy.cli.training import train
-from cmpolicy.policy.consistency import ConsistencyPolicy
+from cmpolicy.experiment.model_card import BEST, RESULT
+from cmpolicy.experiment.run import load_run_config
+from cmpolicy.experiment.train import train
+from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.train.checkpoint import load_state, state_path
 from cmpolicy.train.config import TrainConfig
 from cmpolicy.train.curves import CURVES_FILE
@@ -88,14 +88,14 @@ def _demo(words: Sequence[str]) -> int:
     if finished:
         print(f"{out} holds this demo's training already: scoring it again")
     else:
-        print(f"training on {config.data.name}: {config.samples} samples, about ten minutes")
+        print(f"training on {config.data.name}: {config.examples} examples, about ten minutes")
         run = train(config, demo.out, command=command, resume=resume)
         if not run.outcome.finished:
-            print(f"stopped at {run.outcome.samples} samples; `{command}` goes on from there")
+            print(f"stopped at {run.outcome.examples} examples; `{command}` goes on from there")
             return 128 + (run.outcome.signum or 0)
     trained = time.monotonic()
     policy = ConsistencyPolicy.from_pretrained(out / BEST)
-    policy.num_steps = config.eval.nfe
+    policy.nfe = config.eval.nfe
     scored = evaluate(
         policy,
         protocol,
@@ -128,7 +128,7 @@ def _clear_the_place(out: Path, config: TrainConfig) -> tuple[bool, bool]:
         return False, False
     if state_path(out).is_file():
         same = TrainConfig.from_mapping(load_run_config(out)) == config
-        done = int(load_state(out).values["samples"]) >= config.samples
+        done = int(load_state(out).values["examples"]) >= config.examples
         if same and not (done and not (out / BEST).is_dir()):
             return done, True
     aside = next(

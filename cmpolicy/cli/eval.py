@@ -1,4 +1,4 @@
-"""``cmpolicy-eval``: score a policy under a protocol, or compare results that are there.
+"""``cmpolicy eval``: score a policy under a protocol, or compare results that are there.
 
 Exit status: 0 scored; 1 an environment failed; 2 bad settings, policy or files; 130 Ctrl-C.
 """
@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
-from cmpolicy.cli.protocols import (
+from cmpolicy.cli.parse import read_words
+from cmpolicy.experiment.protocols import (
     ROBOMIMIC,
     Simulator,
     open_protocol,
@@ -24,7 +25,6 @@ from cmpolicy.cli.protocols import (
     read_env_args,
     require_protocol,
 )
-from cmpolicy.cli.settings import read_words
 from cmpolicy.export.load import is_exported, open_exported
 from cmpolicy.train.schema import ConfigError, from_mapping, unknown_key_message
 from cmpolicy_eval.evaluate import Evaluation, evaluate
@@ -37,8 +37,8 @@ from cmpolicy_eval.seeds import SeedOverlapWarning, parse_seeds
 
 _HEADER = """Score a policy in simulation, or compare result files.
 
-cmpolicy-eval policy=outputs/<run>/policy|<file>.onnx|<file>.pt2 [key=value ...]
-cmpolicy-eval report results=[a.json,b.json] [out=outputs/report]
+cmpolicy eval policy=outputs/<run>/policy|<file>.onnx|<file>.pt2 [key=value ...]
+cmpolicy eval report results=[a.json,b.json] [out=outputs/report]
 
 Settings and their values:
 """
@@ -46,7 +46,7 @@ Settings and their values:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Settings of ``cmpolicy-eval``; ``eval.yaml`` in ``cmpolicy_conf`` says what each means."""
+    """Settings of ``cmpolicy eval``; ``eval.yaml`` in ``cmpolicy_conf`` says what each means."""
 
     policy: str
     name: str | None
@@ -84,14 +84,14 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Settings of ``cmpolicy-eval report``: result files, and the folder of the report."""
+    """Settings of ``cmpolicy eval report``: result files, and the folder of the report."""
 
     results: tuple[str, ...]
     out: str = "outputs/report"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``cmpolicy-eval``; returns the exit status."""
+    """Entry point of ``cmpolicy eval``; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or {"-h", "--help"} & set(words):
         print(_HEADER + _defaults_text(), end="")
@@ -110,15 +110,15 @@ def _guarded(words: Sequence[str]) -> int:
         settings = {**_defaults(), **_parse(words, _names(EvalConfig))}
         if isinstance(settings["nfe"], int):
             settings["nfe"] = [settings["nfe"]]
-        return _score(from_mapping(EvalConfig, settings), shlex.join(["cmpolicy-eval", *words]))
+        return _score(from_mapping(EvalConfig, settings), shlex.join(["cmpolicy eval", *words]))
     except RolloutError as error:
-        print(f"cmpolicy-eval: {error}", file=sys.stderr)
+        print(f"cmpolicy eval: {error}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
-        print(f"cmpolicy-eval: {error}", file=sys.stderr)
+        print(f"cmpolicy eval: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("cmpolicy-eval: stopped", file=sys.stderr)
+        print("cmpolicy eval: stopped", file=sys.stderr)
         return 130
 
 
@@ -222,8 +222,8 @@ def _open(config: EvalConfig) -> _Scored:
 def _open_bundle(config: EvalConfig) -> _Scored:
     import torch
 
-    from cmpolicy.policy.consistency import ConsistencyPolicy
-    from cmpolicy.policy.pretrained import read_metadata
+    from cmpolicy.policy.bundle import read_metadata
+    from cmpolicy.policy.policy import ConsistencyPolicy
 
     has_gpu = torch.cuda.is_available()
     if config.device == "cuda" and not has_gpu:
@@ -246,7 +246,7 @@ def _open_bundle(config: EvalConfig) -> _Scored:
     metadata = read_metadata(config.policy)
     return _Scored(
         policy,
-        lambda nfe: setattr(policy, "num_steps", nfe),
+        lambda nfe: setattr(policy, "nfe", nfe),
         label,
         metadata.get("data"),
         f"cuda ({torch.cuda.get_device_name(policy.device)})" if device == "cuda" else "cpu",
@@ -259,7 +259,7 @@ def _open_exported(config: EvalConfig) -> _Scored:
     """What was fixed at export cannot be set here."""
     policy = open_exported(config.policy)
     facts = policy.facts
-    again = f"export it again: cmpolicy-export policy=<bundle> out={config.policy}"
+    again = f"export it again: cmpolicy export policy=<bundle> out={config.policy}"
     if config.nfe != (facts.nfe,):
         raise ConfigError(
             f"{config.policy} makes {facts.nfe} evaluation(s), not nfe={list(config.nfe)}; give "
@@ -298,7 +298,7 @@ def _parse(words: Sequence[str], known: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: a word without ``=``, a value that is not YAML, an unknown key.
     """
-    how = "`cmpolicy-eval --help` lists all settings with their values"
+    how = "`cmpolicy eval --help` lists all settings with their values"
     for word in words:
         key, equals, _ = word.partition("=")
         if not equals:
@@ -328,7 +328,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"cmpolicy-eval: warning: {message}", file=sys.stderr)
+    print(f"cmpolicy eval: warning: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

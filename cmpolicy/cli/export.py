@@ -1,4 +1,4 @@
-"""``cmpolicy-export``: a policy bundle as one file, for onnxruntime or for torch alone.
+"""``cmpolicy export``: a policy bundle as one file, for onnxruntime or for torch alone.
 
 Exit status: 0 written and checked; 2 bad settings or files, or a file that disagrees; 130 Ctrl-C.
 """
@@ -11,23 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cmpolicy.cli.benchmarks.settings import read
+from cmpolicy.cli.parse import read
 
 _USAGE = """\
-usage: cmpolicy-export policy=BUNDLE out=FILE.onnx|FILE.pt2 [format=onnx|pt2] [nfe=1]
+usage: cmpolicy export policy=BUNDLE out=FILE.onnx|FILE.pt2 [format=onnx|pt2] [nfe=1]
 
 Write the whole map from observations and noise to actions as one file: normalisation inside, any
 batch size, nfe network evaluations unrolled. The file is compared with the policy before it is
 moved into place. `format` is told by the end of `out` where it is not given.
 
-  cmpolicy-export policy=pusht format=onnx out=pusht.onnx   # runs with numpy and onnxruntime alone
-  cmpolicy-export policy=outputs/my-run/policy out=my.pt2   # runs with torch alone
+  cmpolicy export policy=pusht format=onnx out=pusht.onnx   # runs with numpy and onnxruntime alone
+  cmpolicy export policy=outputs/my-run/policy out=my.pt2   # runs with torch alone
 """
 
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """Settings of ``cmpolicy-export``."""
+    """Settings of ``cmpolicy export``."""
 
     policy: str
     out: str
@@ -36,7 +36,7 @@ class ExportSettings:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``cmpolicy-export``; returns the exit status."""
+    """Entry point of ``cmpolicy export``; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or {"-h", "--help"} & set(words):
         print(_USAGE, end="")
@@ -44,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(export(read(ExportSettings, words)))
     except (ValueError, OSError, ImportError) as error:  # bad input; a missing extra
-        print(f"cmpolicy-export: {error}", file=sys.stderr)
+        print(f"cmpolicy export: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("cmpolicy-export: stopped, nothing was written", file=sys.stderr)
+        print("cmpolicy export: stopped, nothing was written", file=sys.stderr)
         return 130
     return 0
 
@@ -59,8 +59,8 @@ def export(settings: ExportSettings) -> str:
         ExportError, BundleError, ImportError, OSError: see ``export_policy`` and ``load_bundle``.
     """
     from cmpolicy.export.write import check_request, export_policy
-    from cmpolicy.policy.consistency import ConsistencyPolicy
-    from cmpolicy.policy.pretrained import read_hashes, read_metadata
+    from cmpolicy.policy.bundle import read_hashes, read_metadata
+    from cmpolicy.policy.policy import ConsistencyPolicy
 
     out = Path(settings.out).expanduser()
     format_ = settings.format or ("pt2" if out.suffix == ".pt2" else "onnx")
@@ -77,7 +77,7 @@ def export(settings: ExportSettings) -> str:
     return (
         f"written to {written.path}: {written.size / 1e6:.1f} MB, differs from the policy by at "
         f"most {written.difference:.1e} of the normalised range\n"
-        f"next: cmpolicy-eval policy={settings.out}{nfe} out=outputs/exported"
+        f"next: cmpolicy eval policy={settings.out}{nfe} out=outputs/exported"
     )
 
 

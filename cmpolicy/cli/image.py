@@ -1,4 +1,4 @@
-"""``cmpolicy-image``: train a one-step image generator, sample it, score it.
+"""``cmpolicy image``: train a one-step image generator, sample it, score it.
 
 Exit status: as the commands' own; 2 for a command that there is not.
 """
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 _USAGE = """\
-usage: cmpolicy-image COMMAND [key=value ...]
+usage: cmpolicy image COMMAND [key=value ...]
 
 One-step class-conditional images, by the same flow as the policies.
 
@@ -24,13 +24,13 @@ commands:
             or results that are there, in one table
               report results=[a.json,b.json]
 
-`cmpolicy-image COMMAND --help` lists the settings of a command.
+`cmpolicy image COMMAND --help` lists the settings of a command.
 """
 _COMMANDS = ("train", "sample", "eval")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``cmpolicy-image``; returns the exit status."""
+    """Entry point of ``cmpolicy image``; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_USAGE, end="")
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return image_eval.main(rest)
     print(
-        f"cmpolicy-image: unknown command {command!r}; choose one of {', '.join(_COMMANDS)}",
+        f"cmpolicy image: unknown command {command!r}; choose one of {', '.join(_COMMANDS)}",
         file=sys.stderr,
     )
     return 2

@@ -1,4 +1,4 @@
-"""``cmpolicy-image eval``: score an image model, or compare results that are there."""
+"""``cmpolicy image eval``: score an image model, or compare results that are there."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cmpolicy.cli.benchmarks.report import describe_device
-from cmpolicy.cli.image_results import (
+from cmpolicy.bench.report import describe_device
+from cmpolicy.cli.image_sample import CONFIG_PACKAGE, help_text
+from cmpolicy.cli.parse import compose_settings, read_words
+from cmpolicy.cli.run_command import guarded
+from cmpolicy.experiment.image.results import (
     ImageResult,
     Judge,
     RealData,
@@ -20,8 +23,7 @@ from cmpolicy.cli.image_results import (
     origin,
     results_table,
 )
-from cmpolicy.cli.image_sample import CONFIG_PACKAGE, help_text
-from cmpolicy.cli.image_sampling import (
+from cmpolicy.experiment.image.sampling import (
     Device,
     MadeImages,
     draw_paths,
@@ -29,9 +31,7 @@ from cmpolicy.cli.image_sampling import (
     open_model,
     spread_over,
 )
-from cmpolicy.cli.run_command import guarded
-from cmpolicy.cli.runs import CONFIG_FILE
-from cmpolicy.cli.settings import compose_settings, read_words, read_yaml
+from cmpolicy.experiment.run import CONFIG_FILE, read_yaml
 from cmpolicy.flow.sampler import SamplerKind
 from cmpolicy.image.datasets import ImageData, ImageDataConfig, load_images
 from cmpolicy.image.metrics import (
@@ -50,11 +50,11 @@ from cmpolicy.train.schema import ConfigError, from_mapping, unknown_key_message
 from cmpolicy_data.catalog import cache_dir, data_dir
 from cmpolicy_eval.result import write_atomically
 
-PROGRAM = "cmpolicy-image eval"
+PROGRAM = "cmpolicy image eval"
 _HEADER = """Score a trained image model, or compare result files.
 
-cmpolicy-image eval model=outputs/<run>/model [key=value ...]
-cmpolicy-image eval report results=[a.json,b.json] [out=outputs/image-report]
+cmpolicy image eval model=outputs/<run>/model [key=value ...]
+cmpolicy image eval report results=[a.json,b.json] [out=outputs/image-report]
 
 Settings and their values:
 """
@@ -103,7 +103,7 @@ class ReportConfig:
 
 
 def main(words: Sequence[str]) -> int:
-    """Entry point of ``cmpolicy-image eval``; returns the exit status."""
+    """Entry point of ``cmpolicy image eval``; returns the exit status."""
     if not words or {"-h", "--help"} & set(words):
         print(_HEADER + help_text("eval"), end="")
         return 0 if words else 2
@@ -171,7 +171,7 @@ def _evaluate(words: Sequence[str]) -> int:
             scores=scorer.score(made.images, made.labels),
             real=real,
             fidelity=fidelity,
-            **origin(describe_device(pipe.device), shlex.join(["cmpolicy-image", "eval", *words])),
+            **origin(describe_device(pipe.device), shlex.join(["cmpolicy image", "eval", *words])),
         )
         result.save(out / f"result_nfe{nfe}.json")
         results.append(result)
@@ -200,7 +200,7 @@ def trained_on(model: str, pipe: ConsistencyImagePipeline) -> ImageDataConfig:
     folder = Path(model).expanduser()
     for run in (folder, folder.parent):
         if (run / CONFIG_FILE).is_file():
-            settings = read_yaml(str(run / CONFIG_FILE)).get("dataset")
+            settings = read_yaml(run / CONFIG_FILE).get("dataset")
             if isinstance(settings, dict) and {**settings, "path": None} == {**own, "path": None}:
                 own = settings
                 break

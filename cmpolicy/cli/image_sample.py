@@ -1,4 +1,4 @@
-"""``cmpolicy-image sample``: images of chosen classes as one picture, or as files."""
+"""``cmpolicy image sample``: images of chosen classes as one picture, or as files."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cmpolicy.cli.image_sampling import (
+from cmpolicy.cli.parse import compose_settings
+from cmpolicy.cli.run_command import guarded
+from cmpolicy.experiment.image.sampling import (
     Device,
     draw_paths,
     make_images,
     open_model,
     parse_classes,
 )
-from cmpolicy.cli.run_command import guarded
-from cmpolicy.cli.settings import compose_settings
 from cmpolicy.flow.sampler import SamplerKind
 from cmpolicy.image.datasets.resize import as_image
 from cmpolicy.image.pictures import samples_picture, save_picture
 from cmpolicy.train.schema import ConfigError, from_mapping
 
-PROGRAM = "cmpolicy-image sample"
+PROGRAM = "cmpolicy image sample"
 CONFIG_PACKAGE = "cmpolicy_conf.image"
 
 
@@ -58,7 +58,7 @@ class SampleConfig:
 
 
 def main(words: Sequence[str]) -> int:
-    """Entry point of ``cmpolicy-image sample``; returns the exit status."""
+    """Entry point of ``cmpolicy image sample``; returns the exit status."""
     if not words or {"-h", "--help"} & set(words):
         print(f"Make images with a trained model.\n\n{help_text('sample')}", end="")
         return 0 if words else 2

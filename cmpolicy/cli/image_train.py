@@ -1,4 +1,4 @@
-"""``cmpolicy-image train``: train an image model, or go on with a run.
+"""``cmpolicy image train``: train an image model, or go on with a run.
 
 Exit status: see :mod:`cmpolicy.cli.run_command`.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cmpolicy.cli.image_config import ImageTrainConfig
-from cmpolicy.cli.image_training import PROGRAM, closing_words, train_images
 from cmpolicy.cli.run_command import RunCommand, stopped_words
+from cmpolicy.experiment.image.config import ImageTrainConfig
+from cmpolicy.experiment.image.train import PROGRAM, closing_words, train_images
 
 PACKAGE = "cmpolicy_conf.image"
 
@@ -26,7 +26,7 @@ def _run(settings: dict[str, Any], out: str | None, command: str, resume: bool) 
     if not run.is_main:
         return 0
     if not run.outcome.finished:
-        print(stopped_words(PROGRAM, run.run_dir, run.outcome.samples, config.samples))
+        print(stopped_words(PROGRAM, run.run_dir, run.outcome.examples, config.examples))
         return 128 + (run.outcome.signum or 0)
     print(closing_words(run, config))
     return 0

@@ -1,4 +1,4 @@
-"""``cmpolicy-publish``: make the bundle to hand out from a trained one.
+"""``cmpolicy publish``: make the bundle to hand out from a trained one.
 
 Stores the weights in half precision where asked, and writes results into the model card and beside
 it, so that a policy travels with its numbers. Exit status: 0 well, 2 bad settings or files.
@@ -12,29 +12,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cmpolicy.cli.benchmarks.settings import read
+from cmpolicy.cli.parse import read
 from cmpolicy.train.schema import ConfigError
 from cmpolicy_eval.report import difference_table, table
 from cmpolicy_eval.result import Result
 
 _USAGE = """\
-usage: cmpolicy-publish policy=BUNDLE out=BUNDLE [weights=fp16|fp32] [noise_scale=0.8]
+usage: cmpolicy publish policy=BUNDLE out=BUNDLE [weights=fp16|fp32] [noise_scale=0.8]
                         [results=[a.json,b.json]]
 
 Write the bundle to hand out: weights in that precision, the noise of a sample multiplied by that
 scale (not given: the policy's own; choose it on tuning seeds), and the results in its model card
 and in results/. `out` may be `policy` itself: a published bundle is scored and then completed:
 
-  cmpolicy-publish policy=outputs/my-run/policy out=mine weights=fp16
-  cmpolicy-eval policy=mine nfe=[1,2,4] out=outputs/mine
-  cmpolicy-publish policy=mine out=mine results=[outputs/mine/result_nfe1.json]
+  cmpolicy publish policy=outputs/my-run/policy out=mine weights=fp16
+  cmpolicy eval policy=mine nfe=[1,2,4] out=outputs/mine
+  cmpolicy publish policy=mine out=mine results=[outputs/mine/result_nfe1.json]
 """
 RESULTS = "results"
 
 
 @dataclass(frozen=True)
 class PublishSettings:
-    """Settings of ``cmpolicy-publish``."""
+    """Settings of ``cmpolicy publish``."""
 
     policy: str
     out: str
@@ -48,7 +48,7 @@ class PublishSettings:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``cmpolicy-publish``; returns the exit status."""
+    """Entry point of ``cmpolicy publish``; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or {"-h", "--help"} & set(words):
         print(_USAGE, end="")
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         out = publish(read(PublishSettings, words))
     except (ValueError, OSError) as error:
-        print(f"cmpolicy-publish: {error}", file=sys.stderr)
+        print(f"cmpolicy publish: {error}", file=sys.stderr)
         return 2
     size = (out / "model.safetensors").stat().st_size
     print(f"published {out}: {size / 1e6:.1f} MB of weights")
@@ -71,9 +71,9 @@ def publish(settings: PublishSettings) -> Path:
     """
     import torch
 
-    from cmpolicy.cli.model_card import model_card
-    from cmpolicy.policy.consistency import ConsistencyPolicy
-    from cmpolicy.policy.pretrained import BundleError, read_metadata
+    from cmpolicy.experiment.model_card import model_card
+    from cmpolicy.policy.bundle import BundleError, read_metadata
+    from cmpolicy.policy.policy import ConsistencyPolicy
 
     results = {Path(path): Result.load(Path(path).expanduser()) for path in settings.results}
     policy = ConsistencyPolicy.from_pretrained(settings.policy)
@@ -83,7 +83,7 @@ def publish(settings: PublishSettings) -> Path:
     if "config" not in metadata:
         raise BundleError(
             f"{settings.policy} does not say how it was trained; publish a bundle that "
-            "cmpolicy-train made"
+            "cmpolicy train made"
         )
     out = Path(settings.out).expanduser()
     card = model_card(policy, metadata) + _results_section(list(results.values()))

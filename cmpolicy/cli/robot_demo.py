@@ -1,4 +1,4 @@
-"""``cmpolicy-robot-demo``: Push-T as a robot in its own process, driven in real time.
+"""``cmpolicy robot-demo``: Push-T as a robot in its own process, driven in real time.
 
 Exit status: 0 the run ended well, on the goal or not; 1 the robot failed; 2 bad settings or policy;
 130 Ctrl-C.
@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cmpolicy.cli.settings import read_words
+from cmpolicy.cli.parse import read_words
 from cmpolicy.train.schema import ConfigError, from_mapping
 
 if TYPE_CHECKING:
-    from cmpolicy.cli.robot_film import Recording
+    from cmpolicy.experiment.robot_film import Recording
     from cmpolicy.robot.policy import ChunkPolicy
     from cmpolicy.robot.report import LoopReport
     from cmpolicy.spec import PolicySpec
 
 _USAGE = """\
-usage: cmpolicy-robot-demo [key=value ...]
+usage: cmpolicy robot-demo [key=value ...]
 
 Drive the Push-T simulator as a robot: a process of its own that goes on in real time, whether
 actions come or not. Prints the report of the control loop, films the run with the planned actions.
@@ -42,7 +42,7 @@ settings:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """Settings of ``cmpolicy-robot-demo``, see its help."""
+    """Settings of ``cmpolicy robot-demo``, see its help."""
 
     policy: str = "pusht"
     seed: int = 100_003
@@ -104,7 +104,7 @@ class SlowPolicy:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``cmpolicy-robot-demo``; returns the exit status."""
+    """Entry point of ``cmpolicy robot-demo``; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(words):
         print(_USAGE, end="")
@@ -112,13 +112,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _drive(from_mapping(DemoSettings, read_words(words)))
     except KeyboardInterrupt:
-        print("cmpolicy-robot-demo: stopped", file=sys.stderr)
+        print("cmpolicy robot-demo: stopped", file=sys.stderr)
         return 130
     except ConnectionError as error:
-        print(f"cmpolicy-robot-demo: {error}", file=sys.stderr)
+        print(f"cmpolicy robot-demo: {error}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
-        print(f"cmpolicy-robot-demo: {error}", file=sys.stderr)
+        print(f"cmpolicy robot-demo: {error}", file=sys.stderr)
         return 2
 
 
@@ -126,19 +126,19 @@ def _drive(settings: DemoSettings) -> int:
     # what is slow to import comes after the settings were found to be right
     import torch
 
-    from cmpolicy.cli.robot_film import Recording, write_plot, write_video
-    from cmpolicy.cli.sim_robot import SimulatedPushT
-    from cmpolicy.policy.consistency import ConsistencyPolicy
+    from cmpolicy.experiment.robot_film import Recording, write_plot, write_video
+    from cmpolicy.policy.policy import ConsistencyPolicy
     from cmpolicy.robot.engine import Tick, Timestamps
     from cmpolicy.robot.loop import ControlLoop
     from cmpolicy.robot.safety import SafetyLimits
     from cmpolicy.robot.schedule import Asynchronous, Schedule, Synchronous
     from cmpolicy_envs.pusht import ARENA, SUCCESS_COVERAGE
+    from cmpolicy_envs.simulated_robot import SimulatedPushT
     from cmpolicy_eval.policy import check_policy_fits
     from cmpolicy_eval.protocol import get_protocol
 
     policy = ConsistencyPolicy.from_pretrained(settings.policy).eval()
-    policy.num_steps = settings.nfe
+    policy.nfe = settings.nfe
     env = get_protocol("pusht-dp").make_env()
     check_policy_fits(policy, env.observation_space, env.action_space)
     env.close()

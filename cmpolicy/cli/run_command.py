@@ -17,8 +17,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from cmpolicy.cli.runs import load_run_config
-from cmpolicy.cli.settings import HYDRA_VERSION_BASE, PACKAGE, apply, compose_settings, parse
+from cmpolicy.cli.parse import HYDRA_VERSION_BASE, PACKAGE, apply, compose_settings, parse
+from cmpolicy.experiment.run import load_run_config
 from cmpolicy.train.checkpoint import CheckpointError
 from cmpolicy.train.guard import NonFiniteError
 from cmpolicy.train.schema import ConfigError, unknown_key_message
@@ -26,7 +26,7 @@ from cmpolicy_eval.rollout import RolloutError
 
 #: What may change between the parts of any run. The rest would make it another run.
 RESUME_SETTINGS = (
-    "samples",
+    "examples",
     "save_every",
     "device",
     "optim.lr",
@@ -43,7 +43,7 @@ class RunCommand:
     """How the words of a training command become a run.
 
     Args:
-        program: the command as users type it, e.g. ``cmpolicy-train``.
+        program: the command as users type it, e.g. ``cmpolicy train``.
         run: run(settings, out, command, resume) -> exit status.
         package: of the YAML files.
         config_name: of the YAML file.
@@ -132,6 +132,6 @@ def guarded(action: Callable[[], int], program: str) -> int:
         return 130
 
 
-def stopped_words(program: str, run_dir: Path, samples: int, of: int) -> str:
+def stopped_words(program: str, run_dir: Path, examples: int, of: int) -> str:
     """How to go on with a run that was stopped."""
-    return f"stopped at {samples} of {of} samples; go on with:\n  {program} resume={run_dir}"
+    return f"stopped at {examples} of {of} examples; go on with:\n  {program} resume={run_dir}"

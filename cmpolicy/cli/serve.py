@@ -1,4 +1,4 @@
-"""``cmpolicy-serve``: a policy behind a WebSocket, for robots and openpi clients.
+"""``cmpolicy serve``: a policy behind a WebSocket, for robots and openpi clients.
 
 Exit status: 0 stopped by Ctrl-C or SIGTERM, after its running requests; 2 it could not be started;
 130 a second Ctrl-C.
@@ -13,19 +13,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cmpolicy.cli.settings import read_words
+from cmpolicy.cli.parse import read_words
 from cmpolicy.train.schema import ConfigError, from_mapping
 
 if TYPE_CHECKING:
     from cmpolicy.robot.policy import ChunkPolicy
-    from cmpolicy.robot.server import PolicyServer
+    from cmpolicy.serve.server import PolicyServer
 
 _USAGE = """\
-usage: cmpolicy-serve policy=pusht [key=value ...]
+usage: cmpolicy serve policy=pusht [key=value ...]
 
 Serve a policy over WebSocket in openpi's protocol, until Ctrl-C.
 
-  policy=pusht        bundle directory, bundled name, hub id, or a file of cmpolicy-export
+  policy=pusht        bundle directory, bundled name, hub id, or a file of cmpolicy export
   port=8000           0 takes a free one
   host=127.0.0.1      0.0.0.0 lets other machines in; give a token then
   token=null          clients must send it; better in the environment variable CMPOLICY_TOKEN,
@@ -47,7 +47,7 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings:
-    """Settings of ``cmpolicy-serve``; its ``--help`` says what each means."""
+    """Settings of ``cmpolicy serve``; its ``--help`` says what each means."""
 
     policy: str
     port: int = 8000
@@ -72,7 +72,7 @@ class ServeSettings:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``cmpolicy-serve``; returns the exit status."""
+    """Entry point of ``cmpolicy serve``; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or {"-h", "--help"} & set(words):
         print(_USAGE, end="")
@@ -81,10 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _serve(_settings(words))
     except (ValueError, OSError, ImportError) as error:
-        print(f"cmpolicy-serve: {error}", file=sys.stderr)
+        print(f"cmpolicy serve: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("cmpolicy-serve: stopped", file=sys.stderr)
+        print("cmpolicy serve: stopped", file=sys.stderr)
         return 130
 
 
@@ -97,12 +97,12 @@ def _settings(words: Sequence[str]) -> ServeSettings:
 
 
 def _serve(settings: ServeSettings) -> int:
-    from cmpolicy.robot.server import PolicyServer, ServerError
+    from cmpolicy.serve.server import PolicyServer, ServerError
 
     token = _token(settings)
     if token is None and settings.host not in _LOOPBACK:
         print(
-            f"cmpolicy-serve: warning: anyone who can reach {settings.host} can use this server; "
+            f"cmpolicy serve: warning: anyone who can reach {settings.host} can use this server; "
             f"set {_TOKEN_VARIABLE}",
             file=sys.stderr,
         )
@@ -120,16 +120,16 @@ def _serve(settings: ServeSettings) -> int:
     try:
         server.run(lambda ready: _announce(ready, settings, nfe, needs_token=token is not None))
     except ServerError as error:
-        print(f"cmpolicy-serve: {error}", file=sys.stderr)
+        print(f"cmpolicy serve: {error}", file=sys.stderr)
         return 2
-    print("cmpolicy-serve: stopped", file=sys.stderr)
+    print("cmpolicy serve: stopped", file=sys.stderr)
     return 0
 
 
 def _token(settings: ServeSettings) -> str | None:
     if settings.token is not None:
         print(
-            "cmpolicy-serve: warning: a token on the command line is visible to everyone on this "
+            "cmpolicy serve: warning: a token on the command line is visible to everyone on this "
             f"machine; set {_TOKEN_VARIABLE} instead",
             file=sys.stderr,
         )
@@ -155,25 +155,25 @@ def _load_exported(settings: ServeSettings) -> tuple[ChunkPolicy, int]:
             f"device={settings.device}: an exported file runs on the CPU; serve the bundle instead"
         )
     policy = open_exported(settings.policy, settings.threads)
-    if settings.nfe not in (None, policy.num_steps):
+    if settings.nfe not in (None, policy.nfe):
         raise ConfigError(
-            f"nfe={settings.nfe}, but {settings.policy} was exported with nfe={policy.num_steps}; "
+            f"nfe={settings.nfe}, but {settings.policy} was exported with nfe={policy.nfe}; "
             "leave nfe out, or export it again"
         )
-    return policy, policy.num_steps
+    return policy, policy.nfe
 
 
 def _load_bundle(settings: ServeSettings) -> tuple[ChunkPolicy, int]:
     import torch
 
-    from cmpolicy.cli.benchmarks.latency import available_device
-    from cmpolicy.policy.consistency import ConsistencyPolicy
+    from cmpolicy.bench.latency import available_device
+    from cmpolicy.policy.policy import ConsistencyPolicy
 
     torch.set_num_threads(settings.threads)
     device = available_device(settings.device)
     policy = ConsistencyPolicy.from_pretrained(settings.policy, device).eval()
-    policy.num_steps = settings.nfe or 1
-    return policy, policy.num_steps
+    policy.nfe = settings.nfe or 1
+    return policy, policy.nfe
 
 
 def _announce(

@@ -11,7 +11,7 @@ from typing import Any
 
 from cmpolicy.spec import PolicySpec, SpecError
 
-FORMAT = "cmpolicy-export"
+FORMAT = "cmpolicy export"
 FORMAT_VERSION = 1
 #: Where the text stands: a metadata property of an ONNX model, an extra file of a .pt2.
 KEY = "cmpolicy"
@@ -65,7 +65,7 @@ class ExportFacts:
         Raises:
             ExportError: no such text, a foreign or a newer one, or one that is incomplete.
         """
-        remedy = "make one with `cmpolicy-export policy=<bundle> out=<file>`"
+        remedy = "make one with `cmpolicy export policy=<bundle> out=<file>`"
         try:
             data: Any = json.loads(text or "null")
         except ValueError:

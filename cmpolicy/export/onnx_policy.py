@@ -23,7 +23,7 @@ from cmpolicy.export.seal import check_seal
 
 
 class OnnxPolicy(ExportedRuntime):
-    """Runs a file of ``cmpolicy-export format=onnx`` on the CPU.
+    """Runs a file of ``cmpolicy export format=onnx`` on the CPU.
 
     Keeps the ``ChunkPolicy`` protocol, so it stands wherever a ``ConsistencyPolicy`` does: in a
     control loop, a server, an evaluation.
@@ -109,6 +109,6 @@ def _read(file: Path) -> bytes:
     if file.is_dir():
         raise ExportError(
             f"{file} is a directory, expected an .onnx file; a policy bundle is exported with "
-            "`cmpolicy-export policy=<bundle> format=onnx out=<file>.onnx`"
+            "`cmpolicy export policy=<bundle> format=onnx out=<file>.onnx`"
         )
     return file.read_bytes()

@@ -16,7 +16,7 @@ from cmpolicy.export.kernels import prepare
 from cmpolicy.flow.sampler import time_grid
 from cmpolicy.nn.conv import by_product
 from cmpolicy.nn.unet1d import Kernels
-from cmpolicy.policy.consistency import ConsistencyPolicy
+from cmpolicy.policy.policy import ConsistencyPolicy
 
 #: ``torch``: matrix products, torch's own norms. ``onnxruntime``: ``cmpolicy.export.kernels``.
 Target = Literal["torch", "onnxruntime"]

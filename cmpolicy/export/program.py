@@ -17,7 +17,7 @@ from cmpolicy.export.runtime import ExportedRuntime, Floats
 
 
 class ExportedPolicy(ExportedRuntime):
-    """Runs a file of ``cmpolicy-export format=pt2`` on the CPU; no cmpolicy network code is needed.
+    """Runs a file of ``cmpolicy export format=pt2`` on the CPU; no cmpolicy network code is needed.
 
     Keeps the ``ChunkPolicy`` protocol.
 
@@ -63,7 +63,7 @@ def _read_facts(file: Path) -> ExportFacts:
         raise ExportError(f"{file} is a directory, expected a .pt2 file")
     foreign = (
         f"{file} is not a whole .pt2 file of torch.export ({{}}); copy it again, or make one with "
-        "`cmpolicy-export policy=<bundle> format=pt2 out=<file>.pt2`"
+        "`cmpolicy export policy=<bundle> format=pt2 out=<file>.pt2`"
     )
     try:
         with zipfile.ZipFile(file) as archive:

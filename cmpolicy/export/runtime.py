@@ -59,7 +59,7 @@ class ExportedRuntime(ABC):
         return self.facts.spec.horizon, self.facts.spec.action_dim
 
     @property
-    def num_steps(self) -> int:
+    def nfe(self) -> int:
         """Network evaluations per call, fixed at export."""
         return self.facts.nfe
 

@@ -33,7 +33,7 @@ def check_seal(data: bytes, file: str) -> None:
         raise ExportError(
             f"{file} ({len(data)} bytes) is not a whole ONNX file of cmpolicy: it holds no "
             f"{SEAL!r}, so it was made by something else or is cut short; copy it again, or make "
-            "one with `cmpolicy-export policy=<bundle> format=onnx out=<file>.onnx`"
+            "one with `cmpolicy export policy=<bundle> format=onnx out=<file>.onnx`"
         )
     if found != _digest(data, start):
         raise ExportError(

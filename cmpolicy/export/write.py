@@ -31,7 +31,7 @@ from cmpolicy.export.plan_map import PlanMap, Target, example_inputs
 from cmpolicy.export.runtime import ExportedRuntime
 from cmpolicy.export.seal import BLANK, SEAL, seal
 from cmpolicy.nn.conv import MAX_BATCH
-from cmpolicy.policy.consistency import ConsistencyPolicy
+from cmpolicy.policy.policy import ConsistencyPolicy
 
 Format = Literal["onnx", "pt2"]
 TARGETS: dict[str, Target] = {"onnx": "onnxruntime", "pt2": "torch"}
@@ -148,7 +148,7 @@ def largest_difference(runtime: ExportedRuntime, policy: ConsistencyPolicy, nfe:
             key: value.to(policy.device) for key, value in zip(policy.spec.obs, obs, strict=True)
         }
         trajectory = policy.predict_trajectory(
-            here, num_steps=nfe, noise=noise.to(policy.device, policy.dtype)
+            here, nfe=nfe, noise=noise.to(policy.device, policy.dtype)
         )
         want = trajectory[:, first:].cpu()
         arrays = {key: value.numpy() for key, value in zip(policy.spec.obs, obs, strict=True)}

@@ -72,7 +72,7 @@ def flow_health(
     shape = (draws * n, *x.shape[1:])
     noise = torch.randn(shape, generator=generator, device=device, dtype=x.dtype)
     steps = 1 if kind == "flow_map" else DIAGONAL_STEPS
-    samples = sample(flow_map, noise, repeated, num_steps=steps, kind=kind)
+    samples = sample(flow_map, noise, repeated, nfe=steps, kind=kind)
     spread = samples.reshape(draws, *x.shape).var(dim=0).mean()
     of_data = x.var(dim=0, correction=min(1, n - 1)).mean()
     return Health(semigroup, tangent, spread / of_data.clamp(min=MIN_VARIANCE))

@@ -40,7 +40,7 @@ class Draws:
 class ObjectiveOutput:
     """Weighted loss per sample (B,) with gradient; metrics are detached scalars."""
 
-    per_sample: Tensor
+    per_example: Tensor
     metrics: dict[str, Tensor]
 
 
@@ -48,11 +48,11 @@ class ObjectiveOutput:
 class LossOutput:
     """What a model's loss gives the trainer.
 
-    loss () and per_sample (B,) with gradient; metrics are detached scalars on the device.
+    loss () and per_example (B,) with gradient; metrics are detached scalars on the device.
     """
 
     loss: Tensor
-    per_sample: Tensor
+    per_example: Tensor
     metrics: dict[str, Tensor]
 
 

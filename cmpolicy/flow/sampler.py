@@ -16,7 +16,7 @@ SAMPLERS: tuple[str, ...] = get_args(SamplerKind)
 
 
 def time_grid(
-    num_steps: int,
+    nfe: int,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     *,
@@ -25,20 +25,20 @@ def time_grid(
     """1 = t_0 > ... > t_N = 0, (N + 1,): evenly spaced down to 0, or to ``floor`` and then to 0.
 
     Raises:
-        ValueError: ``num_steps`` below 1, a floor outside [0, 1), or one that one step would skip.
+        ValueError: ``nfe`` below 1, a floor outside [0, 1), or one that one step would skip.
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps (network evaluations) must be at least 1, got {num_steps}")
+    if nfe < 1:
+        raise ValueError(f"nfe (network evaluations) must be at least 1, got {nfe}")
     if not 0 <= floor < 1:
         raise ValueError(f"the floor of the time grid must lie in [0, 1), got {floor}")
     if floor == 0.0:
-        return torch.linspace(1.0, 0.0, num_steps + 1, device=device, dtype=dtype)
-    if num_steps == 1:
+        return torch.linspace(1.0, 0.0, nfe + 1, device=device, dtype=dtype)
+    if nfe == 1:
         raise ValueError(
             f"one evaluation goes from 1 to 0 and cannot stop at the floor {floor}; give at least "
             "2 evaluations, or no floor"
         )
-    above = torch.linspace(1.0, floor, num_steps, device=device, dtype=dtype)
+    above = torch.linspace(1.0, floor, nfe, device=device, dtype=dtype)
     return torch.cat([above, above.new_zeros(1)])
 
 
@@ -47,18 +47,18 @@ def sample(
     z: Tensor,
     cond: Tensor | None = None,
     *,
-    num_steps: int = 1,
+    nfe: int = 1,
     kind: SamplerKind = "flow_map",
     floor: float = 0.0,
 ) -> Tensor:
-    """Carry noise z (B, ...) to data in exactly ``num_steps`` evaluations of the network.
+    """Carry noise z (B, ...) to data in exactly ``nfe`` evaluations of the network.
 
     With a ``floor`` the last step starts there: see :func:`time_grid`.
 
     Raises:
-        ValueError: ``num_steps`` below 1, an unknown ``kind``, or a bad ``floor``.
+        ValueError: ``nfe`` below 1, an unknown ``kind``, or a bad ``floor``.
     """
-    return _states(flow_map, z, cond, num_steps, kind, floor)[-1]
+    return _states(flow_map, z, cond, nfe, kind, floor)[-1]
 
 
 def trajectory(
@@ -66,29 +66,29 @@ def trajectory(
     z: Tensor,
     cond: Tensor | None = None,
     *,
-    num_steps: int = 1,
+    nfe: int = 1,
     kind: SamplerKind = "flow_map",
     floor: float = 0.0,
 ) -> Tensor:
-    """As :func:`sample`, but all states (num_steps + 1, B, ...): the noise first, the data last."""
-    return torch.stack([z, *_states(flow_map, z, cond, num_steps, kind, floor)])
+    """As :func:`sample`, but all states (nfe + 1, B, ...): the noise first, the data last."""
+    return torch.stack([z, *_states(flow_map, z, cond, nfe, kind, floor)])
 
 
 def _states(
     flow_map: FlowMap,
     z: Tensor,
     cond: Tensor | None,
-    num_steps: int,
+    nfe: int,
     kind: SamplerKind,
     floor: float,
 ) -> list[Tensor]:
     """The state after each evaluation."""
     if kind not in SAMPLERS:
         raise ValueError(f"unknown sampler {kind!r}; choose one of {list(SAMPLERS)}")
-    grid = time_grid(num_steps, z.device, z.dtype, floor=floor)
+    grid = time_grid(nfe, z.device, z.dtype, floor=floor)
     states: list[Tensor] = []
     x = z
-    for i in range(num_steps):
+    for i in range(nfe):
         t = grid[i].expand(len(z))
         s = grid[i + 1].expand(len(z))
         if kind == "flow_map":

@@ -98,7 +98,7 @@ class ImageFlowModel(nn.Module):
             ema=None if ema is None else ema.flow_map,
             velocity_target=self.guidance.target(self.flow_map, null, draws.dropped),
         )
-        return LossOutput(output.per_sample.mean(), output.per_sample, output.metrics)
+        return LossOutput(output.per_example.mean(), output.per_example, output.metrics)
 
     def forward(self, batch: ImageBatch, **kwargs: Any) -> LossOutput:
         """:meth:`compute_loss`, so that wrappers such as DDP see every training pass."""
@@ -115,12 +115,12 @@ class ImageFlowModel(nn.Module):
         self,
         labels: Tensor,
         *,
-        num_steps: int = 1,
+        nfe: int = 1,
         generator: Generators = None,
     ) -> Tensor:
         """See :func:`generate_images`."""
         return generate_images(
-            self.flow_map, labels, num_steps=num_steps, generator=generator, sampler=self.sampler
+            self.flow_map, labels, nfe=nfe, generator=generator, sampler=self.sampler
         )
 
 
@@ -129,7 +129,7 @@ def generate_images(
     flow_map: FlowMap,
     labels: Tensor,
     *,
-    num_steps: int = 1,
+    nfe: int = 1,
     generator: Generators = None,
     sampler: SamplerKind = "flow_map",
 ) -> Tensor:
@@ -138,17 +138,17 @@ def generate_images(
     Args:
         flow_map: over an :class:`ImageNet`.
         labels: (N,) int64.
-        num_steps: network evaluations per image.
+        nfe: network evaluations per image.
         generator: of the noise; a list has one per image, and an image then does not depend on the
             others. Generators of the CPU give the same noise on every device.
         sampler: see :mod:`cmpolicy.flow.sampler`.
 
     Raises:
-        ValueError: ``num_steps`` below 1, an unknown sampler, or a list of another number of
+        ValueError: ``nfe`` below 1, an unknown sampler, or a list of another number of
             generators than of labels.
     """
     noise = _noise(flow_map, len(labels), generator)
-    images = sample(flow_map, noise, labels.to(noise.device), num_steps=num_steps, kind=sampler)
+    images = sample(flow_map, noise, labels.to(noise.device), nfe=nfe, kind=sampler)
     return images.clamp(-1.0, 1.0).float()
 
 
@@ -157,16 +157,16 @@ def generate_trajectory(
     flow_map: FlowMap,
     labels: Tensor,
     *,
-    num_steps: int = 1,
+    nfe: int = 1,
     generator: Generators = None,
     sampler: SamplerKind = "flow_map",
 ) -> Tensor:
-    """States of :func:`generate_images`, noise to image: float32 (num_steps + 1, N, C, H, W).
+    """States of :func:`generate_images`, noise to image: float32 (nfe + 1, N, C, H, W).
 
     They are not clamped: noise is not within [-1, 1].
     """
     noise = _noise(flow_map, len(labels), generator)
-    states = trajectory(flow_map, noise, labels.to(noise.device), num_steps=num_steps, kind=sampler)
+    states = trajectory(flow_map, noise, labels.to(noise.device), nfe=nfe, kind=sampler)
     return states.float()
 
 

@@ -144,7 +144,7 @@ class ConsistencyImagePipeline(DiffusionPipeline):  # type: ignore[misc]
             class_labels = class_labels.flatten().tolist()
         labels = torch.tensor([self._label(label) for label in class_labels], dtype=torch.long)
         generated = self.generate(
-            labels, num_steps=num_inference_steps, generator=generator, sampler=sampler
+            labels, nfe=num_inference_steps, generator=generator, sampler=sampler
         )
         images: Any = generated.mul(0.5).add(0.5)
         if output_type != "pt":
@@ -156,7 +156,7 @@ class ConsistencyImagePipeline(DiffusionPipeline):  # type: ignore[misc]
     def generate(
         self,
         labels: Tensor,
-        num_steps: int = 1,
+        nfe: int = 1,
         generator: Generators = None,
         sampler: SamplerKind | None = None,
     ) -> Tensor:
@@ -164,7 +164,7 @@ class ConsistencyImagePipeline(DiffusionPipeline):  # type: ignore[misc]
 
         Args:
             labels: (N,) int64.
-            num_steps, generator, sampler: see :meth:`__call__`.
+            nfe, generator, sampler: see :meth:`__call__`.
 
         Raises:
             ImageModelError: no labels, or one that is no class.
@@ -175,7 +175,7 @@ class ConsistencyImagePipeline(DiffusionPipeline):  # type: ignore[misc]
         return generate_images(
             self._flow_map(),
             labels,
-            num_steps=num_steps,
+            nfe=nfe,
             generator=generator,
             sampler=sampler or self.sampler,
         )
@@ -183,11 +183,11 @@ class ConsistencyImagePipeline(DiffusionPipeline):  # type: ignore[misc]
     def trajectory(
         self,
         labels: Tensor,
-        num_steps: int = 1,
+        nfe: int = 1,
         generator: Generators = None,
         sampler: SamplerKind | None = None,
     ) -> Tensor:
-        """As :meth:`generate`, but all states from noise to image, (num_steps + 1, N, C, H, W).
+        """As :meth:`generate`, but all states from noise to image, (nfe + 1, N, C, H, W).
 
         The last is the image; none is clamped to [-1, 1].
         """
@@ -195,7 +195,7 @@ class ConsistencyImagePipeline(DiffusionPipeline):  # type: ignore[misc]
         return generate_trajectory(
             self._flow_map(),
             labels,
-            num_steps=num_steps,
+            nfe=nfe,
             generator=generator,
             sampler=sampler or self.sampler,
         )
@@ -358,7 +358,7 @@ def _check_index(folder: Path) -> None:
         if (folder / _POLICY_CONFIG).is_file() and _names_policy(folder / _POLICY_CONFIG):
             raise ImageModelError(
                 f"{folder} is a policy bundle, not an image model; a policy is opened with "
-                "ConsistencyPolicy.from_pretrained or cmpolicy-eval policy=..."
+                "ConsistencyPolicy.from_pretrained or cmpolicy eval policy=..."
             )
         inside = sorted(p.parent.name for p in folder.glob(f"*/{INDEX}")) if folder.is_dir() else []
         hint = f"; did you mean {folder / inside[0]}?" if inside else ""

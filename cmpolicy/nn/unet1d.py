@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cmpolicy.nn.conv import Convolve, convolution_for
 from cmpolicy.nn.embeddings import TwoTimeEmbedding, check_time_dim
-from cmpolicy.nn.obs_encoder import ObsEncoder
+from cmpolicy.nn.encoders.state import ObsEncoder
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmpolicy.policy.pretrained import FILES, BundleError
+from cmpolicy.policy.bundle import FILES, BundleError
 
 if TYPE_CHECKING:
-    from cmpolicy.policy.consistency import ConsistencyPolicy
+    from cmpolicy.policy.policy import ConsistencyPolicy
 
 
 def download(repo_id: str) -> Path:

@@ -34,7 +34,7 @@ class ActionChunker:
     inferences.
 
     Every chunk has noise of its own, drawn from ``seed``: an episode of ``ActionChunker(policy,
-    seed=k)`` is the one that ``cmpolicy-eval`` scores for seed k. This class knows no time; against
+    seed=k)`` is the one that ``cmpolicy eval`` scores for seed k. This class knows no time; against
     latency there is :class:`~cmpolicy.robot.loop.ControlLoop`.
 
     Args:

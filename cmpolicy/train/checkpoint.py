@@ -19,7 +19,7 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 counted "samples"
 FOLDER = "training_state"
 FILE = "state.safetensors"
 

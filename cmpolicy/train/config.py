@@ -1,8 +1,8 @@
 """The settings of a training run, as frozen dataclasses that are valid once they exist.
 
 ``TrainConfig.from_mapping`` reads the plain mapping that the command line makes of the YAML files
-in ``cmpolicy_conf``; nothing here knows Hydra. All lengths of a run (``samples``, ``warmup``,
-``every``) count training samples, never steps or epochs.
+in ``cmpolicy_conf``; nothing here knows Hydra. All lengths of a run (``examples``, ``warmup``,
+``every``) count training examples, never steps or epochs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class OptimConfig:
     Args:
         lr: highest learning rate.
         betas, eps, weight_decay: of AdamW (Loshchilov and Hutter 2019).
-        warmup: samples over which the rate rises linearly from 0.
+        warmup: examples over which the rate rises linearly from 0.
         schedule: ``cosine`` falls to 0 at the end of the run, ``constant`` stays.
         grad_clip: the gradient is scaled down to this norm; null leaves it.
     """
@@ -82,7 +82,7 @@ class EvalSchedule:
     """Evaluation during training; always of the EMA weights.
 
     Args:
-        every: samples between evaluations; one more is made at the end.
+        every: examples between evaluations; one more is made at the end.
         nfe: network evaluations per generated sample.
     """
 
@@ -124,7 +124,7 @@ class LogConfig:
     """What is written while training. The JSON lines (``log.jsonl``) always are.
 
     Args:
-        every: samples between entries; device numbers are read only then.
+        every: examples between entries; device numbers are read only then.
         tensorboard: also write TensorBoard files.
         progress: a progress bar; null shows one on a terminal only.
     """
@@ -142,17 +142,17 @@ class LoopConfig:
     """What the training loop itself needs; the same for policies and for any other model.
 
     Args:
-        samples: training samples seen in the whole run.
-        batch_size: samples per step and process; with R processes a step sees R times as many.
+        examples: training examples seen in the whole run.
+        batch_size: examples per step and process; with R processes a step sees R times as many.
         seed: of weights, data order, noise and times.
         precision: ``bf16`` runs the network under autocast; ``auto`` is bf16 on GPUs and CPUs
             that multiply in it (a quarter faster on a CPU with AVX512-BF16).
         device: ``auto`` takes the GPU if there is one.
         compile: torch.compile the network; takes minutes once, pays off in long runs.
-        save_every: samples between training states on disk.
+        save_every: examples between training states on disk.
     """
 
-    samples: int
+    examples: int
     batch_size: int = 256
     seed: int = 0
     precision: Precision = "auto"
@@ -165,18 +165,18 @@ class LoopConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        for name in ("samples", "batch_size", "save_every"):
+        for name in ("examples", "batch_size", "save_every"):
             at_least(name, getattr(self, name), 1)
         at_least("seed", self.seed, 0)
-        if self.samples < self.batch_size:
+        if self.examples < self.batch_size:
             raise ConfigError(
-                f"samples={self.samples} is less than one batch (batch_size={self.batch_size}); "
-                "raise samples or lower batch_size"
+                f"examples={self.examples} is less than one batch (batch_size={self.batch_size}); "
+                "raise examples or lower batch_size"
             )
-        if self.optim.warmup >= self.samples:
+        if self.optim.warmup >= self.examples:
             raise ConfigError(
-                f"optim.warmup={self.optim.warmup} leaves nothing of samples={self.samples}; "
-                "it counts samples, not steps"
+                f"optim.warmup={self.optim.warmup} leaves nothing of examples={self.examples}; "
+                "it counts examples, not steps"
             )
 
     @classmethod

@@ -63,7 +63,7 @@ def draw_curves(run_dir: Path) -> Path | None:
             marker="o",
         )
     else:
-        _panel(axes[1, 0], "speed", "training samples per second", train, ["samples_per_s"])
+        _panel(axes[1, 0], "speed", "training examples per second", train, ["examples_per_s"])
     held_out = sorted({n for e in evals for n in e if n.startswith("val_loss_")})
     _panel(axes[1, 1], "held-out loss", "unweighted mean square", evals, held_out, marker="o")
     _log_scale(axes[1, 1])
@@ -86,15 +86,15 @@ def _panel(
     smooth: bool = False,
     marker: str = "",
 ) -> None:
-    """One line per name over training samples."""
+    """One line per name over training examples."""
     axis.set_title(title)
-    axis.set_xlabel("training samples")
+    axis.set_xlabel("training examples")
     axis.set_ylabel(unit)
     axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 5), useMathText=True)
     axis.grid(alpha=0.3)
     drawn = False
     for index, name in enumerate(names):
-        points = [(e["samples"], e[name]) for e in entries if e.get(name) is not None]
+        points = [(e["examples"], e[name]) for e in entries if e.get(name) is not None]
         if not points:
             continue
         x, y = (np.array(column, dtype=float) for column in zip(*points, strict=True))

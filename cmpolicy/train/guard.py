@@ -10,16 +10,16 @@ class NonFiniteError(RuntimeError):
     """The loss or the gradient became NaN or infinite.
 
     Attributes:
-        samples: training samples seen before the offending step.
+        examples: training examples seen before the offending step.
         grad_norm: the gradient norm of that step.
     """
 
-    def __init__(self, samples: int, grad_norm: float) -> None:
+    def __init__(self, examples: int, grad_norm: float) -> None:
         super().__init__(
-            f"non-finite gradient at sample {samples}: gradient norm {grad_norm}. "
+            f"non-finite gradient at example {examples}: gradient norm {grad_norm}. "
             "Usual cures: a lower optim.lr, a longer optim.warmup, a tighter optim.grad_clip"
         )
-        self.samples = samples
+        self.examples = examples
         self.grad_norm = grad_norm
 
 
@@ -32,14 +32,14 @@ class FiniteGuard:
 
     def __init__(self, device: torch.device) -> None:
         self.tripped = torch.zeros((), device=device)
-        self._samples = torch.zeros((), dtype=torch.float64, device=device)
+        self._examples = torch.zeros((), dtype=torch.float64, device=device)
         self._norm = torch.zeros((), dtype=torch.float64, device=device)
 
-    def watch(self, grad_norm: Tensor, samples: int) -> None:
-        """Note the step that starts at ``samples``; ``grad_norm`` is a scalar on the device."""
+    def watch(self, grad_norm: Tensor, examples: int) -> None:
+        """Note the step that starts at ``examples``; ``grad_norm`` is a scalar on the device."""
         bad = ~torch.isfinite(grad_norm)
         first = bad & (self.tripped == 0)
-        self._samples.masked_fill_(first, samples)
+        self._examples.masked_fill_(first, examples)
         self._norm = torch.where(first, grad_norm.double(), self._norm)
         self.tripped.masked_fill_(bad, 1.0)
 
@@ -50,4 +50,4 @@ class FiniteGuard:
             NonFiniteError: a watched norm was not finite.
         """
         if self.tripped.item():
-            raise NonFiniteError(int(self._samples.item()), float(self._norm.item()))
+            raise NonFiniteError(int(self._examples.item()), float(self._norm.item()))

@@ -1,6 +1,6 @@
 """Training batches of labelled images that live, as uint8, on the training device.
 
-Order and mirroring are pure functions of (seed, sample counter): :mod:`cmpolicy.train.order`.
+Order and mirroring are pure functions of (seed, example counter): :mod:`cmpolicy.train.order`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 
 from cmpolicy.image.datasets.data import ImageBatch, ImageSet
 from cmpolicy.image.pixels import from_uint8
-from cmpolicy.train.order import SampleOrder
+from cmpolicy.train.order import ExampleOrder
 
 _COINS = 1 << 32  # added to a seed it gives an order that is independent of the seed's own
 
@@ -20,7 +20,7 @@ class ImageLoader:
 
     Args:
         data: the training images.
-        batch_size: samples of one whole (global) batch.
+        batch_size: examples of one whole (global) batch.
         seed: of the order of the data.
         flip: mirror half of the images left to right, others in every epoch.
         device: where the data lives.
@@ -48,24 +48,24 @@ class ImageLoader:
         channels_first = np.ascontiguousarray(data.images.transpose(0, 3, 1, 2))
         self._images = torch.from_numpy(channels_first).to(self.device)
         self._labels = torch.from_numpy(data.labels.copy()).to(self.device)
-        self._order = SampleOrder(len(data), seed=seed, device=self.device)
-        self._coins = SampleOrder(len(data), seed=seed + _COINS, device=self.device)
+        self._order = ExampleOrder(len(data), seed=seed, device=self.device)
+        self._coins = ExampleOrder(len(data), seed=seed + _COINS, device=self.device)
 
     @property
     def n_images(self) -> int:
         """Images in one epoch."""
         return self._order.n_items
 
-    def batch(self, first_sample: int, count: int | None = None) -> ImageBatch:
-        """Samples ``first_sample .. first_sample + count - 1`` of the run (default: a whole batch).
+    def batch(self, first_example: int, count: int | None = None) -> ImageBatch:
+        """The ``count`` examples of the run from ``first_example`` on (default: a whole batch).
 
         Rank r of R takes ``batch(first + r * share, share)`` with ``share = batch_size // R``; the
         shares side by side are exactly ``batch(first)``. Batches may straddle epochs.
         """
         size = self.batch_size if count is None else count
-        numbers = self._order.numbers(first_sample, size)
+        numbers = self._order.numbers(first_example, size)
         images = from_uint8(self._images.index_select(0, numbers))
         if self.flip:
-            mirrored = self._coins.numbers(first_sample, size) % 2 == 1
+            mirrored = self._coins.numbers(first_example, size) % 2 == 1
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         return {"images": images, "labels": self._labels.index_select(0, numbers)}

@@ -3,7 +3,7 @@
 A low-dimensional data set is a few megabytes, so it is copied to the device once and every batch
 is gathered there by precomputed row numbers: no worker processes, no host copies per step.
 
-The order of data is a pure function of (seed, sample counter), see :mod:`cmpolicy.train.order`.
+The order of data is a pure function of (seed, example counter), see :mod:`cmpolicy.train.order`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cmpolicy.train.order import SampleOrder
+from cmpolicy.train.order import ExampleOrder
 
 
 class Batch(TypedDict):
@@ -48,7 +48,7 @@ class DeviceLoader:
         obs: arrays (N, ...) by observation key. uint8 (images) stays uint8; all else is float32.
         action: (N, A).
         windows: row numbers of W windows.
-        batch_size: samples of one whole (global) batch.
+        batch_size: examples of one whole (global) batch.
         seed: of the order of the data.
         device: where the data lives.
 
@@ -94,20 +94,20 @@ class DeviceLoader:
         self._obs_rows = torch.from_numpy(np.ascontiguousarray(windows.obs)).to(self.device)
         self._action_rows = torch.from_numpy(np.ascontiguousarray(windows.action)).to(self.device)
         self._is_pad = torch.from_numpy(np.ascontiguousarray(windows.action_is_pad)).to(self.device)
-        self._order = SampleOrder(n_windows, seed=seed, device=self.device)
+        self._order = ExampleOrder(n_windows, seed=seed, device=self.device)
 
-    def batch(self, first_sample: int, count: int | None = None) -> Batch:
-        """Samples ``first_sample .. first_sample + count - 1`` of the run (default: a whole batch).
+    def batch(self, first_example: int, count: int | None = None) -> Batch:
+        """The ``count`` examples of the run from ``first_example`` on (default: a whole batch).
 
         Rank r of R takes ``batch(first + r * share, share)`` with ``share = batch_size // R``; the
         shares side by side are exactly ``batch(first)``. Batches may straddle epochs.
         """
         size = self.batch_size if count is None else count
-        return self.gather(self.window_numbers(first_sample, size))
+        return self.gather(self.window_numbers(first_example, size))
 
-    def window_numbers(self, first_sample: int, count: int) -> Tensor:
-        """(count,) int64 on the device: the windows that these samples of the run are."""
-        return self._order.numbers(first_sample, count)
+    def window_numbers(self, first_example: int, count: int) -> Tensor:
+        """(count,) int64 on the device: the windows that these examples of the run are."""
+        return self._order.numbers(first_example, count)
 
     def gather(self, window_numbers: Tensor) -> Batch:
         """The batch of the given windows ((B,) int64 on the device)."""

@@ -42,11 +42,11 @@ class Meter:
             stacked = accelerator.reduce(torch.stack(list(self.sums.values())), "mean")
             self.sums = dict(zip(self.sums, stacked.unbind(), strict=True))
 
-    def read(self, step_samples: int) -> dict[str, float]:
+    def read(self, step_examples: int) -> dict[str, float]:
         """Averages and speed of the window, which then starts anew. Waits for the device once."""
         numbers = dict(zip(self.sums, torch.stack(list(self.sums.values())).tolist(), strict=True))
         values = {k: v if k == "grad_norm_max" else v / self.steps for k, v in numbers.items()}
-        values["samples_per_s"] = self.steps * step_samples / max(self.window_seconds, 1e-9)
+        values["examples_per_s"] = self.steps * step_examples / max(self.window_seconds, 1e-9)
         values["seconds"] = self._read_at = self.seconds
         self.sums, self.steps = {}, 0
         return values

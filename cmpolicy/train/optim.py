@@ -28,15 +28,15 @@ def build_optimizer(parameters: Iterable[Tensor], config: OptimConfig) -> torch.
 
 
 def build_schedule(
-    optimizer: torch.optim.Optimizer, config: OptimConfig, *, samples: int, step_samples: int
+    optimizer: torch.optim.Optimizer, config: OptimConfig, *, examples: int, step_examples: int
 ) -> LambdaLR:
-    """Warm-up and decay over a run of ``samples``, ``step_samples`` of them per step."""
+    """Warm-up and decay over a run of ``examples``, ``step_examples`` of them per step."""
     name = "cosine" if config.schedule == "cosine" else "constant_with_warmup"
     schedule: LambdaLR = get_scheduler(
         name,
         optimizer,
-        num_warmup_steps=-(-config.warmup // step_samples),
-        num_training_steps=-(-samples // step_samples),
+        num_warmup_steps=-(-config.warmup // step_examples),
+        num_training_steps=-(-examples // step_examples),
     )
     return schedule
 

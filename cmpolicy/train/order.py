@@ -1,8 +1,9 @@
-"""The order of training data: a pure function of (seed, sample counter).
+"""The order of training data: a pure function of (seed, example counter).
 
-Epoch e visits all N items in the permutation drawn from a generator seeded by (seed, e), and sample
-number n of a run is entry ``n % N`` of epoch ``n // N``. A run resumed at sample n therefore sees
-what it would have seen, and the ranks of a distributed run take disjoint slices of one batch.
+Epoch e visits all N items in the permutation drawn from a generator seeded by (seed, e), and
+example number n of a run is entry ``n % N`` of epoch ``n // N``. A run resumed at example n
+therefore sees what it would have seen, and the ranks of a distributed run take disjoint slices of
+one batch.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 
-class SampleOrder:
-    """Which item each sample of a run is.
+class ExampleOrder:
+    """Which item each example of a run is.
 
     Args:
         n_items: N, at least 1.
@@ -32,18 +33,18 @@ class SampleOrder:
         self.device = torch.device(device)
         self._epochs: dict[int, Tensor] = {}
 
-    def numbers(self, first_sample: int, count: int) -> Tensor:
-        """(count,) int64 on the device: the items that these samples of the run are.
+    def numbers(self, first_example: int, count: int) -> Tensor:
+        """(count,) int64 on the device: the items that these examples of the run are.
 
         Raises:
-            ValueError: a negative ``first_sample``, or a ``count`` below 1.
+            ValueError: a negative ``first_example``, or a ``count`` below 1.
         """
-        if first_sample < 0 or count < 1:
+        if first_example < 0 or count < 1:
             raise ValueError(
-                f"A batch needs first_sample >= 0 and count >= 1, got {first_sample} and {count}."
+                f"A batch needs first_example >= 0 and count >= 1, got {first_example} and {count}."
             )
         parts: list[Tensor] = []
-        position, stop = first_sample, first_sample + count
+        position, stop = first_example, first_example + count
         while position < stop:
             epoch, offset = divmod(position, self.n_items)
             taken = min(self.n_items - offset, stop - position)

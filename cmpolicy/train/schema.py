@@ -44,7 +44,7 @@ def from_mapping(cls: type[T], data: Mapping[str, Any], *, where: str = "") -> T
     """Build dataclass ``cls`` from ``data``, recursively.
 
     A class with a ``from_mapping`` classmethod of its own is asked to read its part itself. Whole
-    floats are accepted for integers (``samples=2e6``).
+    floats are accepted for integers (``examples=2e6``).
 
     Args:
         where: dotted place of ``data``, for messages.

@@ -19,17 +19,17 @@ Kind = Literal["train", "eval"]
 class Tracker(Protocol):
     """Takes the numbers of a run; all of them are plain floats already."""
 
-    def log(self, kind: Kind, samples: int, values: Mapping[str, float]) -> None:
-        """Record ``values`` at this number of training samples."""
+    def log(self, kind: Kind, examples: int, values: Mapping[str, float]) -> None:
+        """Record ``values`` at this number of training examples."""
 
     def close(self) -> None:
         """Nothing follows."""
 
 
 class JsonLines:
-    """``log.jsonl``: one object per line, ``{"kind": ..., "samples": ..., name: value, ...}``.
+    """``log.jsonl``: one object per line, ``{"kind": ..., "examples": ..., name: value, ...}``.
 
-    A resumed run drops the lines after the sample it starts from, for it will write them again.
+    A resumed run drops the lines after the example it starts from, for it will write them again.
     """
 
     def __init__(self, run_dir: Path, *, start: int = 0) -> None:
@@ -39,10 +39,10 @@ class JsonLines:
             path.write_text("".join(f"{line}\n" for line in kept))
         self._file = path.open("a")
 
-    def log(self, kind: Kind, samples: int, values: Mapping[str, float]) -> None:
+    def log(self, kind: Kind, examples: int, values: Mapping[str, float]) -> None:
         """See :class:`Tracker`. NaN and infinities, which JSON lacks, are written as null."""
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        entry = {"kind": kind, "samples": samples, **finite}
+        entry = {"kind": kind, "examples": examples, **finite}
         self._file.write(json.dumps(entry, allow_nan=False) + "\n")
         self._file.flush()
 
@@ -63,7 +63,7 @@ def read_log(run_dir: Path) -> list[dict[str, Any]]:
 
 
 class TensorBoard:
-    """TensorBoard files in ``tensorboard/``; the horizontal axis counts samples."""
+    """TensorBoard files in ``tensorboard/``; the horizontal axis counts examples."""
 
     def __init__(self, run_dir: Path, *, start: int = 0) -> None:
         # imported here: it takes a second, which runs without TensorBoard need not wait for
@@ -71,10 +71,10 @@ class TensorBoard:
 
         self._writer = SummaryWriter(run_dir / "tensorboard", purge_step=start)
 
-    def log(self, kind: Kind, samples: int, values: Mapping[str, float]) -> None:
+    def log(self, kind: Kind, examples: int, values: Mapping[str, float]) -> None:
         """See :class:`Tracker`."""
         for name, value in values.items():
-            self._writer.add_scalar(f"{kind}/{name}", value, samples)
+            self._writer.add_scalar(f"{kind}/{name}", value, examples)
 
     def close(self) -> None:
         """See :class:`Tracker`."""
@@ -92,25 +92,25 @@ class Terminal:
         self._start = self._last_line = start
         show = self._stream.isatty() if bar is None else bar
         self._bar = (
-            tqdm(total=total, initial=start, unit=" samples", unit_scale=True, file=self._stream)
+            tqdm(total=total, initial=start, unit=" examples", unit_scale=True, file=self._stream)
             if show
             else None
         )
 
-    def log(self, kind: Kind, samples: int, values: Mapping[str, float]) -> None:
+    def log(self, kind: Kind, examples: int, values: Mapping[str, float]) -> None:
         """See :class:`Tracker`."""
         text = "  ".join(f"{k} {_short(v)}" for k, v in values.items() if k in _SHOWN)
         if kind == "train":
             if self._bar is not None:
                 self._bar.set_postfix_str(text, refresh=False)
-                self._bar.update(samples - self._bar.n)
+                self._bar.update(examples - self._bar.n)
                 return
             first = self._last_line == self._start
-            near = samples - self._last_line < self._total / 10
-            if near and not first and samples < self._total:
+            near = examples - self._last_line < self._total / 10
+            if near and not first and examples < self._total:
                 return
-            self._last_line = samples
-        self._line(f"{samples / self._total:4.0%} {_count(samples):>7} samples  {text}")
+            self._last_line = examples
+        self._line(f"{examples / self._total:4.0%} {_count(examples):>7} examples  {text}")
 
     def close(self) -> None:
         """See :class:`Tracker`."""
@@ -129,7 +129,7 @@ _SHOWN = (
     "loss_fm",
     "loss_sd",
     "grad_norm",
-    "samples_per_s",
+    "examples_per_s",
     "success",
     "score",
     "val_loss",
@@ -147,6 +147,6 @@ def _count(n: int) -> str:
 
 def _is_before(line: str, start: int) -> bool:
     try:
-        return bool(json.loads(line)["samples"] <= start)
+        return bool(json.loads(line)["examples"] <= start)
     except (ValueError, KeyError):
         return False

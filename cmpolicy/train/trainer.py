@@ -1,7 +1,7 @@
 """The training loop: one step, and when to log, evaluate, save and stop.
 
 The trainer knows neither data sets nor simulators: batches, draws and evaluations are callables.
-Progress is counted in samples. What a step does is a pure function of (weights, seed, sample
+Progress is counted in examples. What a step does is a pure function of (weights, seed, sample
 counter), so a resumed run repeats the straight one bit by bit, and R processes together do what one
 process does with an R times larger batch: each takes its slice of the same global draw.
 """
@@ -41,20 +41,20 @@ class Evaluation:
 class Outcome:
     """How a run ended: ``signum`` is the signal that stopped it before it was finished, if any."""
 
-    samples: int
+    examples: int
     finished: bool
     signum: int | None
     best: tuple[float, ...] | None
     metrics: Mapping[str, float]
 
 
-#: batches(first_sample, count): those samples of the run, on the device, as the model takes them.
+#: batches(first_example, count): those examples of the run, on the device, as the model takes them.
 Batches = Callable[[int, int], Any]
-#: draw(count, generator): all randomness of a step of ``count`` samples.
+#: draw(count, generator): all randomness of a step of ``count`` examples.
 DrawStep = Callable[[int, torch.Generator], Draws]
-#: evaluate(EMA model, samples)
+#: evaluate(EMA model, examples)
 Evaluate = Callable[[Any, int], Evaluation]
-#: keep("best" or "last", EMA model, samples, its evaluation if it has one)
+#: keep("best" or "last", EMA model, examples, its evaluation if it has one)
 Keep = Callable[[Literal["best", "last"], Any, int, Evaluation | None], None]
 
 
@@ -87,15 +87,18 @@ class Trainer:
         self.run_dir = run_dir
         self.model = model.to(self.device).train()
         self.ema = ModelEma(self.model, config.ema)
-        self.samples = 0
+        self.examples = 0
         self.best: tuple[float, ...] | None = None
         self._batches, self._draw, self._evaluate, self._keep = batches, draw, evaluate, keep
         self.trackers: Sequence[Tracker] = ()  # take the numbers, in the main process
-        self._step_samples: int = config.batch_size * accelerator.num_processes
+        self._step_examples: int = config.batch_size * accelerator.num_processes
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self._parameters, config.optim)
         self.schedule = build_schedule(
-            self.optimizer, config.optim, samples=config.samples, step_samples=self._step_samples
+            self.optimizer,
+            config.optim,
+            examples=config.examples,
+            step_examples=self._step_examples,
         )
         self._forward: nn.Module = accelerator.prepare_model(self.model)
         self._bf16 = use_bf16(config, self.device)
@@ -113,51 +116,51 @@ class Trainer:
         return self._window.seconds
 
     def train(self, until: int | None = None) -> Outcome:
-        """Run to the end of the run (or to sample ``until``, to be resumed), and save.
+        """Run to the end of the run (or to example ``until``, to be resumed), and save.
 
         Raises:
             NonFiniteError: the last state on disk is from before, and finite.
             CheckpointError: a state could not be written; the previous one is intact.
         """
-        stop_at = self.config.samples if until is None else min(until, self.config.samples)
-        if self.samples == 0:
+        stop_at = self.config.examples if until is None else min(until, self.config.examples)
+        if self.examples == 0:
             self.save()  # a disk that cannot hold the state is found now, not in an hour
         with StopRequest() as stop:
             self._window.resume_clock()
-            if self._evaluation_due(self.samples >= self.config.samples):
+            if self._evaluation_due(self.examples >= self.config.examples):
                 self._run_evaluation(stop)  # the one that a signal cut off
-            while self.samples < stop_at and not self._stopping(stop):
+            while self.examples < stop_at and not self._stopping(stop):
                 self.step()
-                finished = self.samples >= self.config.samples
+                finished = self.examples >= self.config.examples
                 if finished or self._due(self.config.log.every):
                     self._log_window()
                 if self._evaluation_due(finished):
                     self._run_evaluation(stop)
-                if not finished and self.samples // self.config.save_every > (
+                if not finished and self.examples // self.config.save_every > (
                     self.saved_at // self.config.save_every
                 ):
                     self.save()
             self.save()
-            of_these = self._evaluation if self._evaluated_at == self.samples else None
+            of_these = self._evaluation if self._evaluated_at == self.examples else None
             self._keep_policy("last", of_these)
             self._window.pause_clock()
-        finished = self.samples >= self.config.samples and not self._evaluation_due(True)
-        return Outcome(self.samples, finished, self._agreed_signum, self.best, dict(self._metrics))
+        finished = self.examples >= self.config.examples and not self._evaluation_due(True)
+        return Outcome(self.examples, finished, self._agreed_signum, self.best, dict(self._metrics))
 
     def step(self) -> None:
-        """One optimizer step on the next ``batch_size`` samples of every process."""
+        """One optimizer step on the next ``batch_size`` examples of every process."""
         size, rank = self.config.batch_size, self.accelerator.process_index
-        batch = self._batches(self.samples + rank * size, size)
-        generator = step_generator(self.config.seed, self.samples, self.device)
-        draws = self._draw(self._step_samples, generator).slice(rank * size, (rank + 1) * size)
-        progress = self.samples / self.config.samples
+        batch = self._batches(self.examples + rank * size, size)
+        generator = step_generator(self.config.seed, self.examples, self.device)
+        draws = self._draw(self._step_examples, generator).slice(rank * size, (rank + 1) * size)
+        progress = self.examples / self.config.examples
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
             output = self._forward(batch, draws=draws, progress=progress, ema=self.ema.model)
         self.accelerator.backward(output.loss)
         grad_norm = torch.nn.utils.clip_grad_norm_(
             self._parameters, self.config.optim.grad_clip or float("inf"), foreach=True
         )
-        self._guard.watch(grad_norm, self.samples)
+        self._guard.watch(grad_norm, self.examples)
         if self.device.type == "cpu":
             self._guard.check()  # free here; on a device it would wait, so there the log asks
         self.optimizer.found_inf = self._guard.tripped  # type: ignore[attr-defined]
@@ -165,35 +168,35 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         self.ema.step(self.model)
-        self.samples += self._step_samples
+        self.examples += self._step_examples
         self._window.add({"loss": output.loss.detach(), **output.metrics}, grad_norm)
 
     # --- logging and evaluation ---------------------------------------------------------------
 
     def _due(self, every: int) -> bool:
         """Whether the last step crossed a multiple of ``every``."""
-        return self.samples // every > (self.samples - self._step_samples) // every
+        return self.examples // every > (self.examples - self._step_examples) // every
 
     def _evaluation_due(self, finished: bool) -> bool:
-        if self._evaluate is None or self._evaluated_at == self.samples:
+        if self._evaluate is None or self._evaluated_at == self.examples:
             return False
         every = self.config.eval.every
-        due = self.samples // every > self._evaluated_at // every
+        due = self.examples // every > self._evaluated_at // every
         return finished or due
 
     def _log_window(self) -> None:
         self._guard.check()
         self._window.reduce(self.accelerator)
-        values = self._window.read(self._step_samples)
+        values = self._window.read(self._step_examples)
         values |= {"lr": float(self.schedule.get_last_lr()[0]), "ema_decay": self.ema.decay}
         if not np.isfinite(values["loss"]):
-            raise NonFiniteError(self.samples, values["grad_norm"])
+            raise NonFiniteError(self.examples, values["grad_norm"])
         self._metrics.update(values)
         self._log("train", values)
 
     def _log(self, kind: Kind, values: Mapping[str, float]) -> None:
         for tracker in self.trackers if self.accelerator.is_main_process else ():
-            tracker.log(kind, self.samples, values)
+            tracker.log(kind, self.examples, values)
 
     def _run_evaluation(self, stop: StopRequest) -> None:
         """Evaluate the EMA weights on the main process; the others wait."""
@@ -201,7 +204,7 @@ class Trainer:
         self._window.pause_clock()
         if self.accelerator.is_main_process and self._evaluate is not None:
             try:
-                evaluation = self._evaluate(self.ema.model, self.samples)
+                evaluation = self._evaluate(self.ema.model, self.examples)
             except Exception:
                 if stop.signum is None or self.accelerator.num_processes > 1:
                     raise
@@ -212,13 +215,13 @@ class Trainer:
             if self.best is None or evaluation.rank > self.best:
                 self.best = evaluation.rank
                 self._keep_policy("best", evaluation)
-        self._evaluated_at = self.samples
+        self._evaluated_at = self.examples
         self.accelerator.wait_for_everyone()
         self._window.resume_clock()
 
     def _keep_policy(self, kind: Literal["best", "last"], evaluation: Evaluation | None) -> None:
         if self._keep is not None and self.accelerator.is_main_process:
-            self._keep(kind, self.ema.model, self.samples, evaluation)
+            self._keep(kind, self.ema.model, self.examples, evaluation)
 
     def _stopping(self, stop: StopRequest) -> bool:
         """Whether a signal asks for the end; several processes agree on it at log intervals."""
@@ -237,7 +240,7 @@ class Trainer:
     def save(self) -> None:
         """Write the training state (main process)."""
         self._guard.check()
-        self.saved_at = self.samples
+        self.saved_at = self.examples
         if self.accelerator.is_main_process:
             save_state(self.run_dir, self.state())
         self.accelerator.wait_for_everyone()
@@ -254,7 +257,7 @@ class Trainer:
         if self.device.type == "cuda":
             tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
         values = {
-            "samples": self.samples,
+            "examples": self.examples,
             "steps": self.schedule.last_epoch,
             "ema_counter": self.ema.counter,
             "best": self.best,
@@ -291,7 +294,7 @@ class Trainer:
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         jump_schedule(self.schedule, int(values["steps"]))
         self.ema.counter = int(values["ema_counter"])
-        self.samples = self.saved_at = int(values["samples"])
+        self.examples = self.saved_at = int(values["examples"])
         self.best = None if values["best"] is None else tuple(values["best"])
         self._evaluated_at = int(values["evaluated_at"])
         self._metrics = dict(values["metrics"])
@@ -306,7 +309,7 @@ class Trainer:
             torch.cuda.set_rng_state(state.tensors["rng/cuda"], self.device)
 
 
-def step_generator(seed: int, samples: int, device: torch.device) -> torch.Generator:
-    """The generator of the step that starts at ``samples``: a pure function of its arguments."""
-    mixed = np.random.SeedSequence([seed, samples]).generate_state(1, np.uint64)[0]
+def step_generator(seed: int, examples: int, device: torch.device) -> torch.Generator:
+    """The generator of the step that starts at ``examples``: a pure function of its arguments."""
+    mixed = np.random.SeedSequence([seed, examples]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(mixed) & (2**63 - 1))

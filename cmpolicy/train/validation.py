@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cmpolicy.flow.health import Health
 from cmpolicy.flow.objective import LossOutput
-from cmpolicy.policy.consistency import ConsistencyPolicy
+from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.train.loader import Batch, DeviceLoader
 
 #: Windows of the health metrics; they cost about 20 evaluations per window.
@@ -36,7 +36,7 @@ class HeldOutLosses:
         self._count = 0
 
     def add(self, output: LossOutput, count: int) -> None:
-        """Add a part of ``count`` samples."""
+        """Add a part of ``count`` examples."""
         for name, value in output.metrics.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value * count
         self._count += count
@@ -64,16 +64,16 @@ class Validator:
         loader: of the held-out windows; its batch size is the batch size here.
         windows: at most so many are scored, spread evenly.
         seed: of noise and times.
-        num_steps: network evaluations of the action error.
+        nfe: network evaluations of the action error.
     """
 
-    def __init__(self, loader: DeviceLoader, *, windows: int, seed: int, num_steps: int) -> None:
+    def __init__(self, loader: DeviceLoader, *, windows: int, seed: int, nfe: int) -> None:
         count = min(windows, loader.n_windows)
         numbers = torch.arange(count, device=loader.device) * loader.n_windows // count
         self._loader = loader
         self._parts = numbers.split(loader.batch_size)
         self._seed = seed
-        self._num_steps = num_steps
+        self._nfe = nfe
 
     @torch.no_grad()
     def __call__(self, policy: ConsistencyPolicy) -> Validation:
@@ -92,7 +92,7 @@ class Validator:
             noise = torch.randn(
                 len(part), *policy.noise_shape, generator=generator, device=self._loader.device
             )
-            error, count = _action_error(policy, batch, noise, self._num_steps)
+            error, count = _action_error(policy, batch, noise, self._nfe)
             squares, values = squares + error, values + count
         metrics = losses.read() | {"val_action_error": float((squares / max(values, 1)) ** 0.5)}
         health = policy.health(self._loader.gather(self._parts[0][:HEALTH_WINDOWS]), generator)
@@ -100,10 +100,10 @@ class Validator:
 
 
 def _action_error(
-    policy: ConsistencyPolicy, batch: Batch, noise: Tensor, num_steps: int
+    policy: ConsistencyPolicy, batch: Batch, noise: Tensor, nfe: int
 ) -> tuple[float, int]:
     """Summed squares and number of the executed, not padded, action numbers."""
-    predicted = policy.predict_action_chunk(batch["obs"], num_steps=num_steps, noise=noise)
+    predicted = policy.predict_action_chunk(batch["obs"], nfe=nfe, noise=noise)
     first = policy.n_obs_steps - 1
     executed = slice(first, first + policy.n_action_steps)
     real = ~batch["action_is_pad"][:, executed, None]

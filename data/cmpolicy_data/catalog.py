@@ -15,10 +15,10 @@ _SCRIPTED = {f"{task}_scripted": task for task in _BUNDLED}
 _NAMES = {**dict.fromkeys(_SCRIPTED, "bundled, scripted"), "pusht_human": "human demonstrations"}
 
 
-_MAKE = {"pusht": "cmpolicy-data generate pusht"}
+_MAKE = {"pusht": "cmpolicy data generate pusht"}
 _MAKE_ROBOMIMIC = (
-    "cmpolicy-data generate robomimic task={task} out={task}.hdf5, then "
-    "cmpolicy-data convert robomimic {task}.hdf5 out={task}.zarr, and data.path={task}.zarr"
+    "cmpolicy data generate robomimic task={task} out={task}.hdf5, then "
+    "cmpolicy data convert robomimic {task}.hdf5 out={task}.zarr, and data.path={task}.zarr"
 )
 
 
@@ -95,14 +95,14 @@ def resolve(data: str, path: str | Path | None = None) -> Path:
 
 _ROBOMIMIC_REMEDY = (
     "\nTo get one:\n"
-    "  cmpolicy-data download robomimic task=tool_hang type=ph     the official file, or\n"
-    "  cmpolicy-data generate robomimic task=lift out=lift.hdf5    scripted; then\n"
-    "  cmpolicy-data convert robomimic lift.hdf5 out=lift.zarr"
+    "  cmpolicy data download robomimic task=tool_hang type=ph     the official file, or\n"
+    "  cmpolicy data generate robomimic task=lift out=lift.hdf5    scripted; then\n"
+    "  cmpolicy data convert robomimic lift.hdf5 out=lift.zarr"
 )
 _REMEDY = (
     ".\nTo get Push-T demonstrations:\n"
-    "  cmpolicy-data download pusht    the human ones, from their public archive\n"
-    "  cmpolicy-data generate pusht    scripted ones, made here"
+    "  cmpolicy data download pusht    the human ones, from their public archive\n"
+    "  cmpolicy data generate pusht    scripted ones, made here"
 )
 
 
@@ -126,8 +126,8 @@ def _find_human(path: str | Path | None) -> Path:
         "The human Push-T demonstrations (pusht_human) were not found. Looked in:\n"
         + "\n".join(looked)
         + "\nTwo ways on:\n"
-        "  cmpolicy-data download pusht        fetches them (or set data.path / CMPOLICY_DATA)\n"
-        "  cmpolicy-train task=pusht           trains on the bundled scripted demonstrations"
+        "  cmpolicy data download pusht        fetches them (or set data.path / CMPOLICY_DATA)\n"
+        "  cmpolicy train task=pusht           trains on the bundled scripted demonstrations"
     )
 
 

@@ -211,7 +211,7 @@ def _transfer(url: str, part: Path, progress: Progress | None) -> None:
     """One connection: bring ``part`` to its full length or raise."""
     done = part.stat().st_size if part.exists() else 0
     validator = _read_validator(part, url)
-    request = urllib.request.Request(url, headers={"User-Agent": "cmpolicy-data"})
+    request = urllib.request.Request(url, headers={"User-Agent": "cmpolicy data"})
     if done and validator:
         request.add_header("Range", f"bytes={done}-")
         request.add_header("If-Range", validator)

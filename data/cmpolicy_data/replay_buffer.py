@@ -193,7 +193,7 @@ class ReplayBuffer:
             raise ReplayBufferError(
                 f"{self.path}: data/{key} has {rows} steps, but the episodes end at step "
                 f"{self.n_steps} (last entry of meta/episode_ends). Every array needs exactly one "
-                "row per step. `cmpolicy-data validate` lists all that does not match."
+                "row per step. `cmpolicy data validate` lists all that does not match."
             )
         lost = missing_chunks(array, self.n_steps, strict=writes_all_chunks(self._root))
         if lost:

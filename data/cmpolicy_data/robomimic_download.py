@@ -92,8 +92,8 @@ def download(
         raise DownloadError(
             f"{source} could not be downloaded ({reason}). Check the network, name a mirror of the "
             f"hub (endpoint=... or HF_ENDPOINT), or fetch the file by other means: "
-            "`cmpolicy-data convert robomimic FILE` takes it from anywhere. Without it: "
-            f"cmpolicy-data generate robomimic task={task}"
+            "`cmpolicy data convert robomimic FILE` takes it from anywhere. Without it: "
+            f"cmpolicy data generate robomimic task={task}"
         ) from error
     try:
         with RobomimicFile.open(file) as opened:

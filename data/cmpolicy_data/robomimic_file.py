@@ -32,8 +32,8 @@ Array = npt.NDArray[Any]
 Float64Array = npt.NDArray[np.float64]
 
 _EXPECTED = (
-    "Expected a robomimic HDF5 file, such as `cmpolicy-data download robomimic` fetches or "
-    "`cmpolicy-data generate robomimic` writes."
+    "Expected a robomimic HDF5 file, such as `cmpolicy data download robomimic` fetches or "
+    "`cmpolicy data generate robomimic` writes."
 )
 # In robomimic from 0.4 on; needs the robosuite that the demonstrations were recorded with.
 EXTRACT_COMMAND = (
@@ -227,7 +227,7 @@ class RobomimicFile:
                 f"{self.path} lacks the attribute env_args of data (JSON with env_name, type and "
                 "env_kwargs): without it nobody knows in which environment it was recorded. "
                 "For demonstrations straight from robosuite (env_info instead) there is "
-                "`cmpolicy-data convert robosuite`."
+                "`cmpolicy data convert robosuite`."
             )
         text = text_of(value)
         try:

@@ -60,7 +60,7 @@ def open_root(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Group:
     if not path.exists():
         raise FileNotFoundError(
             f"There is no data at {path}. {_EXPECTED} Check the path, or get data with "
-            "`cmpolicy-data generate pusht` or `cmpolicy-data download pusht`."
+            "`cmpolicy data generate pusht` or `cmpolicy data download pusht`."
         )
     if path.is_file() and mode != "r":
         raise ReplayBufferError(

@@ -91,7 +91,7 @@ def check_episode_ends(episode_ends: npt.ArrayLike) -> Int64Array:
         before = int(ends[bad - 1]) if bad else 0
         raise WindowError(
             f"episode_ends must increase strictly from above 0, but entry {bad} is "
-            f"{int(ends[bad])} after {before}. `cmpolicy-data validate` lists every such entry."
+            f"{int(ends[bad])} after {before}. `cmpolicy data validate` lists every such entry."
         )
     return ends
 

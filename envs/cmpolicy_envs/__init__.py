@@ -9,7 +9,7 @@
 
 import gymnasium
 
-from cmpolicy_envs.keypoints import KEYPOINTS_LOCAL, keypoints_from_pose
+from cmpolicy_envs.pusht_states import KEYPOINTS_LOCAL, keypoints_from_pose
 from cmpolicy_envs.robomimic_tasks import TASKS
 
 __all__ = ["KEYPOINTS_LOCAL", "PUSHT_ID", "TASKS", "keypoints_from_pose"]

@@ -15,7 +15,7 @@ from gymnasium import spaces
 from numpy.typing import ArrayLike, NDArray
 
 from cmpolicy_envs.coverage import GOAL_POSE, coverage
-from cmpolicy_envs.keypoints import keypoints_from_pose
+from cmpolicy_envs.pusht_states import keypoints_from_pose
 
 # pygame greets on stdout when it is imported, which gym-pusht does.
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")

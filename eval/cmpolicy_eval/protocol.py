@@ -13,9 +13,9 @@ from functools import partial
 from typing import Any
 
 import gymnasium
-import numpy as np
 
 from cmpolicy_envs import PUSHT_ID
+from cmpolicy_envs.pusht_states import dp_initial_state
 from cmpolicy_envs.robomimic_args import EnvArgs
 from cmpolicy_envs.robomimic_tasks import TASKS, get_task
 from cmpolicy_eval.rollout import DEFAULT_BATCH_SIZE
@@ -41,26 +41,6 @@ class EvalProtocol:
     """Steps per second, the rate of a video."""
     batch_size: int = DEFAULT_BATCH_SIZE
     """Episodes at a time, and rows of a policy call, unless told otherwise."""
-
-
-def dp_initial_state(seed: int) -> list[float]:
-    """Diffusion Policy's test state for a seed: [agent x, agent y, block x, block y, angle].
-
-    Passed through ``reset_to_state``, which moves the block (position first, angle second).
-
-    Raises:
-        ValueError: the seed is outside [0, 2**32), which numpy's RandomState does not take.
-    """
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed {seed} is outside [0, 2**32)")
-    rng = np.random.RandomState(seed)  # the generator that defines the protocol
-    return [
-        float(rng.randint(50, 450)),
-        float(rng.randint(50, 450)),
-        float(rng.randint(100, 400)),
-        float(rng.randint(100, 400)),
-        float(rng.randn() * 2 * np.pi - np.pi),
-    ]
 
 
 def _dp_reset(seed: int) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class InferTime:
     """Duration of a policy call, ms, over the action chunks of all episodes.
 
     ``batch_size`` is the number of observations per call: this is the cost of scoring, the latency
-    of one observation on its own is what ``cmpolicy-bench`` measures.
+    of one observation on its own is what ``cmpolicy bench`` measures.
     """
 
     p50: float
@@ -203,7 +203,7 @@ def _parse(raw: Any, source: Path) -> Result:
     missing, unknown = sorted(names - set(raw)), sorted(set(raw) - names)
     if missing or unknown:
         what = f"lacks {', '.join(missing)}" if missing else f"has unknown {', '.join(unknown)}"
-        raise ResultError(f"result file {source} {what}; is it a result of cmpolicy-eval?")
+        raise ResultError(f"result file {source} {what}; is it a result of cmpolicy eval?")
     key = ""
     try:
         values: dict[str, Any] = dict(raw)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from cmpolicy_envs.pusht_states import dp_initial_state
 from cmpolicy_eval import PROTOCOLS, get_protocol
-from cmpolicy_eval.protocol import dp_initial_state
 
 # Seed -> the state handed to reset_to_state, and agent xy, block xy, angle after the reset.
 DIFFUSION_POLICY = {

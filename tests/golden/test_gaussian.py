@@ -153,8 +153,8 @@ def test_self_distillation_has_no_gradient_at_the_true_map(gaussian: Any, deriva
     half = build_objective("fm")(gaussian.flow_map, x, gaussian.cond, draws)
     isd = build_objective("isd", derivative=derivative, weight_power=0.0, sd_share=1.0)
     whole = isd(gaussian.flow_map, x, gaussian.cond, draws)
-    expected = torch.autograd.grad(half.per_sample.mean(), parameters, materialize_grads=True)
-    found = torch.autograd.grad(whole.per_sample.mean(), parameters, materialize_grads=True)
+    expected = torch.autograd.grad(half.per_example.mean(), parameters, materialize_grads=True)
+    found = torch.autograd.grad(whole.per_example.mean(), parameters, materialize_grads=True)
     tolerance = 1e-11 if derivative == "jvp" else 5e-4
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
     assert whole.metrics["loss_sd"] < tolerance
@@ -162,7 +162,7 @@ def test_self_distillation_has_no_gradient_at_the_true_map(gaussian: Any, deriva
     # and away from it there is one: a parameter that bends the map off the diagonal is felt
     with torch.no_grad():
         gaussian.net.skew += 0.5
-    bent = isd(gaussian.flow_map, x, gaussian.cond, draws).per_sample.mean()
+    bent = isd(gaussian.flow_map, x, gaussian.cond, draws).per_example.mean()
     (gradient,) = torch.autograd.grad(bent, [gaussian.net.skew])
     assert gradient.abs() > 1e-2
 
@@ -172,7 +172,7 @@ def test_sampler_is_exact_in_any_number_of_steps(gaussian: Any, steps: int) -> N
     z = gaussian.x_t
     one = torch.ones(len(z), dtype=torch.float64)
     expected = gaussian.net.map(z, one, torch.zeros_like(one), gaussian.cond)
-    found = sample(gaussian.flow_map, z, gaussian.cond, num_steps=steps)
+    found = sample(gaussian.flow_map, z, gaussian.cond, nfe=steps)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
@@ -184,7 +184,7 @@ def test_diagonal_sampler_converges(gaussian: Any) -> None:
     errors = []
     for steps in (100, 200):
         with torch.no_grad():
-            found = sample(gaussian.flow_map, z, gaussian.cond, num_steps=steps, kind="diagonal")
+            found = sample(gaussian.flow_map, z, gaussian.cond, nfe=steps, kind="diagonal")
         errors.append(float((found - expected).square().mean().sqrt()))
     assert errors[0] / errors[1] == pytest.approx(2.0, rel=0.1)
     assert errors[1] < 0.03

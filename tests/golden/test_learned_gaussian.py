@@ -43,7 +43,7 @@ def _train(objective: str, path: str, steps: int = 300, **settings: Any) -> Flow
         draws = loss.draw(256, (2,), generator, cpu)
         output = loss(flow_map, x, None, draws, progress=step / steps)
         optimizer.zero_grad()
-        output.per_sample.mean().backward()
+        output.per_example.mean().backward()
         optimizer.step()
         schedule.step()
     return flow_map
@@ -70,5 +70,5 @@ def test_isd_finds_the_map_and_beats_flow_matching(path: str, gaussian_flow: Any
     # while many steps along its diagonal are right: the data's spread is there
     z = torch.randn(2000, 2, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        std = sample(fm, z, num_steps=50, kind="diagonal").std(dim=0)
+        std = sample(fm, z, nfe=50, kind="diagonal").std(dim=0)
     torch.testing.assert_close(std, torch.tensor(STD), rtol=0.2, atol=0)

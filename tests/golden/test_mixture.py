@@ -51,6 +51,6 @@ def test_one_step_of_the_flow_map_is_many_of_the_diagonal(path: str, mixture_flo
     net = mixture_flow(path, means=[[-1.0, 0.5], [1.0, 0.8]], std=0.5)
     flow_map = FlowMap(net, PATHS[path])
     z = torch.randn(32, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    one = sample(flow_map, z, num_steps=1)
-    many = sample(flow_map, z, num_steps=1000, kind="diagonal")
+    one = sample(flow_map, z, nfe=1)
+    many = sample(flow_map, z, nfe=1000, kind="diagonal")
     torch.testing.assert_close(many, one, rtol=0, atol=1e-2)

@@ -10,7 +10,7 @@ import torch
 
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
-from cmpolicy.policy.consistency import ConsistencyPolicy
+from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.spec import PolicySpec
 
 OBS = {"agent_pos": (2,), "keypoint": (9, 2)}

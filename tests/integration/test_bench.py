@@ -1,4 +1,4 @@
-"""cmpolicy-bench: each command end to end at tiny settings, and its bad input."""
+"""cmpolicy bench: each command end to end at tiny settings, and its bad input."""
 
 import itertools
 import json
@@ -12,14 +12,14 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
+from cmpolicy.bench.diffusion import SAMPLERS, diffusion_chunk
+from cmpolicy.bench.latency import Contender, time_calls
+from cmpolicy.bench.networks import Runtime, make_runtime
+from cmpolicy.bench.settings import LatencySettings
+from cmpolicy.bench.step import time_pairs
 from cmpolicy.cli.bench import main
-from cmpolicy.cli.benchmarks.diffusion import SAMPLERS, diffusion_chunk
-from cmpolicy.cli.benchmarks.latency import Contender, time_calls
-from cmpolicy.cli.benchmarks.networks import Runtime, make_runtime
-from cmpolicy.cli.benchmarks.settings import LatencySettings
-from cmpolicy.cli.benchmarks.step import time_pairs
 from cmpolicy.export.plan_map import example_inputs
-from cmpolicy.policy.consistency import ConsistencyPolicy
+from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy_data import ReplayBuffer
 
 OBS = {"agent_pos": (2,), "keypoint": (9, 2)}
@@ -51,7 +51,7 @@ def _read(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(path.read_text())
     assert content["device"].startswith("cpu: ")
     assert {"python", "torch", "numpy", "cmpolicy"} <= set(content["versions"])
-    assert content["command"].startswith(f"cmpolicy-bench {content['benchmark']} ")
+    assert content["command"].startswith(f"cmpolicy bench {content['benchmark']} ")
     assert "git_commit" in content
     return content
 
@@ -120,7 +120,7 @@ def test_what_is_timed_is_the_policy(bundle: Path, name: str) -> None:
     """Unrolled, in a loop, and the network that the diffusion samplers call."""
     policy, runtime, obs, noise = _policy_and_network(bundle, name)
     for nfe in (1, 5):
-        policy.num_steps = nfe
+        policy.nfe = nfe
         want = policy.infer(obs, noise)
         np.testing.assert_allclose(runtime.chunk(nfe)(obs, noise), want, rtol=0, atol=5e-3)
     x, t, s = torch.from_numpy(noise), torch.tensor([0.7]), torch.tensor([0.2])

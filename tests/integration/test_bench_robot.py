@@ -1,4 +1,4 @@
-"""cmpolicy-bench loop and delay, and the delayed episodes behind the latter."""
+"""cmpolicy bench loop and delay, and the delayed episodes behind the latter."""
 
 import json
 from collections.abc import Callable
@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cmpolicy.bench.delayed import BATCH_SIZE, delayed_rollout
 from cmpolicy.cli.bench import main
-from cmpolicy.cli.benchmarks.delayed import BATCH_SIZE, delayed_rollout
-from cmpolicy.cli.fine_pusht import SUBSTEPS, LateActions, advance
 from cmpolicy.export.write import export_policy
-from cmpolicy.policy.consistency import ConsistencyPolicy
+from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.robot.schedule import Asynchronous, Synchronous
 from cmpolicy_envs.pusht import PushTEnv
+from cmpolicy_envs.realtime_pusht import SUBSTEPS, LateActions, advance
 from cmpolicy_eval.protocol import get_protocol
 from cmpolicy_eval.result import Result
 from cmpolicy_eval.rollout import rollout

@@ -1,4 +1,4 @@
-"""``cmpolicy-data`` as a user meets it: output, messages, exit status."""
+"""``cmpolicy data`` as a user meets it: output, messages, exit status."""
 
 from pathlib import Path
 
@@ -71,7 +71,7 @@ def test_generate(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     ("arguments", "message"),
     [
         (["inspect", "nope"], "'nope' is neither a data set by name"),
-        (["validate", "nope"], "cmpolicy-data download pusht"),
+        (["validate", "nope"], "cmpolicy data download pusht"),
         (["validate", "STORE", "key=action"], "'key=action': options are written key=value"),
         (["validate", "STORE", "keys=[state[]"], "Cannot read the selector 'state['"),
         (["generate", "pusht", "episodes=many"], "episodes must be a whole number, got 'many'"),
@@ -90,7 +90,7 @@ def test_errors(
     names = {"STORE": str(store), "FILE": str(tmp_path / "file.zip")}
     status, out, err = run(capsys, *(names.get(a, a) for a in arguments))
     assert (status, out) == (2, "")
-    assert err.startswith("cmpolicy-data: ")
+    assert err.startswith("cmpolicy data: ")
     assert message in err
 
 
@@ -99,4 +99,4 @@ def test_usage(capsys: pytest.CaptureFixture[str], arguments: list[str]):
     with pytest.raises(SystemExit) as exit_info:
         main(arguments)
     assert exit_info.value.code == 2
-    assert "usage: cmpolicy-data" in capsys.readouterr().err
+    assert "usage: cmpolicy data" in capsys.readouterr().err

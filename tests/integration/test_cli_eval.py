@@ -1,4 +1,4 @@
-"""``cmpolicy-eval`` from end to end with a tiny real policy, and every way to get it wrong."""
+"""``cmpolicy eval`` from end to end with a tiny real policy, and every way to get it wrong."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from cmpolicy.cli.eval import main
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
-from cmpolicy.policy.consistency import ConsistencyPolicy
+from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.spec import PolicySpec
 from cmpolicy_data import ReplayBuffer, bundled_path
 from cmpolicy_eval import get_protocol, rollout
@@ -45,7 +45,7 @@ def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     assert main(list(words)) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("cmpolicy-eval: ")
+    assert captured.err.startswith("cmpolicy eval: ")
     assert "Traceback" not in captured.err
     return captured.err
 
@@ -81,7 +81,7 @@ def test_results_and_report_are_written(scored: Path) -> None:
     assert (result.policy, result.protocol, result.nfe) == ("tiny", "pusht-gym", 2)
     assert result.seeds == (100_000, 100_001, 100_002)
     assert (result.device, result.data) == ("cpu", "pusht_human")
-    assert result.command.startswith("cmpolicy-eval policy=")
+    assert result.command.startswith("cmpolicy eval policy=")
     assert {e.length for e in result.episodes} <= set(range(1, 301))
     raw = json.loads((scored / "result_nfe1.json").read_text())
     assert raw["infer_ms"]["batch_size"] == 3

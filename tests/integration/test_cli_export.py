@@ -1,4 +1,4 @@
-"""cmpolicy-export: the file it writes, scored like the bundle, and its bad input."""
+"""cmpolicy export: the file it writes, scored like the bundle, and its bad input."""
 
 import json
 import sys
@@ -11,8 +11,8 @@ import pytest
 from cmpolicy.cli.eval import main as evaluate
 from cmpolicy.cli.export import main
 from cmpolicy.export.load import open_exported
-from cmpolicy.policy.consistency import ConsistencyPolicy
-from cmpolicy.policy.pretrained import read_hashes
+from cmpolicy.policy.bundle import read_hashes
+from cmpolicy.policy.policy import ConsistencyPolicy
 
 METADATA: dict[str, Any] = {"data": "mine", "config": {"task": {"protocol": "pusht-dp"}}}
 
@@ -46,7 +46,7 @@ def test_exported_and_scored(
     printed = capsys.readouterr().out
     assert f"written to {out}: " in printed
     assert "of the normalised range" in printed
-    command = printed.splitlines()[-1].removeprefix("next: cmpolicy-eval ").split()
+    command = printed.splitlines()[-1].removeprefix("next: cmpolicy eval ").split()
     facts = open_exported(out).facts
     assert facts.bundle_sha256 == read_hashes(bundle)
     assert (facts.nfe, facts.noise_scale, facts.control_hz) == (nfe, 0.8, 10.0)

@@ -1,4 +1,4 @@
-"""``cmpolicy-image sample`` and ``eval``, with a small model that nobody has trained."""
+"""``cmpolicy image sample`` and ``eval``, with a small model that nobody has trained."""
 
 import json
 
@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from cmpolicy.cli.image import main
-from cmpolicy.cli.image_results import ImageResult
-from cmpolicy.cli.image_sampling import noise_generators, parse_classes, spread_over
+from cmpolicy.experiment.image.results import ImageResult
+from cmpolicy.experiment.image.sampling import noise_generators, parse_classes, spread_over
 from cmpolicy.image.net import UNetConfig, build_net
 from cmpolicy.image.pipeline import ConsistencyImagePipeline
 from cmpolicy.train.schema import ConfigError
@@ -195,7 +195,7 @@ def test_eval_writes_results_a_report_and_pictures(model, tmp_path, capsys, cach
     assert "real test images of folder bars" in report
     assert "![samples_nfe2](samples_nfe2.png)" in report
     raw = json.loads((tmp_path / "result_nfe2.json").read_text())
-    assert raw["command"].startswith("cmpolicy-image eval model=")
+    assert raw["command"].startswith("cmpolicy image eval model=")
     assert {"device", "versions", "git_commit", "seed", "sampler"} <= set(raw)
     assert {"python", "torch", "diffusers", "scikit-learn"} <= set(raw["versions"])
     assert raw["scores"]["n"] == 20

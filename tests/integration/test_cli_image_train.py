@@ -1,4 +1,4 @@
-"""``cmpolicy-image train`` from the words to a model that makes images, on tiny networks."""
+"""``cmpolicy image train`` from the words to a model that makes images, on tiny networks."""
 
 import json
 import os
@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from cmpolicy.cli.image import main
-from cmpolicy.cli.image_config import ImageTrainConfig
 from cmpolicy.cli.image_eval import trained_on
 from cmpolicy.cli.image_train import PACKAGE
-from cmpolicy.cli.image_training import train_images
-from cmpolicy.cli.settings import compose_settings, read_yaml
+from cmpolicy.cli.parse import compose_settings
+from cmpolicy.experiment.image.config import ImageTrainConfig
+from cmpolicy.experiment.image.train import train_images
+from cmpolicy.experiment.run import read_yaml
 from cmpolicy.image.pipeline import ConsistencyImagePipeline
 from cmpolicy.train.checkpoint import load_state
 from cmpolicy.train.schema import ConfigError
@@ -30,7 +31,7 @@ TINY = [
     "net.groups=4",
     "net.embedding=8",
     "dataset.image_size=8",
-    "samples=64",
+    "examples=64",
     "batch_size=8",
     "optim.warmup=16",
     "eval.every=32",
@@ -56,7 +57,7 @@ def train(*words: str) -> int:
 
 def log_values(run_dir: Path) -> list[dict[str, Any]]:
     """The log without what the clock says."""
-    clock = {"seconds", "samples_per_s"}
+    clock = {"seconds", "examples_per_s"}
     return [{k: v for k, v in e.items() if k not in clock} for e in read_log(run_dir)]
 
 
@@ -65,13 +66,13 @@ def test_a_run_gives_a_model_that_makes_images(
 ) -> None:
     assert train("out=run", "guidance=1.5", "log.tensorboard=true") == 0
     printed = capsys.readouterr().out
-    assert "cmpolicy-image eval model=run/model" in printed
+    assert "cmpolicy image eval model=run/model" in printed
     run = tmp_path / "run"
     assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert list((run / "tensorboard").iterdir())
     assert sorted(p.name for p in (run / "samples").iterdir()) == ["000000032.png", "000000064.png"]
     evaluations = [e for e in read_log(run) if e["kind"] == "eval"]
-    assert [e["samples"] for e in evaluations] == [32, 64]
+    assert [e["examples"] for e in evaluations] == [32, 64]
     for entry in evaluations:
         assert entry["val_loss"] == pytest.approx(entry["val_loss_fm"] + entry["val_loss_sd"])
         assert entry["val_loss_sd"] > 0  # though it joins the training later
@@ -81,12 +82,12 @@ def test_a_run_gives_a_model_that_makes_images(
     assert pipe.class_names == tuple("0123456789")
     picture = pipe("7", generator=torch.Generator().manual_seed(0)).images[0]
     assert (picture.mode, picture.size) == ("L", (8, 8))
-    assert pipe.metadata["samples"] == 64
+    assert pipe.metadata["examples"] == 64
     assert pipe.metadata["metrics"]["val_loss"] == evaluations[-1]["val_loss"]
     assert pipe.metadata["config"]["guidance"] == 1.5
     assert pipe.metadata["dataset"]["name"] == "digits"
     card = (run / "model" / "README.md").read_text()
-    assert "`cmpolicy-image train net.widths=[8]" in card.replace("'", "")
+    assert "`cmpolicy image train net.widths=[8]" in card.replace("'", "")
     assert "guidance 1.5 in training" in card
     # both are the EMA weights of the end
     ema = load_state(run).tensors
@@ -112,13 +113,13 @@ def test_resume_is_bit_exact(tmp_path: Path, words: list[str]) -> None:
     """Two steps and two more are four steps; the labels that are dropped included."""
     unet = [w for w in TINY if not (w.startswith("net.") and "net=dit" in words)]
     settings = compose_settings(
-        "train", [*unet, *words, "samples=32", "eval.every=24", "save_every=16"], package=PACKAGE
+        "train", [*unet, *words, "examples=32", "eval.every=24", "save_every=16"], package=PACKAGE
     )
     settings.pop("out")
     config = ImageTrainConfig.from_mapping(settings)
     train_images(config, "straight", command="")
-    assert train_images(config, "parts", command="", until=16).outcome.samples == 16
-    assert load_state(tmp_path / "parts").values["samples"] == 16
+    assert train_images(config, "parts", command="", until=16).outcome.examples == 16
+    assert load_state(tmp_path / "parts").values["examples"] == 16
     run = train_images(config, "parts", command="", resume=True)
     assert run.outcome.finished
     a, b = load_state(tmp_path / "straight"), load_state(tmp_path / "parts")
@@ -135,14 +136,14 @@ def test_a_run_can_be_prolonged_but_not_changed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train("out=run", "objective=fm") == 0
-    assert main(["train", "resume=run", "samples=96"]) == 0
-    assert load_state(tmp_path / "run").values["samples"] == 96
+    assert main(["train", "resume=run", "examples=96"]) == 0
+    assert load_state(tmp_path / "run").values["examples"] == 96
     assert ConsistencyImagePipeline.from_pretrained("run/model").sampler == "diagonal"
     capsys.readouterr()
     assert main(["train", "resume=run", "guidance=3"]) == 2
     assert "A resumed run keeps all else from run" in capsys.readouterr().err
     assert train("out=run") == 2
-    assert "go on with it: cmpolicy-image train resume=run" in capsys.readouterr().err
+    assert "go on with it: cmpolicy image train resume=run" in capsys.readouterr().err
 
 
 def test_flow_matching_is_sampled_along_the_diagonal(tmp_path: Path) -> None:
@@ -159,7 +160,7 @@ def test_a_diverging_run_stops_and_keeps_its_state(
     assert train("out=run", "optim.lr=1e36", "optim.grad_clip=null") == 1
     printed = capsys.readouterr().err
     assert "non-finite gradient at sample" in printed
-    assert "cmpolicy-image train resume=run optim.lr=" in printed
+    assert "cmpolicy image train resume=run optim.lr=" in printed
     tensors = load_state(tmp_path / "run").tensors.values()
     assert all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
 
@@ -172,7 +173,7 @@ def test_a_diverging_run_stops_and_keeps_its_state(
         (["dataset=mnist", "dataset.path=nowhere.npz"], "there is no file nowhere.npz"),
         (["net.widths=[8,8,8,8,8]"], "halves the image 4 times, which 8 pixels do not allow"),
         (["optim.lrr=1"], "did you mean 'optim.lr'"),
-        (["samples=4"], "samples=4 is less than one batch"),
+        (["examples=4"], "examples=4 is less than one batch"),
         (["device=cuda"], "torch sees no GPU"),
         (["resume=nowhere"], "there is no nowhere/config.yaml"),
     ],
@@ -189,7 +190,7 @@ def test_bad_input_is_one_message(
         rest = [w for w in TINY if not w.startswith("dataset")]
         assert main(["train", *small, *rest, *words]) == 2
     printed = capsys.readouterr().err
-    assert printed.startswith("cmpolicy-image train: ")
+    assert printed.startswith("cmpolicy image train: ")
     assert message in printed, printed
     assert "Traceback" not in printed
     assert not Path("outputs").exists()
@@ -211,7 +212,7 @@ def test_a_folder_of_ones_own_in_colour(tmp_path: Path) -> None:
     assert pipe.class_names == ("dark", "light")
     assert pipe("light").images[0].mode == "RGB"
     assert str(tmp_path) not in json.dumps(pipe.metadata["config"])
-    assert read_yaml("run/config.yaml")["dataset"]["path"] == "mine"
+    assert read_yaml(Path("run/config.yaml"))["dataset"]["path"] == "mine"
     # the run knows where its data lies, the model alone does not
     for inside in ("run", "run/model"):
         config = trained_on(inside, pipe)
@@ -229,12 +230,12 @@ def test_dispatch_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown command 'paint'; choose one of train" in capsys.readouterr().err
     assert main(["train", "--help"]) == 0
     printed = capsys.readouterr().out
-    assert "cmpolicy-image train resume=" in printed
+    assert "cmpolicy image train resume=" in printed
     assert "label_dropout" in printed
 
 
 def test_a_signal_leaves_a_run_that_can_be_resumed(tmp_path: Path) -> None:
-    words = [*TINY, "out=run", "samples=10000000", "eval.every=10000000"]
+    words = [*TINY, "out=run", "examples=10000000", "eval.every=10000000"]
     process = subprocess.Popen(
         [sys.executable, "-m", "cmpolicy.cli.image", "train", *words],
         stdout=subprocess.PIPE,
@@ -250,7 +251,7 @@ def test_a_signal_leaves_a_run_that_can_be_resumed(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)  # as SIGINT, which a job in the background may ignore
     out, err = process.communicate(timeout=HANG)
     assert process.returncode == 143, err
-    assert "go on with:\n  cmpolicy-image train resume=run" in out
-    samples = int(load_state(tmp_path / "run").values["samples"])
-    assert main(["train", "resume=run", f"samples={samples + 16}"]) == 0
-    assert load_state(tmp_path / "run").values["samples"] == samples + 16
+    assert "go on with:\n  cmpolicy image train resume=run" in out
+    examples = int(load_state(tmp_path / "run").values["examples"])
+    assert main(["train", "resume=run", f"examples={examples + 16}"]) == 0
+    assert load_state(tmp_path / "run").values["examples"] == examples + 16

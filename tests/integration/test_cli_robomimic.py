@@ -8,8 +8,8 @@ import pytest
 
 from cmpolicy.cli.eval import main as evaluate
 from cmpolicy.cli.train import main as train
-from cmpolicy.policy.consistency import ConsistencyPolicy
-from cmpolicy.policy.pretrained import read_metadata
+from cmpolicy.policy.bundle import read_metadata
+from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy_data import ReplayBuffer
 from cmpolicy_envs.robomimic import RobomimicEnv
 from cmpolicy_envs.robomimic_args import default_env_args
@@ -88,7 +88,7 @@ def test_absolute_actions_keep_rotation_and_gripper(tmp_path: Path, task: str, s
 
 
 def test_the_simulator_takes_what_the_store_says(tmp_path: Path) -> None:
-    from cmpolicy.cli.protocols import Simulator, open_protocol, read_env_args
+    from cmpolicy.experiment.protocols import Simulator, open_protocol, read_env_args
 
     store = write_store(tmp_path / "lift.zarr", "lift", "absolute")
     facts = Simulator.from_mapping(ReplayBuffer.open(store).attrs)

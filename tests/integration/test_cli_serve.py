@@ -1,4 +1,4 @@
-"""cmpolicy-serve as users run it: the process, its signals, its token, and its bad input."""
+"""cmpolicy serve as users run it: the process, its signals, its token, and its bad input."""
 
 import json
 import os
@@ -25,8 +25,8 @@ from cmpolicy.cli.export import main as export
 from cmpolicy.cli.serve import main
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
-from cmpolicy.policy.consistency import ConsistencyPolicy
-from cmpolicy.robot.remote import RemotePolicyError
+from cmpolicy.policy.policy import ConsistencyPolicy
+from cmpolicy.serve.client import RemotePolicyError
 from cmpolicy.spec import PolicySpec
 
 WAIT = 120.0  # s: a busy machine takes a while to load torch
@@ -92,7 +92,7 @@ def test_served_and_ended_by_ctrl_c(bundle: Path) -> None:
         scope["policy"].close()
         with RemotePolicy(url) as remote, connect(url, proxy=None) as idle:
             local = ConsistencyPolicy.from_pretrained(bundle).eval()
-            local.num_steps = 2
+            local.nfe = 2
             noise = np.ones((1, *local.noise_shape), np.float32)
             np.testing.assert_allclose(remote.infer(OBS, noise), local.infer(OBS, noise), atol=1e-5)
             idle.recv(timeout=WAIT)
@@ -124,7 +124,7 @@ def _ended_by(
     _, written = process.communicate(timeout=WAIT)
     assert process.returncode == 0
     assert "1 answered, 0 refused" in written or "0 answered, 0 refused" in written
-    assert written.endswith("cmpolicy-serve: stopped\n")
+    assert written.endswith("cmpolicy serve: stopped\n")
     assert "Traceback" not in written
     return written
 
@@ -139,7 +139,7 @@ def exported(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_exported_file_is_served_without_torch(bundle: Path, exported: Path) -> None:
     local = ConsistencyPolicy.from_pretrained(bundle).eval()
-    local.num_steps = 2
+    local.nfe = 2
     with _serving(f"policy={exported}", "port=0", how=_WITHOUT_TORCH) as (process, url, lines):
         assert f"serving {exported} at {url} (2 evaluation(s) per chunk, cpu)" in lines[0]
         with RemotePolicy(url) as remote, connect(url, proxy=None) as idle:

@@ -1,4 +1,4 @@
-"""``cmpolicy-train`` from the words to a bundle that infers, on stores of a few episodes."""
+"""``cmpolicy train`` from the words to a bundle that infers, on stores of a few episodes."""
 
 import json
 import os
@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from cmpolicy.cli.scoring import Scorer
-from cmpolicy.cli.settings import compose_settings, read_yaml
+from cmpolicy.cli.parse import compose_settings
 from cmpolicy.cli.train import main
-from cmpolicy.cli.training import new_policy
-from cmpolicy.cli.training_data import load_training_data
-from cmpolicy.policy.consistency import ConsistencyPolicy
+from cmpolicy.experiment.data import load_training_data
+from cmpolicy.experiment.run import read_yaml
+from cmpolicy.experiment.scoring import Scorer
+from cmpolicy.experiment.train import new_policy
+from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.train.checkpoint import load_state
 from cmpolicy.train.config import TrainConfig
 from cmpolicy.train.trackers import read_log
@@ -35,7 +36,7 @@ TINY = [
     "policy.horizon=4",
     "policy.n_action_steps=2",
     "batch_size=8",
-    "samples=64",
+    "examples=64",
     "optim.warmup=16",
     "log.every=16",
     "log.tensorboard=false",
@@ -90,13 +91,13 @@ def test_a_store_of_ones_own_gives_a_bundle_that_infers(
     assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert list((run / "tensorboard").iterdir())
     evaluations = [e for e in read_log(run) if e["kind"] == "eval"]
-    assert [e["samples"] for e in evaluations] == [32, 64]
+    assert [e["examples"] for e in evaluations] == [32, 64]
     health = {"health_semigroup", "health_tangent", "health_variance_ratio"}
     for entry in evaluations:
         assert entry["val_loss"] == pytest.approx(entry["val_loss_fm"] + entry["val_loss_sd"])
         assert entry["val_action_error"] > 0
         assert health <= entry.keys()
-    config = read_yaml(str(run / "config.yaml"))
+    config = read_yaml(run / "config.yaml")
     assert config["data"]["obs"] == {"arm": "state[:2]", "force": "force"}
 
     policy = ConsistencyPolicy.from_pretrained(run / "policy")
@@ -118,7 +119,7 @@ def test_bundles_hold_the_ema_weights_and_the_best_is_kept(store: Path, tmp_path
     evaluations = [e for e in read_log(tmp_path / "run") if e["kind"] == "eval"]
     best = min(evaluations, key=lambda e: float(e["val_loss"]))
     saved = json.loads((tmp_path / "run/policy/config.json").read_text())["metadata"]
-    assert saved["samples"] == best["samples"]
+    assert saved["examples"] == best["examples"]
     assert saved["metrics"]["val_loss"] == best["val_loss"]
     last = ConsistencyPolicy.from_pretrained(tmp_path / "run/policy_last")
     ema = load_state(tmp_path / "run").tensors
@@ -130,22 +131,22 @@ def test_a_run_can_be_prolonged_but_not_changed(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(custom(store, "out=run")) == 0
-    assert main(["resume=run", "samples=96"]) == 0
-    assert load_state(tmp_path / "run").values["samples"] == 96
-    assert read_yaml("run/config.yaml")["samples"] == 96
-    samples = [e["samples"] for e in read_log(tmp_path / "run") if e["kind"] == "train"]
-    assert samples == [16, 32, 48, 64, 80, 96]
+    assert main(["resume=run", "examples=96"]) == 0
+    assert load_state(tmp_path / "run").values["examples"] == 96
+    assert read_yaml(Path("run/config.yaml"))["examples"] == 96
+    examples = [e["examples"] for e in read_log(tmp_path / "run") if e["kind"] == "train"]
+    assert examples == [16, 32, 48, 64, 80, 96]
     capsys.readouterr()
-    assert main(["resume=run", "samples=32"]) == 2
-    assert "samples=32 is less than the 96 that run" in capsys.readouterr().err
-    assert read_yaml("run/config.yaml")["samples"] == 96
+    assert main(["resume=run", "examples=32"]) == 2
+    assert "examples=32 is less than the 96 that run" in capsys.readouterr().err
+    assert read_yaml(Path("run/config.yaml"))["examples"] == 96
     assert main(["resume=run", "batch_size=4"]) == 2
     assert "A resumed run keeps all else from run" in capsys.readouterr().err
     assert main(["resume=nowhere"]) == 2
     assert "there is no nowhere/config.yaml" in capsys.readouterr().err
     assert main(custom(store, "out=run")) == 2
     assert (
-        "already holds a run; go on with it: cmpolicy-train resume=run" in capsys.readouterr().err
+        "already holds a run; go on with it: cmpolicy train resume=run" in capsys.readouterr().err
     )
 
 
@@ -166,11 +167,11 @@ def test_a_run_can_start_from_a_policy(
         in (tmp_path / "second/policy_last/README.md").read_text()
     )
     card = (tmp_path / "second/policy_last/README.md").read_text()
-    assert "- before that: 64 samples, `cmpolicy-train task=custom" in card
+    assert "- before that: 64 examples, `cmpolicy train task=custom" in card
     # a resumed run goes on from its own weights, wherever the first ones are now
     (tmp_path / "first").rename(tmp_path / "moved")
-    assert main(["resume=second", "samples=96"]) == 0
-    assert "- before that: 64 samples" in (tmp_path / "second/policy_last/README.md").read_text()
+    assert main(["resume=second", "examples=96"]) == 0
+    assert "- before that: 64 examples" in (tmp_path / "second/policy_last/README.md").read_text()
 
     capsys.readouterr()
     assert main(custom(store, "init=moved/policy_last", "policy.horizon=8")) == 2
@@ -186,7 +187,7 @@ def test_a_run_can_start_from_a_policy(
 def test_no_held_out_episodes(store: Path, tmp_path: Path) -> None:
     assert main(custom(store, "out=run", "data.val_fraction=0")) == 0
     saved = json.loads((tmp_path / "run/policy/config.json").read_text())["metadata"]
-    assert saved["samples"] == 64
+    assert saved["examples"] == 64
 
 
 @pytest.mark.parametrize(
@@ -211,7 +212,7 @@ def test_bad_input_is_one_message(
         pytest.skip("there is a GPU")
     assert main(custom(store, *words)) == 2
     printed = capsys.readouterr().err
-    assert printed.startswith("cmpolicy-train: ")
+    assert printed.startswith("cmpolicy train: ")
     assert message in printed, printed
     assert "Traceback" not in printed
 
@@ -256,7 +257,7 @@ def test_a_diverging_run_stops_and_keeps_its_state(
     assert "non-finite gradient at sample" in printed
     assert "gradient norm" in printed
     assert "last good state, sample 0, is kept" in printed
-    assert "cmpolicy-train resume=run optim.lr=" in printed
+    assert "cmpolicy train resume=run optim.lr=" in printed
     tensors = load_state(tmp_path / "run").tensors.values()
     assert all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
 
@@ -264,7 +265,7 @@ def test_a_diverging_run_stops_and_keeps_its_state(
 def test_push_t_is_rolled_out_while_training(tmp_path: Path) -> None:
     store = write_store(tmp_path / "t.zarr", [14, 18], state=(5,), keypoint=(9, 2), action=(2,))
     words = ["data=pusht_human", f"data.path={store}", *TINY, "out=run"]
-    words += ["samples=32", "eval.episodes=2", "eval.workers=1", "data.augment=mirror"]
+    words += ["examples=32", "eval.episodes=2", "eval.workers=1", "data.augment=mirror"]
     assert main(words) == 0
     (entry,) = [e for e in read_log(tmp_path / "run") if e["kind"] == "eval"]
     assert 0 <= entry["score"] <= 1
@@ -292,15 +293,15 @@ def test_flow_matching_needs_only_another_objective(store: Path, tmp_path: Path)
 
 
 def test_multirun_makes_one_run_of_each(store: Path, tmp_path: Path) -> None:
-    assert main(["--multirun", *custom(store, "samples=32", "optim.lr=1e-3,1e-4")]) == 0
-    rates = {read_yaml(str(p))["optim"]["lr"] for p in (tmp_path / "outputs").glob("*/config.yaml")}
+    assert main(["--multirun", *custom(store, "examples=32", "optim.lr=1e-3,1e-4")]) == 0
+    rates = {read_yaml(p)["optim"]["lr"] for p in (tmp_path / "outputs").glob("*/config.yaml")}
     assert rates == {1e-3, 1e-4}
 
 
 def test_help_lists_groups_and_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
-    assert "cmpolicy-train resume=" in printed
+    assert "cmpolicy train resume=" in printed
     assert "preset: demo, gpu, quick, standard" in printed
     assert "weight_decay" in printed
 
@@ -321,17 +322,17 @@ def start(words: list[str], **environ: str) -> subprocess.Popen[str]:
 
 
 def test_sigterm_leaves_a_run_that_can_be_resumed(store: Path, tmp_path: Path) -> None:
-    process = start(custom(store, "out=run", "samples=10000000", "eval.every=10000000"))
+    process = start(custom(store, "out=run", "examples=10000000", "eval.every=10000000"))
     log = tmp_path / "run/log.jsonl"
     while process.poll() is None and not (log.exists() and log.stat().st_size):
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=HANG)
     assert process.returncode == 143, err
-    assert "go on with:\n  cmpolicy-train resume=run" in out
-    samples = int(load_state(tmp_path / "run").values["samples"])
-    assert main(["resume=run", f"samples={samples + 16}"]) == 0
-    assert load_state(tmp_path / "run").values["samples"] == samples + 16
+    assert "go on with:\n  cmpolicy train resume=run" in out
+    examples = int(load_state(tmp_path / "run").values["examples"])
+    assert main(["resume=run", f"examples={examples + 16}"]) == 0
+    assert load_state(tmp_path / "run").values["examples"] == examples + 16
 
 
 def test_two_processes_are_one_with_twice_the_batch(store: Path, tmp_path: Path) -> None:
@@ -353,12 +354,12 @@ def test_two_processes_are_one_with_twice_the_batch(store: Path, tmp_path: Path)
             process.kill()
 
     one, two = (read_log(tmp_path / name) for name in ("one", "two"))
-    assert [e["samples"] for e in one] == [e["samples"] for e in two]
+    assert [e["examples"] for e in one] == [e["examples"] for e in two]
     for a, b in zip(one, two, strict=True):
-        for name in a.keys() - {"kind", "seconds", "samples_per_s", "grad_norm_max"}:
+        for name in a.keys() - {"kind", "seconds", "examples_per_s", "grad_norm_max"}:
             # health is a ratio of small numbers, so the order of a sum shows in it first
             rel = 1e-2 if name.startswith("health") else 1e-3
-            assert a[name] == pytest.approx(b[name], rel=rel, abs=1e-6), (a["samples"], name)
+            assert a[name] == pytest.approx(b[name], rel=rel, abs=1e-6), (a["examples"], name)
     weights: list[dict[str, Any]] = [load_state(tmp_path / n).tensors for n in ("one", "two")]
     for name in weights[0]:
         if name.startswith("model/"):
@@ -383,6 +384,6 @@ def test_of_policies_that_score_alike_the_later_ranks_higher() -> None:
     config = TrainConfig.from_mapping(settings)
     data = load_training_data(config)
     policy, scorer = new_policy(config, data), Scorer(config, data, None, command="")
-    ranks = [scorer(policy, samples).rank for samples in (32, 64)]
+    ranks = [scorer(policy, examples).rank for examples in (32, 64)]
     assert ranks[0][:-1] == ranks[1][:-1]
     assert ranks[0] < ranks[1]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from cmpolicy.cli.demo import main
-from cmpolicy.cli.runs import COMMAND_FILE
-from cmpolicy.policy.consistency import ConsistencyPolicy
+from cmpolicy.experiment.run import COMMAND_FILE
+from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.train.trackers import read_log
 from cmpolicy_eval.result import Result
 
@@ -18,7 +18,7 @@ SHORT = [
     "net.down_dims=[8,16]",
     "net.time_dim=8",
     "net.obs_dim=8",
-    "samples=64",
+    "examples=64",
     "batch_size=16",
     "optim.warmup=16",
     "log.every=16",
@@ -71,7 +71,7 @@ def test_the_demo_leaves_a_policy_a_result_a_video_and_curves(
     assert main([*SHORT, "seed=1", "episodes=1", "videos=0"]) == 0
     assert "outputs/demo-before-1" in capsys.readouterr().out
     assert (folder / "outputs/demo-before-1/rollouts.mp4").exists()
-    assert [e["samples"] for e in read_log(out) if e["kind"] == "train"] == [16, 32, 48, 64]
+    assert [e["examples"] for e in read_log(out) if e["kind"] == "train"] == [16, 32, 48, 64]
     assert json.loads((out / "policy/config.json").read_text())["metadata"]["config"]["seed"] == 1
 
 
@@ -79,7 +79,7 @@ def test_the_demo_leaves_a_policy_a_result_a_video_and_curves(
     ("words", "message"),
     [
         (["episodes=2", "videos=3"], "videos=3 between 0 and that"),
-        (["sampels=3"], "did you mean 'samples'"),
+        (["sampels=3"], "did you mean 'examples'"),
         (["task=custom", "data.obs=[state]"], "the demo needs a task with a simulator"),
     ],
 )

@@ -308,7 +308,7 @@ class TestDownload:
         tmp_path: Path,
         capsys: pytest.CaptureFixture[str],
     ):
-        """The human store, without its images, through ``cmpolicy-data download``."""
+        """The human store, without its images, through ``cmpolicy data download``."""
         members = {
             f"pusht/{PUSHT_HUMAN.store}/{name}": data
             for part in ("data/action", "data/state", "data/keypoint", "meta")

@@ -49,7 +49,7 @@ def test_attributes_say_how_it_was_made(generated: Path) -> None:
     assert attrs["seed"] == 4
     assert len(attrs["seeds"]) == 2
     assert attrs["seeds"][0] >= 4
-    assert attrs["command"] == "cmpolicy-data generate pusht episodes=2 seed=4"
+    assert attrs["command"] == "cmpolicy data generate pusht episodes=2 seed=4"
     assert attrs["version"] >= 1
 
 

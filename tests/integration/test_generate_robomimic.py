@@ -79,7 +79,7 @@ def test_the_number_of_workers_changes_nothing(
     assert again.read_bytes() == generated.read_bytes()
     out = capsys.readouterr().out
     assert f"{again}: lift, 3 episodes" in out
-    assert f"cmpolicy-data convert robomimic {again}" in out
+    assert f"cmpolicy data convert robomimic {again}" in out
 
 
 def test_contents(generated: Path) -> None:
@@ -87,7 +87,7 @@ def test_contents(generated: Path) -> None:
         data = file["data"]
         assert EnvArgs.from_json(data.attrs["env_args"], "file") == default_env_args("lift")
         assert data.attrs["command"] == (
-            f"cmpolicy-data generate robomimic task=lift episodes=3 seed={SEED}"
+            f"cmpolicy data generate robomimic task=lift episodes=3 seed={SEED}"
         )
         assert sorted(data) == ["demo_0", "demo_1", "demo_2"]
         seeds = [data[name].attrs["seed"] for name in data]
@@ -294,6 +294,6 @@ def test_only_its_own_files_are_replaced(tmp_path: Path) -> None:
             with h5py.File(path, "w") as file:
                 file.create_group("data").attrs["env_args"] = "{}"
         before = path.read_bytes()
-        with pytest.raises(FileExistsError, match="was not written by `cmpolicy-data generate"):
+        with pytest.raises(FileExistsError, match="was not written by `cmpolicy data generate"):
             generate(path, task="lift", episodes=1)
         assert path.read_bytes() == before

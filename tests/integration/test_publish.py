@@ -1,4 +1,4 @@
-"""cmpolicy-publish: the bundle that is handed out, its card and its results."""
+"""cmpolicy publish: the bundle that is handed out, its card and its results."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ import pytest
 from cmpolicy.cli.eval import main as evaluate
 from cmpolicy.cli.publish import main
 from cmpolicy.cli.train import main as train
-from cmpolicy.policy.consistency import ConsistencyPolicy
-from cmpolicy.policy.pretrained import read_metadata
+from cmpolicy.policy.bundle import read_metadata
+from cmpolicy.policy.policy import ConsistencyPolicy
 
 TINY = ["net=tiny", "net.down_dims=[8,16]", "net.n_groups=4", "net.time_dim=8", "net.obs_dim=8"]
 
@@ -18,7 +18,7 @@ TINY = ["net=tiny", "net.down_dims=[8,16]", "net.n_groups=4", "net.time_dim=8", 
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A policy of two training steps."""
     run = tmp_path_factory.mktemp("run") / "run"
-    words = ["task=pusht", *TINY, "samples=16", "batch_size=8", "optim.warmup=0", f"out={run}"]
+    words = ["task=pusht", *TINY, "examples=16", "batch_size=8", "optim.warmup=0", f"out={run}"]
     words += ["eval.episodes=0", "eval.windows=8", "log.tensorboard=false", "device=cpu"]
     assert train(words) == 0
     return run / "policy"
@@ -34,7 +34,7 @@ def test_half_precision_and_results(trained: Path, tmp_path: Path) -> None:
     assert main([f"policy={out}", f"out={out}", f"results=[{scored}/result_nfe1.json]"]) == 0
     card = (out / "README.md").read_text()
     assert "## Results" in card
-    assert "cmpolicy-eval policy=" in card
+    assert "cmpolicy eval policy=" in card
     assert (out / "results" / "scored_result_nfe1.json").is_file()
     assert read_metadata(out) == read_metadata(trained)
     obs = {"agent_pos": np.full((1, 2, 2), 256.0), "keypoint": np.full((1, 2, 9, 2), 256.0)}

@@ -4,68 +4,57 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from cmpolicy.cli import bench, data, eval, export, image, publish, robot_demo, train
+from cmpolicy.cli.main import main
 from cmpolicy_data import ReplayBuffer, bundled_path
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 
-MAINS: dict[str, Callable[[list[str]], int]] = {
-    "cmpolicy-train": train.main,
-    "cmpolicy-eval": eval.main,
-    "cmpolicy-data": data.main,
-    "cmpolicy-bench": bench.main,
-    "cmpolicy-publish": publish.main,
-    "cmpolicy-export": export.main,
-    "cmpolicy-robot-demo": robot_demo.main,
-    "cmpolicy-image": image.main,
-}
 NET = ["net.down_dims=[8,16]", "net.n_groups=4", "net.time_dim=8", "net.obs_dim=8"]
-RUN = ["samples=16", "batch_size=8", "optim.warmup=0", "eval.episodes=0", "eval.windows=8"]
+RUN = ["examples=16", "batch_size=8", "optim.warmup=0", "eval.episodes=0", "eval.windows=8"]
 IMAGE = ["net.widths=[8]", "net.groups=4", "net.embedding=8", "eval.images=8", "eval.per_class=1"]
 TRAIN = [*NET, *RUN, "log.tensorboard=false", "device=cpu"]
 #: What makes each README command short, by the beginning of the command; the longest match counts.
 SHORT = {
-    "cmpolicy-train task=": TRAIN,
-    "cmpolicy-train task=pusht preset=": [*TRAIN, "out=outputs/my-run"],
-    "cmpolicy-train task=pusht preset=standard data=pusht_human "
+    "cmpolicy train task=": TRAIN,
+    "cmpolicy train task=pusht preset=": [*TRAIN, "out=outputs/my-run"],
+    "cmpolicy train task=pusht preset=standard data=pusht_human "
     "data.path=pusht_cchi_v7_replay.zarr data.augment=mirror precision=bf16": [
         *TRAIN,
         "out=outputs/the-bundled",
     ],
-    "cmpolicy-train task=pusht preset=standard data=pusht_human "
+    "cmpolicy train task=pusht preset=standard data=pusht_human "
     "data.path=pusht_cchi_v7_replay.zarr data.augment=mirror init=": TRAIN,
-    "cmpolicy-train resume=": ["samples=24"],
-    "cmpolicy-data inspect": [],
-    "cmpolicy-data validate": [],
-    "cmpolicy-data generate": ["episodes=1", "workers=1"],
-    "cmpolicy-data generate robomimic": ["episodes=2", "workers=1"],
-    "cmpolicy-data convert robomimic": [],
-    "cmpolicy-data replay robomimic": [],
-    "cmpolicy-image train": [*IMAGE, "samples=16", "batch_size=8", "optim.warmup=0", "device=cpu"],
-    "cmpolicy-image sample": ["per_class=1"],
-    "cmpolicy-image eval": ["nfe=[1]", "samples=40"],
-    "cmpolicy-eval policy=": ["seeds=500000-500001", "workers=1"],
-    "cmpolicy-eval policy=pusht nfe=1 sampler": ["seeds=500000", "videos=1", "workers=1"],
-    "cmpolicy-eval report": [],
-    "cmpolicy-publish": [],
-    "cmpolicy-bench step": [*NET, "pairs=2", "warmup=0", "batch_size=8", "threads=1"],
-    "cmpolicy-bench latency": ["calls=2", "nfe=[1,2]", "threads=1"],
-    "cmpolicy-bench latency net=": ["net=tiny", "calls=2", "threads=1", "diffusion=false"],
-    "cmpolicy-bench server": ["pairs=5", "clients=2", "seconds=0.3", "fuzz=60"],
-    "cmpolicy-bench loop": ["seconds=1"],
-    "cmpolicy-bench delay": ["seeds=500000", "delays_ms=[0,100]", "workers=1"],
-    "cmpolicy-export": [],
-    "cmpolicy-robot-demo": ["seconds=1"],
-    "cmpolicy-bench rollout": ["episodes=2", "workers=1"],
+    "cmpolicy train resume=": ["examples=24"],
+    "cmpolicy data inspect": [],
+    "cmpolicy data validate": [],
+    "cmpolicy data generate": ["episodes=1", "workers=1"],
+    "cmpolicy data generate robomimic": ["episodes=2", "workers=1"],
+    "cmpolicy data convert robomimic": [],
+    "cmpolicy data replay robomimic": [],
+    "cmpolicy image train": [*IMAGE, "examples=16", "batch_size=8", "optim.warmup=0", "device=cpu"],
+    "cmpolicy image sample": ["per_class=1"],
+    "cmpolicy image eval": ["nfe=[1]", "samples=40"],
+    "cmpolicy eval policy=": ["seeds=500000-500001", "workers=1"],
+    "cmpolicy eval policy=pusht nfe=1 sampler": ["seeds=500000", "videos=1", "workers=1"],
+    "cmpolicy eval report": [],
+    "cmpolicy publish": [],
+    "cmpolicy bench step": [*NET, "pairs=2", "warmup=0", "batch_size=8", "threads=1"],
+    "cmpolicy bench latency": ["calls=2", "nfe=[1,2]", "threads=1"],
+    "cmpolicy bench latency net=": ["net=tiny", "calls=2", "threads=1", "diffusion=false"],
+    "cmpolicy bench server": ["pairs=5", "clients=2", "seconds=0.3", "fuzz=60"],
+    "cmpolicy bench loop": ["seconds=1"],
+    "cmpolicy bench delay": ["seeds=500000", "delays_ms=[0,100]", "workers=1"],
+    "cmpolicy export": [],
+    "cmpolicy robot-demo": ["seconds=1"],
+    "cmpolicy bench rollout": ["episodes=2", "workers=1"],
 }
 #: Tested elsewhere: by the demo's own test, as this suite, against a local server, as a process.
-ELSEWHERE = ("make demo", "make test", "make help", "cmpolicy-data download", "cmpolicy-serve")
+ELSEWHERE = ("make demo", "make test", "make help", "cmpolicy data download", "cmpolicy serve")
 
 
 def _blocks(language: str) -> list[str]:
@@ -108,8 +97,8 @@ def test_commands_and_code(
             continue
         starts = [start for start in SHORT if command.startswith(start)]
         assert starts, f"no short form for the README's command: {command}"
-        name, *words = shlex.split(command)
-        status = MAINS[name]([*words, *SHORT[max(starts, key=len)]])
+        _, *words = shlex.split(command)
+        status = main([*words, *SHORT[max(starts, key=len)]])
         assert status == 0, f"{command}: {capsys.readouterr().err}"
 
 

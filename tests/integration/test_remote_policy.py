@@ -22,12 +22,12 @@ from websockets.sync.server import ServerConnection, serve
 from cmpolicy import PolicyServer, RemotePolicy
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
-from cmpolicy.policy.consistency import ConsistencyPolicy
+from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.robot.engine import Tick
 from cmpolicy.robot.loop import ControlLoop
-from cmpolicy.robot.remote import PolicyUnavailableError, RemotePolicyError
 from cmpolicy.robot.safety import SafetyLimits
-from cmpolicy.robot.wire import pack
+from cmpolicy.serve.client import PolicyUnavailableError, RemotePolicyError
+from cmpolicy.serve.wire import pack
 from cmpolicy.spec import PolicySpec
 
 SPEC = PolicySpec({"state": (3,)}, action_dim=2, horizon=8, n_obs_steps=1, n_action_steps=4)

@@ -329,9 +329,9 @@ class TestHuman:
             human.convert(recorded, tmp_path / "x.zarr")
 
     def test_layouts_are_told_apart(self, recorded: Path, source: Path, tmp_path: Path):
-        with pytest.raises(RobomimicFileError, match="cmpolicy-data convert robosuite"):
+        with pytest.raises(RobomimicFileError, match="cmpolicy data convert robosuite"):
             convert(recorded, tmp_path / "x.zarr")
-        with pytest.raises(RobomimicFileError, match=r"`cmpolicy-data\s+convert robomimic`"):
+        with pytest.raises(RobomimicFileError, match=r"`cmpolicy data\s+convert robomimic`"):
             human.convert(source, tmp_path / "x.zarr")
 
     def test_the_recorded_lift_of_robosuite_1_0(self, shared_data: Path, tmp_path: Path):
@@ -412,7 +412,7 @@ class TestCommand:
         assert (status, err) == (0, "")
         assert out.startswith("lift_abs.zarr: lift, 2 episode(s), ")
         assert "absolute actions" in out
-        assert "cmpolicy-data replay robomimic lift_abs.zarr" in out
+        assert "cmpolicy data replay robomimic lift_abs.zarr" in out
         assert ReplayBuffer.open("lift_abs.zarr").attrs["obs"] == ["object", "robot0_eef_pos"]
         status, out, err = self.run(capsys, "replay", "robomimic", "lift_abs.zarr", "episodes=1")
         assert (status, err) == (0, "")
@@ -445,6 +445,6 @@ class TestCommand:
             capsys, *(str(source) if a == "SOURCE" else a for a in arguments)
         )
         assert (status, out) == (2, "")
-        assert err.startswith("cmpolicy-data: ")
+        assert err.startswith("cmpolicy data: ")
         assert message in err
         assert list(tmp_path.iterdir()) == []

@@ -100,7 +100,7 @@ def test_the_command(hub: Hub, content: bytes, tmp_path: Path, capsys: pytest.Ca
     assert status == 0
     path = tmp_path / "robomimic" / "v1.5" / "can" / "mg" / "low_dim_sparse_v15.hdf5"
     assert f"{path}: readable" in out
-    assert f"cmpolicy-data convert robomimic {path} out=can_mg.zarr" in out
+    assert f"cmpolicy data convert robomimic {path} out=can_mg.zarr" in out
 
 
 def test_a_file_that_the_repository_lacks(hub: Hub, tmp_path: Path):
@@ -134,9 +134,9 @@ def test_without_a_network(
     out, err = capsys.readouterr()
     assert (out, hub.asked) == ("", [])
     where = f"{hub.address}{PREFIX}main/v1.5/square/ph/low_dim_v15.hdf5"
-    assert f"cmpolicy-data: {where} could not be downloaded" in err
-    assert "`cmpolicy-data convert robomimic FILE`" in err
-    assert "cmpolicy-data generate robomimic task=square" in err
+    assert f"cmpolicy data: {where} could not be downloaded" in err
+    assert "`cmpolicy data convert robomimic FILE`" in err
+    assert "cmpolicy data generate robomimic task=square" in err
 
 
 @pytest.mark.parametrize("type", TYPES)

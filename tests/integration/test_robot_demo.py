@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from cmpolicy.cli.robot_demo import main
-from cmpolicy.cli.sim_robot import SimulatedPushT
+from cmpolicy_envs.simulated_robot import SimulatedPushT
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_ctrl_c_ends_the_demo_with_its_report(tmp_path: Path) -> None:
     code = (
         "import sys; from cmpolicy.cli.robot_demo import main\n"
-        "from cmpolicy.cli.sim_robot import SimulatedPushT\n"
+        "from cmpolicy_envs.simulated_robot import SimulatedPushT\n"
         "send = SimulatedPushT.send_action\n"
         "def tell(self, action):\n"
         "    send(self, action); print('sent', flush=True)\n"

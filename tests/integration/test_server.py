@@ -17,14 +17,14 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from cmpolicy import PolicyServer, RemotePolicy
-from cmpolicy.cli.benchmarks.fuzz import fuzz
+from cmpolicy.bench.fuzz import fuzz
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
-from cmpolicy.policy.consistency import ConsistencyPolicy
+from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.robot import server as server_module
 from cmpolicy.robot.policy import Array, ChunkPolicy
-from cmpolicy.robot.server import ServerError
-from cmpolicy.robot.wire import pack, unpack
+from cmpolicy.serve.server import ServerError
+from cmpolicy.serve.wire import pack, unpack
 from cmpolicy.spec import PolicySpec
 
 SHAPES = {"agent_pos": (2,), "keypoint": (9, 2)}

@@ -19,7 +19,7 @@ from torch import Tensor
 from cmpolicy.flow.objective import build_objective
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
-from cmpolicy.policy.consistency import ConsistencyPolicy
+from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.spec import PolicySpec
 from cmpolicy.train.checkpoint import CheckpointError, load_state, state_path
 from cmpolicy.train.config import EmaConfig, EvalConfig, LogConfig, LoopConfig, OptimConfig
@@ -36,7 +36,7 @@ STEPS = 12
 
 def loop_config(**changes: Any) -> LoopConfig:
     settings: dict[str, Any] = {
-        "samples": BATCH * STEPS,
+        "examples": BATCH * STEPS,
         "batch_size": BATCH,
         "seed": 3,
         "device": "cpu",
@@ -76,7 +76,7 @@ def make_trainer(run_dir: Path, config: LoopConfig, **callables: Any) -> Trainer
 
 def log_values(run_dir: Path) -> list[dict[str, Any]]:
     """The log without what the clock says."""
-    clock = {"seconds", "samples_per_s"}
+    clock = {"seconds", "examples_per_s"}
     return [{k: v for k, v in e.items() if k not in clock} for e in read_log(run_dir)]
 
 
@@ -97,7 +97,7 @@ def train(
     if state_path(run_dir).is_file():
         trainer.resume()
     run_dir.mkdir(exist_ok=True)
-    log = JsonLines(run_dir, start=trainer.samples)
+    log = JsonLines(run_dir, start=trainer.examples)
     trainer.trackers = [log]
     try:
         trainer.train(until)
@@ -106,7 +106,7 @@ def train(
     return trainer
 
 
-def score(policy: ConsistencyPolicy, samples: int) -> Evaluation:
+def score(policy: ConsistencyPolicy, examples: int) -> Evaluation:
     weight = float(next(policy.parameters()).double().sum())
     return Evaluation({"weight": weight}, (weight,))
 
@@ -116,7 +116,7 @@ def test_resume_is_bit_exact(tmp_path: Path, until: int) -> None:
     config = loop_config()
     train(tmp_path / "straight", config, evaluate=score)
     train(tmp_path / "parts", config, until=until, evaluate=score)
-    assert load_state(tmp_path / "parts").values["samples"] == until
+    assert load_state(tmp_path / "parts").values["examples"] == until
     train(tmp_path / "parts", config, evaluate=score)
     assert_equal_states(tmp_path / "straight", tmp_path / "parts")
     assert log_values(tmp_path / "straight") == log_values(tmp_path / "parts")
@@ -143,8 +143,8 @@ def test_a_run_that_was_killed_goes_on_from_its_last_save(tmp_path: Path) -> Non
     with pytest.raises(MemoryError):
         trainer.train()
     log.close()
-    assert read_log(tmp_path / "killed")[-1]["samples"] == BATCH * 9  # past the last save
-    assert load_state(tmp_path / "killed").values["samples"] == BATCH * 8
+    assert read_log(tmp_path / "killed")[-1]["examples"] == BATCH * 9  # past the last save
+    assert load_state(tmp_path / "killed").values["examples"] == BATCH * 8
     train(tmp_path / "killed", config)
     assert_equal_states(tmp_path / "straight", tmp_path / "killed")
     assert log_values(tmp_path / "straight") == log_values(tmp_path / "killed")
@@ -191,12 +191,12 @@ def test_log_is_json_lines_with_the_numbers_that_matter(tmp_path: Path) -> None:
     train(tmp_path, loop_config(), evaluate=score)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     training = [line for line in lines if line["kind"] == "train"]
-    assert [line["samples"] for line in training] == [BATCH * n for n in (3, 6, 9, 12)]
-    wanted = {"loss", "loss_fm", "loss_sd", "grad_norm", "grad_norm_max", "lr", "samples_per_s"}
+    assert [line["examples"] for line in training] == [BATCH * n for n in (3, 6, 9, 12)]
+    wanted = {"loss", "loss_fm", "loss_sd", "grad_norm", "grad_norm_max", "lr", "examples_per_s"}
     for line in training:
         assert wanted <= line.keys()
         assert line["grad_norm_max"] >= line["grad_norm"]
-    assert [e["samples"] for e in lines if e["kind"] == "eval"] == [BATCH * n for n in (4, 8, 12)]
+    assert [e["examples"] for e in lines if e["kind"] == "eval"] == [BATCH * n for n in (4, 8, 12)]
     assert training[-1]["lr"] == pytest.approx(0.0)
 
 
@@ -208,8 +208,8 @@ def test_the_speed_of_a_window_cut_by_a_resume_counts_all_of_its_time(
     train(tmp_path, loop_config())
     entries = [e for e in read_log(tmp_path) if e["kind"] == "train"]
     for before, after in pairwise(entries):
-        assert after["samples_per_s"] * (after["seconds"] - before["seconds"]) == pytest.approx(
-            after["samples"] - before["samples"], rel=0.05
+        assert after["examples_per_s"] * (after["seconds"] - before["seconds"]) == pytest.approx(
+            after["examples"] - before["examples"], rel=0.05
         )
 
 
@@ -225,14 +225,14 @@ def test_best_policy_is_the_highest_ranked_not_the_last(tmp_path: Path) -> None:
     trainer = train(
         tmp_path,
         loop_config(),
-        evaluate=lambda policy, samples: Evaluation({"success": samples}, ranks[samples]),
-        keep=lambda kind, policy, samples, evaluation: kept.append(
-            (kind, samples, evaluation and evaluation.metrics["success"])
+        evaluate=lambda policy, examples: Evaluation({"success": examples}, ranks[examples]),
+        keep=lambda kind, policy, examples, evaluation: kept.append(
+            (kind, examples, evaluation and evaluation.metrics["success"])
         ),
     )
     # each with the numbers of its own weights
     scored = [("best", BATCH * 4), ("best", BATCH * 8), ("last", BATCH * 12)]
-    assert kept == [(kind, samples, samples) for kind, samples in scored]
+    assert kept == [(kind, examples, examples) for kind, examples in scored]
     assert trainer.best == (0.5, 0.3)
     assert load_state(tmp_path).values["best"] == [0.5, 0.3]
 
@@ -244,7 +244,7 @@ def test_the_last_policy_of_a_run_that_was_cut_has_no_numbers_of_others(tmp_path
         loop_config(),
         until=BATCH * 6,
         evaluate=score,
-        keep=lambda kind, policy, samples, evaluation: kept.append((kind, samples, evaluation)),
+        keep=lambda kind, policy, examples, evaluation: kept.append((kind, examples, evaluation)),
     )
     assert kept[-1] == ("last", BATCH * 6, None)
 
@@ -260,12 +260,12 @@ def test_non_finite_gradient_stops_with_the_last_good_state(tmp_path: Path) -> N
 
     with pytest.raises(NonFiniteError, match=r"at sample 48: gradient norm nan") as error:
         train(tmp_path, loop_config(), batches=poisoned)
-    assert error.value.samples == BATCH * 6
+    assert error.value.examples == BATCH * 6
     state = load_state(tmp_path)
-    assert state.values["samples"] == BATCH * 4
+    assert state.values["examples"] == BATCH * 4
     floats = [t for t in state.tensors.values() if t.is_floating_point()]
     assert all(bool(torch.isfinite(t).all()) for t in floats)
-    assert read_log(tmp_path)[-1]["samples"] == BATCH * 6
+    assert read_log(tmp_path)[-1]["examples"] == BATCH * 6
 
 
 def test_a_device_that_is_read_late_changes_no_weight_after_the_bad_step(tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_a_device_that_is_read_late_changes_no_weight_after_the_bad_step(tmp_pat
         assert torch.equal(value, before[name]), name
     moments: list[Tensor] = [s["exp_avg"] for s in trainer.optimizer.state.values()]
     assert all(bool(torch.isfinite(m).all()) for m in moments)
-    with pytest.raises(NonFiniteError, match=f"at sample {BATCH}"):
+    with pytest.raises(NonFiniteError, match=f"at example {BATCH}"):
         FiniteGuard.check(guard)
 
 
@@ -310,24 +310,24 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path: Path, number: signal.Sig
     trainer._batches = interrupted
     outcome = trainer.train()
     assert outcome.signum == number
-    assert outcome.samples == BATCH * 6 == load_state(tmp_path / "stopped").values["samples"]
+    assert outcome.examples == BATCH * 6 == load_state(tmp_path / "stopped").values["examples"]
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     train(tmp_path / "stopped", config)
     assert_equal_states(tmp_path / "straight", tmp_path / "stopped")
 
 
 def test_stop_during_an_evaluation_that_dies_with_it_evaluates_again(tmp_path: Path) -> None:
-    def dying(policy: ConsistencyPolicy, samples: int) -> Evaluation:
+    def dying(policy: ConsistencyPolicy, examples: int) -> Evaluation:
         os.kill(os.getpid(), signal.SIGTERM)
         raise RuntimeError("the simulator process died")
 
     config = loop_config()
     trainer = make_trainer(tmp_path, config, evaluate=dying)
-    assert trainer.train().samples == BATCH * 4
+    assert trainer.train().examples == BATCH * 4
     seen: list[int] = []
 
-    def fine(policy: ConsistencyPolicy, samples: int) -> Evaluation:
-        seen.append(samples)
+    def fine(policy: ConsistencyPolicy, examples: int) -> Evaluation:
+        seen.append(examples)
         return Evaluation({}, (0.0,))
 
     train(tmp_path, config, evaluate=fine)
@@ -359,7 +359,7 @@ def test_disk_full_leaves_the_previous_state_and_says_so(tmp_path: Path) -> None
     assert state_path(tmp_path).read_bytes() == before
     assert list(state_path(tmp_path).parent.iterdir()) == [state_path(tmp_path)]
     trainer.save()
-    assert load_state(tmp_path).values["samples"] == BATCH * 5
+    assert load_state(tmp_path).values["examples"] == BATCH * 5
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")

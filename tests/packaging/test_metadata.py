@@ -13,17 +13,7 @@ import pytest
 import cmpolicy
 
 ROOTS = ("cmpolicy", "envs", "data", "eval", "conf")
-SCRIPTS = (
-    "cmpolicy-train",
-    "cmpolicy-eval",
-    "cmpolicy-data",
-    "cmpolicy-bench",
-    "cmpolicy-image",
-    "cmpolicy-publish",
-    "cmpolicy-export",
-    "cmpolicy-robot-demo",
-    "cmpolicy-serve",
-)
+SCRIPTS = ("cmpolicy",)
 
 
 def _canonical(name: str) -> str:
@@ -98,6 +88,6 @@ def test_constraints_pin_every_dependency_by_version_alone(
 
 
 def test_lazy_exports() -> None:
-    assert cmpolicy.ConsistencyPolicy.__module__ == "cmpolicy.policy.consistency"
+    assert cmpolicy.ConsistencyPolicy.__module__ == "cmpolicy.policy.policy"
     with pytest.raises(AttributeError, match="no attribute 'ConsistentPolicy'"):
         _ = cmpolicy.ConsistentPolicy  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The order and the mirroring of training images: pure functions of (seed, sample counter)."""
+"""The order and the mirroring of training images: pure functions of (seed, example counter)."""
 
 import numpy as np
 import pytest
@@ -75,7 +75,7 @@ def test_bad_requests():
         make(batch_size=0)
     with pytest.raises(ValueError, match="seed must not be negative, got -1"):
         make(seed=-1)
-    with pytest.raises(ValueError, match="first_sample >= 0 and count >= 1"):
+    with pytest.raises(ValueError, match="first_example >= 0 and count >= 1"):
         make().batch(-1)
     with pytest.raises(ValueError, match="no images"):
         ImageLoader(ImageSet(IMAGES[:0], np.zeros(0, np.int64)), batch_size=1, seed=0)

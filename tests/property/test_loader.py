@@ -1,4 +1,4 @@
-"""The order of training data: a pure function of (seed, sample counter)."""
+"""The order of training data: a pure function of (seed, example counter)."""
 
 import numpy as np
 import torch

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from cmpolicy import ConsistencyPolicy
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
-from cmpolicy.policy.pretrained import (
+from cmpolicy.policy.bundle import (
     CARD,
     CONFIG,
     FORMAT_VERSION,
@@ -396,7 +396,7 @@ def _run(script: str, folder: Path) -> str:
 def test_hub_without_a_network(bundle: Path) -> None:
     script = """
         from cmpolicy import ConsistencyPolicy
-        from cmpolicy.policy.pretrained import BundleError
+        from cmpolicy.policy.bundle import BundleError
 
         try:
             ConsistencyPolicy.from_pretrained("someone/pusht")

@@ -57,8 +57,8 @@ def test_the_error_lists_where_it_looked_and_what_helps(
     assert "data.path: not set" in text
     assert "CMPOLICY_DATA: not set" in text
     assert f"download cache: {cache_dir()} is not, and does not hold, {HUMAN_STORE}" in text
-    assert "cmpolicy-data download pusht" in text
-    assert "cmpolicy-train task=pusht" in text
+    assert "cmpolicy data download pusht" in text
+    assert "cmpolicy train task=pusht" in text
     monkeypatch.setenv("CMPOLICY_DATA", str(tmp_path))
     with pytest.raises(DatasetNotFoundError, match=f"CMPOLICY_DATA: {tmp_path} is not"):
         resolve("pusht_human")

@@ -17,7 +17,7 @@ def make(policy: str, nfe: int, share: float, *, first: int = 100_000, n: int = 
         EpisodeResult(first + i, 1.0 if u[i] < share else 0.8, bool(u[i] < share), 150, (5.0,))
         for i in range(n)
     ]
-    origin = Origin("cpu", {"numpy": "2.0"}, None, "cmpolicy-eval policy=a|b", None)
+    origin = Origin("cpu", {"numpy": "2.0"}, None, "cmpolicy eval policy=a|b", None)
     return Result.from_episodes(
         episodes, protocol="pusht-dp", policy=policy, nfe=nfe, batch_size=50, origin=origin
     )

@@ -13,7 +13,7 @@ from cmpolicy_eval.metrics import bootstrap_interval, wilson_interval
 from cmpolicy_eval.result import Origin, Result, ResultError, write_atomically
 from cmpolicy_eval.rollout import EpisodeResult
 
-ORIGIN = Origin("cpu", {"python": "3.11"}, "pusht_human", "cmpolicy-eval policy=pusht", "abc123")
+ORIGIN = Origin("cpu", {"python": "3.11"}, "pusht_human", "cmpolicy eval policy=pusht", "abc123")
 SCHEMA = {
     "protocol", "policy", "nfe", "seeds", "episodes", "score_mean", "score_ci95", "success_rate",
     "success_ci95", "infer_ms", "device", "versions", "data", "command", "git_commit",
@@ -77,7 +77,7 @@ def changed(**changes: Any) -> dict[str, Any]:
     [
         ("{", "not valid JSON"),
         ("[1]", "expected an object, got list"),
-        (json.dumps({"score": 1}), "lacks .*score_mean.* is it a result of cmpolicy-eval"),
+        (json.dumps({"score": 1}), "lacks .*score_mean.* is it a result of cmpolicy eval"),
         (json.dumps(changed(nfe="absent")), "lacks nfe;"),
         (json.dumps(changed(colour=1)), "unknown colour"),
         (json.dumps(changed(score_ci95=[1])), "bad value of 'score_ci95'"),

@@ -22,7 +22,7 @@ from cmpolicy.export.write import TOLERANCE, Format, export_policy, largest_diff
 from cmpolicy.nn.conv import MAX_BATCH
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
-from cmpolicy.policy.consistency import ConsistencyPolicy
+from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.robot.policy import ChunkPolicy
 from cmpolicy.spec import PolicySpec, SpecError
 
@@ -83,7 +83,7 @@ def test_map_is_the_policy(target: Target, path: str, sampler: Any, nfe: int) ->
     for batch in BATCHES:
         obs, noise = example_inputs(policy, batch)
         arrays = dict(zip(policy.spec.obs, obs, strict=True))
-        want = policy.predict_trajectory(arrays, num_steps=nfe, noise=noise)[:, 1:]
+        want = policy.predict_trajectory(arrays, nfe=nfe, noise=noise)[:, 1:]
         with torch.inference_mode():
             actions, plan = plan_map(obs, noise)
         assert torch.equal(actions, plan[:, :4])
@@ -192,7 +192,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_file_is_the_policy(files: dict[str, Path], name: str) -> None:
     policy, _, nfe = CASES[name]
     runtime = runtime_of(files[name])
-    policy.num_steps = nfe
+    policy.nfe = nfe
     assert isinstance(runtime, ChunkPolicy)
     assert runtime.spec == policy.spec
     assert runtime.noise_shape == policy.noise_shape

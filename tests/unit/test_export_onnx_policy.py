@@ -21,7 +21,7 @@ from cmpolicy.export.seal import BLANK, SEAL, seal
 from cmpolicy.export.write import export_policy
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
-from cmpolicy.policy.consistency import ConsistencyPolicy
+from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.spec import PolicySpec
 
 SPEC = PolicySpec({"state": (3,)}, action_dim=2, horizon=4, n_obs_steps=2, n_action_steps=2)

@@ -1,14 +1,16 @@
-"""Settings of ``cmpolicy-image train``: what is accepted, and what a wrong one is answered with."""
+"""Settings of ``cmpolicy image train``: what is accepted, and what a wrong one is answered with."""
 
 from importlib.resources import files
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from cmpolicy.cli.image_config import ImageTrainConfig
 from cmpolicy.cli.image_train import PACKAGE
-from cmpolicy.cli.settings import compose_settings, read_yaml, write_yaml
+from cmpolicy.cli.parse import compose_settings
+from cmpolicy.experiment.image.config import ImageTrainConfig
+from cmpolicy.experiment.run import read_yaml
 from cmpolicy.image.net import DiTConfig, UNetConfig
 from cmpolicy.train.schema import ConfigError
 
@@ -63,8 +65,8 @@ def test_every_network_fits_every_data_set(net: str) -> None:
 
 def test_settings_survive_the_yaml_of_a_run(tmp_path: Any) -> None:
     config = build("net=dit", "net.depth=2", "guidance=1.5", "dataset=mnist", "dataset.path=a.npz")
-    write_yaml(config.to_dict(), str(tmp_path / "config.yaml"))
-    assert ImageTrainConfig.from_mapping(read_yaml(str(tmp_path / "config.yaml"))) == config
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    assert ImageTrainConfig.from_mapping(read_yaml(tmp_path / "config.yaml")) == config
 
 
 def test_help_names_every_choice() -> None:
@@ -82,7 +84,7 @@ def test_help_names_every_choice() -> None:
         (["guidence=2"], "did you mean 'guidance'"),
         (["guidance=0"], "guidance=0.0 makes no sense"),
         (["guidance=strong"], "guidance must be a number"),
-        (["guidance=2", "label_dropout=0"], "needs samples without a label"),
+        (["guidance=2", "label_dropout=0"], "needs examples without a label"),
         (["label_dropout=1"], "label_dropout=1.0 must be in [0, 1)"),
         (["dataset.image_size=12"], "dataset: image_size=12: digits are 8x8 and are enlarged"),
         (["net.kind=resnet"], "net.kind='resnet' is not one of dit, unet"),

@@ -113,7 +113,7 @@ def test_flow_matching_term_converges_to_guided_class_flows(objective: str) -> N
             velocity_target=guidance.target(flow_map, null, draws.dropped),
         )
         optimizer.zero_grad()
-        output.per_sample.mean().backward()
+        output.per_example.mean().backward()
         optimizer.step()
         schedule.step()
     net.requires_grad_(False)

@@ -18,8 +18,8 @@ from cmpolicy.image.guidance import Guidance
 from cmpolicy.image.model import ImageFlowModel
 from cmpolicy.image.net import ImageNet, UNetConfig, build_net
 from cmpolicy.image.pipeline import ConsistencyImagePipeline, ImageModelError
-from cmpolicy.policy.consistency import ConsistencyPolicy
-from cmpolicy.policy.pretrained import BundleError, bundled_names, locate
+from cmpolicy.policy.bundle import BundleError, bundled_names, locate
+from cmpolicy.policy.policy import ConsistencyPolicy
 
 SMALL = UNetConfig(widths=(8,), groups=4, embedding=8)
 
@@ -130,8 +130,8 @@ def test_generate_is_what_the_model_generates() -> None:
     pipe = make_pipe()
     model = ImageFlowModel(pipe.net, objective=build_objective("isd"), guidance=Guidance(2.0))
     labels = torch.tensor([0, 2])
-    expected = model.generate(labels, num_steps=2, generator=seeded())
-    assert torch.equal(pipe.generate(labels, num_steps=2, generator=seeded()), expected)
+    expected = model.generate(labels, nfe=2, generator=seeded())
+    assert torch.equal(pipe.generate(labels, nfe=2, generator=seeded()), expected)
     assert float(expected.min()) >= -1
     assert torch.equal(images(pipe, labels, num_inference_steps=2), expected / 2 + 0.5)
 

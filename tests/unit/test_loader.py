@@ -56,7 +56,7 @@ def test_bad_arguments(change, message):
 
 
 def test_bad_requests():
-    with pytest.raises(ValueError, match="first_sample >= 0 and count >= 1, got -1 and 4"):
+    with pytest.raises(ValueError, match="first_example >= 0 and count >= 1, got -1 and 4"):
         make().batch(-1)
     with pytest.raises(ValueError, match="got 0 and 0"):
         make().batch(0, 0)

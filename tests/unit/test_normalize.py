@@ -45,7 +45,7 @@ def test_constant_dimension_is_centred_and_comes_back_exactly() -> None:
 def test_non_finite_data(bad: float) -> None:
     data = _data()
     data["keypoint"][3, 4, 1] = bad
-    with pytest.raises(ValueError, match=r"'keypoint' holds NaN or inf.*cmpolicy-data validate"):
+    with pytest.raises(ValueError, match=r"'keypoint' holds NaN or inf.*cmpolicy data validate"):
         Normalizer.fit(data)
 
 

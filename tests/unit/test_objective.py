@@ -89,10 +89,10 @@ def test_loss_and_gradient_by_hand(path: str, derivative: str, power: float) -> 
     expected = total / (total.detach() + 0.01) ** power
 
     tolerance = {"rtol": 1e-6, "atol": 1e-8}
-    torch.testing.assert_close(output.per_sample, expected, **tolerance)
+    torch.testing.assert_close(output.per_example, expected, **tolerance)
     torch.testing.assert_close(output.metrics["loss_fm"], loss_fm.mean().detach(), **tolerance)
     torch.testing.assert_close(output.metrics["loss_sd"], loss_sd.mean().detach(), **tolerance)
-    found = _gradients(flow_map, output.per_sample.sum())
+    found = _gradients(flow_map, output.per_example.sum())
     by_hand = _gradients(flow_map, expected.sum())
     torch.testing.assert_close(found, by_hand, **tolerance)
     assert not any(value.requires_grad for value in output.metrics.values())
@@ -103,7 +103,7 @@ def test_flow_matching_by_hand() -> None:
     output = build_objective("fm")(flow_map, x, cond, draws)
     x_t = (1 - draws.t)[:, None] * x + draws.t[:, None] * draws.z
     error = flow_map.net(x_t, draws.t, draws.t, cond) - (draws.z - x)
-    torch.testing.assert_close(output.per_sample, error.square().mean(1))
+    torch.testing.assert_close(output.per_example, error.square().mean(1))
     assert set(output.metrics) == {"loss_fm"}
 
 
@@ -113,7 +113,7 @@ def test_flow_matching_by_hand() -> None:
 def _loss(settings: dict[str, Any], *, progress: float = 0.0, ema: FlowMap | None = None) -> Tensor:
     flow_map, x, cond, draws = _problem()
     isd = build_objective("isd", weight_power=0.0, **settings)
-    return isd(flow_map, x, cond, draws, progress=progress, ema=ema).per_sample.detach()
+    return isd(flow_map, x, cond, draws, progress=progress, ema=ema).per_example.detach()
 
 
 def test_schedule_goes_from_data_to_self() -> None:
@@ -143,12 +143,12 @@ def test_self_distillation_joins_in_later() -> None:
     flow_map, x, cond, draws = _problem()
     late = build_objective("isd", sd_begin=0.5, weight_power=1.0)
     before = late(flow_map, x, cond, draws, progress=0.49)
-    fm = build_objective("fm")(flow_map, x, cond, draws).per_sample
-    torch.testing.assert_close(before.per_sample, fm / (fm.detach() + 0.01))
+    fm = build_objective("fm")(flow_map, x, cond, draws).per_example
+    torch.testing.assert_close(before.per_example, fm / (fm.detach() + 0.01))
     assert before.metrics["loss_sd"] == 0
     after = late(flow_map, x, cond, draws, progress=0.5)
     expected = build_objective("isd")(flow_map, x, cond, draws)
-    torch.testing.assert_close(after.per_sample, expected.per_sample)
+    torch.testing.assert_close(after.per_example, expected.per_example)
 
 
 def test_data_tangent_is_the_conditional_velocity() -> None:
@@ -156,7 +156,7 @@ def test_data_tangent_is_the_conditional_velocity() -> None:
     isd = build_objective(
         "isd", tangent="data", derivative="jvp", weight_power=0.0, sd_share=1.0, sd_weight=2.0
     )
-    found = isd(flow_map, x, cond, draws).per_sample
+    found = isd(flow_map, x, cond, draws).per_example
     point = flow_map.path.sample(x, draws.z, draws.t)
     frozen, v = _frozen(flow_map), draws.z - x
     d = _derivative(frozen, point.x_t, draws.t, draws.s, cond, v, 1.0)
@@ -185,7 +185,7 @@ def test_no_gradient_reaches_the_ema_weights() -> None:
     flow_map, x, cond, draws = _problem()
     ema = FlowMap(Net(5), PATHS["linear"])
     isd = build_objective("isd", tangent_weights="ema")
-    isd(flow_map, x, cond, draws, ema=ema).per_sample.sum().backward()
+    isd(flow_map, x, cond, draws, ema=ema).per_example.sum().backward()
     assert all(p.grad is None for p in ema.parameters())
     assert all(p.grad is not None and p.grad.any() for p in flow_map.parameters())
 
@@ -199,12 +199,12 @@ def test_no_gradient_reaches_the_ema_weights() -> None:
 def test_share_of_samples_with_self_distillation(n: int, share: float, count: int) -> None:
     flow_map, x, cond, draws = _problem(n)
     settings = {"weight_power": 0.0}
-    plain = build_objective("fm")(flow_map, x, cond, draws).per_sample
+    plain = build_objective("fm")(flow_map, x, cond, draws).per_example
     whole = build_objective("isd", sd_share=share, **settings)(flow_map, x, cond, draws)
-    carries = ~torch.isclose(whole.per_sample, plain, rtol=0, atol=1e-12)
+    carries = ~torch.isclose(whole.per_example, plain, rtol=0, atol=1e-12)
     assert int(carries.sum()) == count
     every = build_objective("isd", sd_share=1.0, **settings)(flow_map, x, cond, draws)
-    torch.testing.assert_close(whole.per_sample[carries], every.per_sample[carries])
+    torch.testing.assert_close(whole.per_example[carries], every.per_example[carries])
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
@@ -220,8 +220,8 @@ def test_slices_of_a_global_draw_give_the_losses_of_the_whole(share: float, part
         isd(flow_map, x[i : i + size], cond[i : i + size], draws.slice(i, i + size))
         for i in range(0, n, size)
     ]
-    joined = torch.cat([output.per_sample for output in sliced])
-    torch.testing.assert_close(joined, whole.per_sample, rtol=0, atol=1e-12)
+    joined = torch.cat([output.per_example for output in sliced])
+    torch.testing.assert_close(joined, whole.per_example, rtol=0, atol=1e-12)
     for name, value in whole.metrics.items():
         mean = torch.stack([output.metrics[name] for output in sliced]).mean()
         torch.testing.assert_close(mean, value, rtol=0, atol=1e-12)
@@ -238,10 +238,10 @@ def test_zero_share() -> None:
 def test_condition_of_one_sample_is_its_own_affair() -> None:
     flow_map, x, cond, draws = _problem()
     isd = build_objective("isd", sd_share=1.0)
-    before = isd(flow_map, x, cond, draws).per_sample
+    before = isd(flow_map, x, cond, draws).per_example
     changed = cond.clone()
     changed[3] += 1.0
-    after = isd(flow_map, x, changed, draws).per_sample
+    after = isd(flow_map, x, changed, draws).per_example
     differs = ~torch.isclose(before, after, rtol=0, atol=1e-12)
     assert differs.nonzero().flatten().tolist() == [3]
 
@@ -250,7 +250,7 @@ def test_without_condition() -> None:
     flow_map, x, _, draws = _problem()
     for name in OBJECTIVES:
         output = build_objective(name)(flow_map, x, None, draws)
-        assert output.per_sample.shape == (8,)
+        assert output.per_example.shape == (8,)
 
 
 # -- draws --------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from cmpolicy import ConsistencyPolicy
 from cmpolicy.flow.objective import build_objective
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
-from cmpolicy.policy.consistency import Batch
+from cmpolicy.policy.policy import Batch
 from cmpolicy.spec import PolicySpec, SpecError
 
 NET = UNet1DConfig((16, 32), kernel_size=3, n_groups=4, time_dim=16, obs_dim=16)
@@ -117,7 +117,7 @@ def test_condition_is_all_steps_in_the_order_of_the_spec() -> None:
 def test_rows_do_not_depend_on_each_other(steps: int, sampler: Any) -> None:
     policy = _policy()
     obs, noise = _obs(policy, 4), _noise(policy, 4)
-    options: dict[str, Any] = {"num_steps": steps, "sampler": sampler}
+    options: dict[str, Any] = {"nfe": steps, "sampler": sampler}
     whole = policy.predict_action_chunk(obs, noise=noise, **options)
     for i in range(4):
         row = {key: value[i : i + 1] for key, value in obs.items()}
@@ -134,9 +134,9 @@ def test_infer_is_the_chunk_in_numpy() -> None:
     obs, noise = _obs(policy, 3), _noise(policy, 3)
     found = policy.infer(_numpy(obs), noise.numpy())
     assert np.array_equal(found, policy.predict_action_chunk(obs, noise=noise).numpy())
-    policy.num_steps = 3
+    policy.nfe = 3
     again = policy.infer(_numpy(obs), noise.numpy())
-    assert np.array_equal(again, policy.predict_action_chunk(obs, noise=noise, num_steps=3).numpy())
+    assert np.array_equal(again, policy.predict_action_chunk(obs, noise=noise, nfe=3).numpy())
     assert not np.array_equal(found, again)
 
 
@@ -234,7 +234,7 @@ def test_wrong_noise_and_steps() -> None:
     with pytest.raises(SpecError, match=r"noise has shape \(1, 8, 2\), expected \(2, 8, 2\)"):
         policy.predict_action_chunk(obs, noise=_noise(policy, 1))
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        policy.predict_action_chunk(obs, num_steps=0)
+        policy.predict_action_chunk(obs, nfe=0)
     with pytest.raises(ValueError, match="unknown sampler 'ddim'"):
         policy.predict_action_chunk(obs, sampler="ddim")  # type: ignore[arg-type]
 
@@ -277,8 +277,8 @@ def test_normaliser_of_another_policy(shapes: dict[str, tuple[int, ...]], words:
 def test_loss(name: str) -> None:
     policy = _policy(objective=build_objective(name))
     output = policy.compute_loss(_batch(policy, 6), torch.Generator().manual_seed(0))
-    assert output.per_sample.shape == (6,)
-    assert torch.equal(output.loss, output.per_sample.mean())
+    assert output.per_example.shape == (6,)
+    assert torch.equal(output.loss, output.per_example.mean())
     output.loss.backward()
     for key, parameter in policy.named_parameters():
         assert parameter.grad is not None, key
@@ -290,32 +290,32 @@ def test_given_draws_are_those_of_the_generator() -> None:
     batch = _batch(policy, 6)
     draws = policy.draw(6, torch.Generator().manual_seed(0))
     expected = policy.compute_loss(batch, torch.Generator().manual_seed(0))
-    assert torch.equal(policy.compute_loss(batch, draws=draws).per_sample, expected.per_sample)
+    assert torch.equal(policy.compute_loss(batch, draws=draws).per_example, expected.per_example)
     assert torch.equal(
-        policy(batch, draws=draws).per_sample, expected.per_sample
+        policy(batch, draws=draws).per_example, expected.per_example
     )  # as DDP calls it
 
 
 def test_loss_of_slices_is_the_loss_of_the_batch() -> None:
     policy = _policy(objective=build_objective("isd")).double()
     batch, draws = _batch(policy, 8), policy.draw(8, torch.Generator().manual_seed(0))
-    whole = policy.compute_loss(batch, draws=draws).per_sample
+    whole = policy.compute_loss(batch, draws=draws).per_example
     for part in (slice(0, 4), slice(4, 8)):
         rank: Batch = {
             "obs": {key: value[part] for key, value in batch["obs"].items()},
             "action": batch["action"][part],
             "action_is_pad": batch["action_is_pad"][part],
         }
-        found = policy.compute_loss(rank, draws=draws.slice(part.start, part.stop)).per_sample
+        found = policy.compute_loss(rank, draws=draws.slice(part.start, part.stop)).per_example
         torch.testing.assert_close(found, whole[part])
 
 
 def test_condition_of_one_sample_changes_no_other_loss() -> None:
     policy = _policy(objective=build_objective("isd", sd_share=1.0)).double()
     batch, draws = _batch(policy, 5), policy.draw(5, torch.Generator().manual_seed(0))
-    before = policy.compute_loss(batch, draws=draws).per_sample
+    before = policy.compute_loss(batch, draws=draws).per_example
     batch["obs"]["agent_pos"][3] += 30
-    after = policy.compute_loss(batch, draws=draws).per_sample
+    after = policy.compute_loss(batch, draws=draws).per_example
     differs = ~torch.isclose(before, after, rtol=0, atol=1e-10)
     assert differs.nonzero().flatten().tolist() == [3]
 

@@ -271,7 +271,7 @@ class TestAppending:
 
 class TestBadStores:
     def test_nothing_there(self, tmp_path: Path):
-        with pytest.raises(FileNotFoundError, match=r"no data at .*nope.zarr.*cmpolicy-data"):
+        with pytest.raises(FileNotFoundError, match=r"no data at .*nope.zarr.*cmpolicy data"):
             ReplayBuffer.open(tmp_path / "nope.zarr")
 
     def test_not_a_store(self, tmp_path: Path):

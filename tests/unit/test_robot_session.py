@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmpolicy.robot.session import Request, RequestError, Session
+from cmpolicy.serve.session import Request, RequestError, Session
 from cmpolicy.spec import PolicySpec
 
 SPEC = PolicySpec(

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmpolicy.robot.wire import MAX_DEPTH, MAX_ENTRIES, MAX_LENGTH, WireError, pack, unpack
+from cmpolicy.serve.wire import MAX_DEPTH, MAX_ENTRIES, MAX_LENGTH, WireError, pack, unpack
 
 DTYPES = st.one_of(
     hnp.boolean_dtypes(),

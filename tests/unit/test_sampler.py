@@ -32,7 +32,7 @@ def test_time_grid_with_a_floor() -> None:
     assert time_grid(2, floor=0.25).tolist() == [1.0, 0.25, 0.0]
     assert time_grid(4, dtype=torch.float64, floor=0.25).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
     net = Recorder()
-    sample(FlowMap(net, PATHS["linear"]), torch.zeros(1, 4, 2), num_steps=2, floor=0.25)
+    sample(FlowMap(net, PATHS["linear"]), torch.zeros(1, 4, 2), nfe=2, floor=0.25)
     assert net.calls == [(1.0, 0.25), (0.25, 0.0)]
     with pytest.raises(ValueError, match="at least 2 evaluations, or no floor"):
         time_grid(1, floor=0.25)
@@ -44,7 +44,7 @@ def test_time_grid_with_a_floor() -> None:
 def test_flow_map_sampler_asks_for_each_jump_once(steps: int) -> None:
     net = Recorder()
     z = torch.randn(3, 16, 2)
-    sample(FlowMap(net, PATHS["linear"]), z, num_steps=steps)
+    sample(FlowMap(net, PATHS["linear"]), z, nfe=steps)
     grid = time_grid(steps).tolist()
     assert net.calls == list(itertools.pairwise(grid))
 
@@ -53,7 +53,7 @@ def test_flow_map_sampler_asks_for_each_jump_once(steps: int) -> None:
 def test_diagonal_sampler_asks_for_velocities(steps: int) -> None:
     net = Recorder()
     z, cond = torch.randn(2, 3, 16, 2)
-    found = sample(FlowMap(net, PATHS["linear"]), z, cond, num_steps=steps, kind="diagonal")
+    found = sample(FlowMap(net, PATHS["linear"]), z, cond, nfe=steps, kind="diagonal")
     assert net.calls == [(t, t) for t in time_grid(steps).tolist()[:-1]]
     torch.testing.assert_close(found, z + cond)
 
@@ -62,14 +62,14 @@ def test_diagonal_sampler_asks_for_velocities(steps: int) -> None:
 def test_noise_is_left_alone(kind: SamplerKind) -> None:
     z = torch.randn(3, 4)
     before = z.clone()
-    sample(FlowMap(Recorder(), PATHS["trigonometric"]), z, z + 1, num_steps=3, kind=kind)
+    sample(FlowMap(Recorder(), PATHS["trigonometric"]), z, z + 1, nfe=3, kind=kind)
     assert torch.equal(z, before)
 
 
 def test_bad_arguments() -> None:
     flow_map = FlowMap(Recorder(), PATHS["linear"])
     with pytest.raises(ValueError, match=r"evaluations.*at least 1, got 0"):
-        sample(flow_map, torch.zeros(1, 2), num_steps=0)
+        sample(flow_map, torch.zeros(1, 2), nfe=0)
     with pytest.raises(ValueError, match=r"'heun'.*\['flow_map', 'diagonal'\]"):
         sample(flow_map, torch.zeros(1, 2), kind="heun")  # type: ignore[arg-type]
 
@@ -82,8 +82,8 @@ def test_a_trajectory_starts_at_the_noise_and_ends_at_the_sample(kind: SamplerKi
         return 0.3 * x + (t + s)[:, None, None]
 
     flow_map = FlowMap(net, PATHS["linear"])
-    states = trajectory(flow_map, z, num_steps=3, kind=kind)
+    states = trajectory(flow_map, z, nfe=3, kind=kind)
     assert states.shape == (4, 5, 3, 2)
     assert torch.equal(states[0], z)
-    assert torch.equal(states[-1], sample(flow_map, z, num_steps=3, kind=kind))
+    assert torch.equal(states[-1], sample(flow_map, z, nfe=3, kind=kind))
     assert not torch.equal(states[1], states[2])

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cmpolicy.cli.settings import apply, compose_settings, parse
+from cmpolicy.cli.parse import apply, compose_settings, parse
 from cmpolicy.train.config import TrainConfig
 from cmpolicy.train.schema import ConfigError
 
@@ -43,10 +43,10 @@ def test_every_preset_composes_with_every_objective(preset: str, objective: str)
 
 
 def test_what_the_user_types_wins_over_presets_and_groups() -> None:
-    config = build("preset=gpu", "net=tiny", "objective=fm", "eval.nfe=3", "samples=2e6")
+    config = build("preset=gpu", "net=tiny", "objective=fm", "eval.nfe=3", "examples=2e6")
     assert config.net.preset == "tiny"
     assert config.eval.nfe == 3
-    assert config.samples == 2_000_000
+    assert config.examples == 2_000_000
 
 
 def test_custom_task_takes_a_list_or_a_mapping_of_observations() -> None:
@@ -72,13 +72,13 @@ def test_settings_survive_a_round_trip() -> None:
     [
         ("optim.lrr=1", r"unknown setting 'optim.lrr'; did you mean 'optim.lr'.*\n.*weight_decay"),
         ("lr=1e-3", r"unknown setting 'lr'; did you mean 'optim.lr'"),
-        ("sampels=10", r"did you mean 'samples'.*\n(.|\n)*--help"),
-        ("+sampels=10", r"did you mean 'samples'"),
+        ("sampels=10", r"did you mean 'examples'.*\n(.|\n)*--help"),
+        ("+sampels=10", r"did you mean 'examples'"),
         ("objective.epsilom=1", r"did you mean 'objective.epsilon'"),
         ("+objective.epsilom=1", r"objective 'isd' has no setting 'epsilom'"),
         ("preset=quik", r"unknown choice preset=quik; did you mean preset=quick"),
         ("net=huge", r"net is one of \['base', 'large', 'small', 'tiny'\]"),
-        ("samples", r"'samples' is not a setting; settings are given as key=value"),
+        ("examples", r"'examples' is not a setting; settings are given as key=value"),
         ("data.obs=[state", r"cannot read 'data.obs=\[state'"),
         ("optim.lr=1e-3,1e-4", r"--multirun"),
         ("task=custom", r"data.obs is not set.*data.obs=\[state\]"),
@@ -95,14 +95,14 @@ def test_a_word_that_means_nothing_is_explained(words: str, message: str) -> Non
     [
         ("optim.lr=fast", r"optim.lr must be a number, got 'fast'"),
         ("batch_size=1.5", r"batch_size must be a whole number, got 1.5"),
-        ("samples=null", r"samples is not set; give samples=<a whole number>"),
+        ("examples=null", r"examples is not set; give examples=<a whole number>"),
         ("optim.schedule=linear", r"optim.schedule='linear' is not one of cosine, constant"),
         ("optim.lr=-1", r"optim.lr=-1.0 must be above 0"),
         ("optim.betas=[0.9]", r"optim.betas must be two numbers in \[0, 1\), got \[0.9\]"),
         ("ema.min_decay=0.9999", r"ema.min_decay=0.9999 and ema.decay=0.99\d+ must be in order"),
         ("batch_size=0", r"batch_size=0 must be at least 1"),
-        ("samples=100", r"samples=100 is less than one batch \(batch_size=\d+\)"),
-        ("optim.warmup=9000000000", r"optim.warmup=9000000000 leaves nothing of samples="),
+        ("examples=100", r"examples=100 is less than one batch \(batch_size=\d+\)"),
+        ("optim.warmup=9000000000", r"optim.warmup=9000000000 leaves nothing of examples="),
         ("policy.horizon=15", r"policy.horizon=15 is not divisible by 4.*horizon=12 or 16"),
         ("policy.n_action_steps=16", r"policy.horizon=16 is too short.*n_obs_steps=2.*least 17"),
         ("net.down_dims=[20]", r"down_dims=\[20\]: 20 is not a multiple of n_groups=8"),
@@ -126,5 +126,5 @@ def test_unknown_keys_list_only_their_own_group() -> None:
 
 
 def test_overrides_of_finished_settings() -> None:
-    changed = apply({"samples": 10, "optim": {"lr": 1.0}}, parse(["samples=20", "optim.lr=0.5"]))
-    assert changed == {"samples": 20, "optim": {"lr": 0.5}}
+    changed = apply({"examples": 10, "optim": {"lr": 1.0}}, parse(["examples=20", "optim.lr=0.5"]))
+    assert changed == {"examples": 20, "optim": {"lr": 0.5}}

@@ -20,18 +20,18 @@ def test_json_lines_hold_kind_samples_and_null_for_nan(tmp_path: Path) -> None:
     log.log("train", 10, {"loss": 0.5, "grad_norm": float("nan")})
     log.close()
     entry = json.loads((tmp_path / "log.jsonl").read_text())
-    assert entry == {"kind": "train", "samples": 10, "loss": 0.5, "grad_norm": None}
+    assert entry == {"kind": "train", "examples": 10, "loss": 0.5, "grad_norm": None}
 
 
 def test_a_resumed_log_drops_what_it_will_write_again(tmp_path: Path) -> None:
     log = JsonLines(tmp_path)
-    for samples in (10, 20, 30):
-        log.log("train", samples, {"loss": 1.0})
+    for examples in (10, 20, 30):
+        log.log("train", examples, {"loss": 1.0})
     log.close()
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"kind": "train", "sam')  # cut off by a crash
     JsonLines(tmp_path, start=20).close()
-    assert [e["samples"] for e in read_log(tmp_path)] == [10, 20]
+    assert [e["examples"] for e in read_log(tmp_path)] == [10, 20]
 
 
 def test_tensorboard_counts_samples(tmp_path: Path) -> None:
@@ -46,14 +46,14 @@ def test_tensorboard_counts_samples(tmp_path: Path) -> None:
 def test_terminal_without_a_terminal_writes_few_lines() -> None:
     stream = io.StringIO()
     terminal = Terminal(1000, stream=stream)
-    for samples in range(10, 1001, 10):
-        terminal.log("train", samples, {"loss": 1 / samples, "ignored": 3.0})
+    for examples in range(10, 1001, 10):
+        terminal.log("train", examples, {"loss": 1 / examples, "ignored": 3.0})
     terminal.log("eval", 1000, {"success": 0.5, "score": 0.75})
     terminal.close()
     lines = stream.getvalue().splitlines()
     assert 10 <= len(lines) <= 13
-    assert lines[0] == "  1%    0.0k samples  loss 0.1"
-    assert lines[-1] == "100%    1.0k samples  success 0.5  score 0.75"
+    assert lines[0] == "  1%    0.0k examples  loss 0.1"
+    assert lines[-1] == "100%    1.0k examples  success 0.5  score 0.75"
     assert lines[-2].startswith("100%")
 
 
@@ -93,7 +93,7 @@ def test_smoothing_keeps_constants_and_length() -> None:
 
 def test_states_come_back_exactly(tmp_path: Path) -> None:
     tensors = {"model/a": torch.randn(3, 4), "rng/cpu": torch.get_rng_state()}
-    values = {"samples": 7, "best": [0.1, 1 / 3], "none": None}
+    values = {"examples": 7, "best": [0.1, 1 / 3], "none": None}
     save_state(tmp_path, TrainingState(tensors, values))
     state = load_state(tmp_path)
     assert state.values == values

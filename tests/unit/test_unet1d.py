@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cmpolicy.nn.embeddings import MAX_FREQUENCY_DELTA, MAX_FREQUENCY_T, TwoTimeEmbedding
 from cmpolicy.nn.unet1d import NET_PRESETS, UNet1D, UNet1DConfig, net_config
-from cmpolicy.policy.pretrained import FORMAT_VERSION
+from cmpolicy.policy.bundle import FORMAT_VERSION
 
 TINY = UNet1DConfig((16, 32, 64), kernel_size=3, n_groups=4, time_dim=16, obs_dim=16)
 

@@ -1,1 +1,1 @@
-"""Settings of ``cmpolicy-image train``; the objectives and the optimizer are those of policies."""
+"""Settings of ``cmpolicy image train``; the objectives and the optimizer are those of policies."""

@@ -6,7 +6,7 @@ robosuite 1.5, which then gives the observations. That the two scenes agree wher
 checked: some recorded state must count as success in robosuite 1.5 too.
 
 The physics of robosuite 1.5 is not that of the recording either, so actions that are played without
-looking may drift away from it; `cmpolicy-data replay robomimic` says whether they still succeed.
+looking may drift away from it; `cmpolicy data replay robomimic` says whether they still succeed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class HumanFile(RobomimicFile):
     def _env_args(self, data: Any) -> str:
         if "env_args" in data.attrs:
             raise RobomimicFileError(
-                f"{self.path} is in robomimic's layout (it has env_args): use `cmpolicy-data "
+                f"{self.path} is in robomimic's layout (it has env_args): use `cmpolicy data "
                 "convert robomimic`."
             )
         text = text_of(data.attrs.get("env_info", ""))

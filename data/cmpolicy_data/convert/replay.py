@@ -116,7 +116,7 @@ def _settings(buffer: ReplayBuffer) -> dict[str, Any]:
         lacks += ["data/state"] * ("state" not in buffer)
         raise ReplayError(
             f"{buffer.path} cannot be replayed: it lacks {', '.join(lacks)}. Stores that "
-            "`cmpolicy-data convert` makes of files with simulator states have them."
+            "`cmpolicy data convert` makes of files with simulator states have them."
         )
     for key in ("state", "action"):
         buffer.check(key)

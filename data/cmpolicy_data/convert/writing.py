@@ -61,7 +61,7 @@ def check_target(out: Path) -> None:
         raise FileNotFoundError(f"{out.parent} is not a folder. Create it first.")
     if out.exists() and not _is_converted(out):
         raise FileExistsError(
-            f"{out} exists and was not written by `cmpolicy-data convert`. Choose another path or "
+            f"{out} exists and was not written by `cmpolicy data convert`. Choose another path or "
             "remove it."
         )
 

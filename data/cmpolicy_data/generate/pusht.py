@@ -237,7 +237,7 @@ def _check(out: Path, episodes: int, seed: int, workers: int) -> None:
         raise FileNotFoundError(f"{out.parent} is not a folder. Create it first.")
     if out.exists() and not _is_ours(out):
         raise FileExistsError(
-            f"{out} exists and was not written by `cmpolicy-data generate pusht`. Choose another "
+            f"{out} exists and was not written by `cmpolicy data generate pusht`. Choose another "
             "path or remove it."
         )
 
@@ -250,7 +250,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _write(out: Path, episodes: list[Episode], seed: int) -> None:
-    command = f"cmpolicy-data generate pusht episodes={len(episodes)} seed={seed}"
+    command = f"cmpolicy data generate pusht episodes={len(episodes)} seed={seed}"
     attrs = {
         "generator": GENERATOR,
         "version": VERSION,

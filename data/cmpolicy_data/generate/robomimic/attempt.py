@@ -67,7 +67,7 @@ def get_skill(task: str) -> Skill:
     if skill is None:
         raise ValueError(
             f"There is no scripted expert for {task!r}, only for {', '.join(SKILLS)}. For other "
-            "tasks there are people's demonstrations: cmpolicy-data download robomimic."
+            "tasks there are people's demonstrations: cmpolicy data download robomimic."
         )
     return skill
 

@@ -90,7 +90,7 @@ def generate(
         "generator": GENERATOR,
         "generator_version": VERSION,
         "seed": seed,
-        "command": f"cmpolicy-data generate robomimic task={task} episodes={episodes} seed={seed}",
+        "command": f"cmpolicy data generate robomimic task={task} episodes={episodes} seed={seed}",
     }
     attempted = failed = kept = 0
     with (
@@ -145,7 +145,7 @@ def _check(out: Path, task: str, episodes: int, seed: int, workers: int) -> None
         raise FileNotFoundError(f"{out.parent} is not a folder. Create it first.")
     if out.exists() and not _is_ours(out):
         raise FileExistsError(
-            f"{shlex.quote(str(out))} exists and was not written by `cmpolicy-data generate "
+            f"{shlex.quote(str(out))} exists and was not written by `cmpolicy data generate "
             "robomimic`. Choose another path or remove it."
         )
 

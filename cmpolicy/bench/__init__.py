@@ -1,0 +1,1 @@
+"""What ``cmpolicy bench`` measures: steps, latency, rollouts, server, control loop, delay."""

@@ -1,0 +1,239 @@
+"""Latency of one action chunk: numpy observation in, numpy actions out, normalisation included."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+
+from cmpolicy.bench.diffusion import SAMPLERS, diffusion_chunk
+from cmpolicy.bench.floor import Floor, measure_floor
+from cmpolicy.bench.networks import Infer, Obs, make_runtime
+from cmpolicy.bench.report import Cell, Report, describe_device
+from cmpolicy.bench.settings import LatencySettings
+from cmpolicy.export.plan_map import example_inputs
+from cmpolicy.nn.unet1d import net_config
+from cmpolicy.normalize import Normalizer
+from cmpolicy.policy.policy import ConsistencyPolicy
+from cmpolicy.spec import PolicySpec
+from cmpolicy.train.schema import ConfigError
+
+_WARMUP_CALLS, _WARMUP_SECONDS = 5, 1.0
+_FEWEST_CALLS = 20
+_BLOCK_SECONDS = 0.1
+#: Of a network without a policy: Push-T's.
+_SPEC = PolicySpec({"agent_pos": (2,), "keypoint": (9, 2)}, 2, 16, 2, 8)
+
+
+@dataclass
+class Contender:
+    """One row: a runtime, what it computes, and the milliseconds of its calls so far."""
+
+    runtime: str
+    method: str
+    nfe: int
+    infer: Infer
+    times: list[float] = field(default_factory=list)
+    spent: float = 0.0  # seconds of all calls, those without a time among them
+
+    @property
+    def p50(self) -> float:
+        """Milliseconds."""
+        return float(np.median(self.times))
+
+    @property
+    def p99(self) -> float:
+        """Milliseconds."""
+        return float(np.quantile(self.times, 0.99))
+
+
+def measure_latency(settings: LatencySettings) -> Report:
+    """p50 and p99 at batch size 1, one row per runtime, method and number of evaluations.
+
+    Raises:
+        BundleError: the policy cannot be loaded.
+        ConfigError: no such device or net, or a runtime that is not for the device.
+        ImportError: a runtime's package is not installed.
+    """
+    device = available_device(settings.device)
+    policy = _policy(settings, device)
+    before = torch.get_num_threads()
+    torch.set_num_threads(settings.threads or before)
+    try:
+        where = describe_device(device)
+        contenders = make_contenders(policy, settings)
+        time_calls(contenders, policy, settings)
+        floor = measure_floor(policy) if device.type == "cpu" else None
+    finally:
+        torch.set_num_threads(before)
+    size = sum(p.numel() for p in policy.parameters()) / 1e6
+    name = settings.policy or f"net={settings.net} with random weights"
+    return Report(
+        benchmark="latency",
+        title=f"latency per action chunk of {name} ({size:.2f} M parameters, batch 1)\n"
+        f"  on {where}",
+        columns=_columns(floor),
+        rows=tuple(_row(contender, floor) for contender in contenders),
+        summary=_summary(contenders, floor),
+        closing=_closing(contenders, floor),
+        settings=asdict(settings),
+        device=where,
+    )
+
+
+def eager_contender(policy: ConsistencyPolicy, nfe: int) -> Contender:
+    """The policy itself."""
+    return Contender("eager", "flow map", nfe, make_runtime("eager", policy, 1).chunk(nfe))
+
+
+def make_contenders(policy: ConsistencyPolicy, settings: LatencySettings) -> list[Contender]:
+    """All rows of the table, ready to be called."""
+    contenders = []
+    for name in settings.chosen_runtimes:
+        runtime = make_runtime(name, policy, torch.get_num_threads())
+        for nfe in settings.nfe:
+            contenders.append(Contender(name, "flow map", nfe, runtime.chunk(nfe)))
+        if settings.diffusion:
+            network = runtime.network()
+            for sampler, nfe in SAMPLERS.items():
+                infer = diffusion_chunk(sampler, policy, network)
+                contenders.append(Contender(name, sampler, nfe, infer))
+    return contenders
+
+
+def time_calls(
+    contenders: list[Contender], policy: ConsistencyPolicy, settings: LatencySettings
+) -> None:
+    """Fill in the times: short blocks of calls in turn, so that all meet the same machine.
+
+    The first call of a block has no time: the others before it have emptied the cache, which a
+    policy that runs alone finds full. A contender ends after ``calls`` times or ``seconds``.
+    """
+    rng = np.random.default_rng(settings.seed)
+    obs, _ = example_inputs(policy, 1, settings.seed)
+    arrays = {key: value.numpy() for key, value in zip(policy.spec.obs, obs, strict=True)}
+    lengths = []
+    for contender in contenders:
+        first = [_call(contender.infer, arrays, policy, rng)]
+        while len(first) < _WARMUP_CALLS and sum(first) < _WARMUP_SECONDS:
+            first.append(_call(contender.infer, arrays, policy, rng))
+        lengths.append(max(1, min(50, int(_BLOCK_SECONDS / min(first)))))
+    waiting = list(zip(contenders, lengths, strict=True))
+    while waiting:
+        for contender, length in waiting:
+            for call in range(length + 1):
+                seconds = _call(contender.infer, arrays, policy, rng)
+                contender.spent += seconds
+                if call > 0 or length == 1:
+                    contender.times.append(seconds * 1e3)
+                if _is_done(contender, settings):
+                    break
+        waiting = [(c, length) for c, length in waiting if not _is_done(c, settings)]
+
+
+def _is_done(contender: Contender, settings: LatencySettings) -> bool:
+    calls = len(contender.times)
+    enough = calls >= min(_FEWEST_CALLS, settings.calls)
+    return calls >= settings.calls or (enough and contender.spent > settings.seconds)
+
+
+def _call(infer: Infer, obs: Obs, policy: ConsistencyPolicy, rng: np.random.Generator) -> float:
+    """Seconds; numpy comes back, so a GPU has finished."""
+    noise = rng.standard_normal((1, *policy.noise_shape), dtype=np.float32)
+    start = time.perf_counter()
+    infer(obs, noise)
+    return time.perf_counter() - start
+
+
+def _policy(settings: LatencySettings, device: torch.device) -> ConsistencyPolicy:
+    if settings.policy is not None:
+        return ConsistencyPolicy.from_pretrained(settings.policy, device=device)
+    shapes = {**_SPEC.obs, "action": (_SPEC.action_dim,)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        policy = ConsistencyPolicy(
+            _SPEC, net_config(settings.net or ""), Normalizer.identity(shapes)
+        )
+        nn.init.normal_(policy.net.head[-1].weight, std=0.02)  # type: ignore[arg-type]
+    policy.net.lay_out_for_inference()
+    return policy.to(device).eval().requires_grad_(False)
+
+
+def _columns(floor: Floor | None) -> tuple[str, ...]:
+    names = ("runtime", "method", "evaluations", "calls", "p50 ms", "p99 ms", "chunks/s")
+    return names if floor is None else (*names, "p50/floor")
+
+
+def _row(contender: Contender, floor: Floor | None) -> tuple[Cell, ...]:
+    c = contender
+    row = (c.runtime, c.method, c.nfe, len(c.times), c.p50, c.p99, 1e3 / c.p50)
+    return row if floor is None else (*row, c.p50 / (c.nfe * floor.ms))
+
+
+def _summary(contenders: list[Contender], floor: Floor | None) -> Mapping[str, float]:
+    summary: dict[str, float] = {}
+    for c in contenders:
+        kind = "" if c.method == "flow map" else f"{c.method}_"
+        summary[f"{c.runtime}_{kind}p50_ms_nfe{c.nfe}"] = c.p50
+        summary[f"{c.runtime}_{kind}p99_ms_nfe{c.nfe}"] = c.p99
+    for runtime, (least, *others) in _by_runtime(contenders).items():
+        for other in others:
+            kind = "" if other.method == "flow map" else f"{other.method}_"
+            summary[f"{runtime}_ratio_{kind}{other.nfe}_to_{least.nfe}"] = other.p50 / least.p50
+    if floor is not None:
+        summary |= {
+            "floor_ms": floor.ms,
+            "floor_memory_ms": floor.memory_ms,
+            "floor_compute_ms": floor.compute_ms,
+            "weight_bytes": float(floor.bytes),
+            "bandwidth_bytes_per_s": floor.bandwidth,
+            "flops": float(floor.flops),
+            "flop_per_s": floor.rate,
+        }
+    return summary
+
+
+def _closing(contenders: list[Contender], floor: Floor | None) -> tuple[str, ...]:
+    lines = [] if floor is None else [str(floor)]
+    for runtime, (least, *others) in _by_runtime(contenders).items():
+        times = f"p50 {least.p50:.2f} ms, p99 {least.p99:.2f} ms"
+        above = (
+            "" if floor is None else f", {least.p50 / (least.nfe * floor.ms):.1f} times its floor"
+        )
+        lines.append(f"{runtime}: {least.nfe} evaluation(s) {times}{above}")
+        lines += [
+            f"  {other.nfe} evaluations ({other.method}) cost {other.p50 / least.p50:.1f} times as "
+            f"much as {least.nfe}"
+            for other in others
+        ]
+    return tuple(lines)
+
+
+def _by_runtime(contenders: list[Contender]) -> dict[str, list[Contender]]:
+    """Rows of each runtime, the one of the fewest evaluations of the flow map first."""
+    found: dict[str, list[Contender]] = {}
+    for contender in contenders:
+        found.setdefault(contender.runtime, []).append(contender)
+    return {
+        runtime: sorted(rows, key=lambda c: (c.method != "flow map", c.nfe))
+        for runtime, rows in found.items()
+    }
+
+
+def available_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ConfigError: torch knows no such device, or sees no GPU.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name!r} is no device; use cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={name}, but torch sees no GPU; use device=cpu")
+    return device

@@ -1,0 +1,143 @@
+"""One network in several runtimes: eager, compiled, exported to .pt2, exported to ONNX.
+
+Legend: B batch, T horizon, A action size, D numbers of the normalised observation history.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from cmpolicy.export.kernels import prepare
+from cmpolicy.export.load import open_exported
+from cmpolicy.export.onnx_policy import open_session
+from cmpolicy.export.write import Format, export_policy, quiet
+from cmpolicy.flow.flow_map import FlowMap, Network
+from cmpolicy.nn.conv import by_product
+from cmpolicy.nn.unet1d import Kernels
+from cmpolicy.policy.policy import ConsistencyPolicy
+
+Array = npt.NDArray[Any]
+Obs = Mapping[str, Array]
+#: One action chunk: observations (1, To, ...) per key and noise (1, T, A) to (1, Ta, A).
+Infer = Callable[[Obs, Array], Array]
+
+#: An export is unrolled up to here; for more evaluations the exported network is called in a loop.
+UNROLLED = 4
+
+
+class Runtime(Protocol):
+    """What runs the network of ``policy``; made of it by one of :data:`RUNTIMES`."""
+
+    def chunk(self, nfe: int) -> Infer:
+        """The policy's action chunk with that many evaluations."""
+        ...
+
+    def network(self) -> Network:
+        """F(x, t, s, cond) of tensors, for samplers of any kind."""
+        ...
+
+
+class TorchRuntime:
+    """torch as it is, or with the network compiled (for batch 1, at the first call)."""
+
+    def __init__(self, policy: ConsistencyPolicy, *, compiled: bool) -> None:
+        self._policy = policy
+        if compiled:
+            self._policy = copy.deepcopy(policy)
+            self._policy.net.compile(dynamic=False)
+
+    def chunk(self, nfe: int) -> Infer:
+        """See :class:`Runtime`."""
+
+        def infer(obs: Obs, noise: Array) -> Array:
+            self._policy.nfe = nfe
+            return self._policy.infer(obs, noise)
+
+        return infer
+
+    def network(self) -> Network:
+        """See :class:`Runtime`."""
+        return self._policy.net
+
+
+class ExportedRuntimes:
+    """Files of ``cmpolicy export``, made for the purpose."""
+
+    def __init__(self, policy: ConsistencyPolicy, format: Format, threads: int) -> None:
+        self._policy, self._format, self._threads = policy, format, threads
+
+    def chunk(self, nfe: int) -> Infer:
+        """See :class:`Runtime`."""
+        if nfe > UNROLLED:
+            looped = copy.deepcopy(self._policy)
+            looped.flow_map = FlowMap(self.network(), self._policy.flow_map.path)
+            looped.nfe = nfe
+            # its dtype and device are read off its parameters, which it has to keep
+            looped.register_parameter("weights", next(self._policy.parameters()))
+            return looped.infer
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / f"policy.{self._format}"
+            export_policy(self._policy, file, format=self._format, nfe=nfe)
+            return open_exported(file, self._threads).infer
+
+    def network(self) -> Network:
+        """See :class:`Runtime`; exported once."""
+        return self._exported_network
+
+    @cached_property
+    def _exported_network(self) -> Network:
+        module = _TimedNetwork(self._policy, is_image=self._format == "onnx").eval()
+        spec = self._policy.spec
+        x = torch.zeros(1, spec.horizon, spec.action_dim)
+        inputs = (x, torch.ones(1), torch.zeros(1), torch.zeros(1, spec.n_obs_steps * spec.obs_dim))
+        if self._format == "pt2":
+            program: Network = torch.export.export(module, inputs).module()
+            return program
+        with quiet():
+            exported = torch.onnx.export(
+                module, inputs, dynamo=True, verbose=False, input_names=["x", "t", "s", "cond"]
+            )
+        if exported is None:
+            raise RuntimeError("torch.onnx.export gave no program")
+        session = open_session(exported.model_proto.SerializeToString(), self._threads)
+
+        def run(x: Tensor, t: Tensor, s: Tensor, cond: Tensor | None) -> Tensor:
+            values = {"x": x, "t": t, "s": s, "cond": cond}
+            feeds = {name: value.numpy() for name, value in values.items() if value is not None}
+            return torch.from_numpy(session.run(None, feeds)[0])
+
+        return run
+
+
+class _TimedNetwork(nn.Module):
+    """The U-Net with its times as inputs, by the kernels of an export."""
+
+    def __init__(self, policy: ConsistencyPolicy, *, is_image: bool) -> None:
+        super().__init__()
+        self.unet = copy.deepcopy(policy.net)
+        self.is_image = is_image
+        self.kernels = prepare(self.unet) if is_image else Kernels(by_product)
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Tensor) -> Tensor:
+        condition = torch.cat([self.unet.time(t, s), self.unet.obs(cond)], dim=-1)
+        film = self.unet.film(condition) + self.unet.get_buffer("film_center")
+        h = x.transpose(1, 2)
+        if self.is_image:
+            return self.unet.trunk(h.unsqueeze(2), film, self.kernels).squeeze(2).transpose(1, 2)
+        return self.unet.trunk(h, film, self.kernels).transpose(1, 2)
+
+
+def make_runtime(name: str, policy: ConsistencyPolicy, threads: int) -> Runtime:
+    """The runtime of that name: one of ``eager``, ``compiled``, ``pt2``, ``onnx``."""
+    if name == "onnx" or name == "pt2":
+        return ExportedRuntimes(policy, "onnx" if name == "onnx" else "pt2", threads)
+    return TorchRuntime(policy, compiled=name == "compiled")

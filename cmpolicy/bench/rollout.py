@@ -1,0 +1,171 @@
+"""Wall time of an evaluation: episodes in simulator processes, fed by one batched policy."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing.synchronize import Barrier
+from statistics import mean
+
+import numpy as np
+
+from cmpolicy.bench.latency import available_device
+from cmpolicy.bench.report import Report, describe_device
+from cmpolicy.bench.settings import RolloutSettings
+from cmpolicy.experiment.protocols import (
+    ROBOMIMIC,
+    Simulator,
+    open_protocol,
+    own_protocol,
+    require_protocol,
+)
+from cmpolicy.policy.bundle import read_metadata
+from cmpolicy.policy.policy import ConsistencyPolicy
+from cmpolicy_eval.evaluate import evaluate
+from cmpolicy_eval.protocol import EvalProtocol
+
+_PATIENCE = 120.0  # seconds for the slowest process to build its environment
+
+
+def measure_rollout(settings: RolloutSettings) -> Report:
+    """Seconds of a whole evaluation, from starting the processes to the last episode's result.
+
+    Raises:
+        BundleError: the policy cannot be loaded.
+        ConfigError: no such device, or nobody says which protocol.
+        ValueError: no such protocol, or the policy does not fit its environment.
+    """
+    device = available_device(settings.device)
+    policy = ConsistencyPolicy.from_pretrained(settings.policy, device=device)
+    policy.nfe = settings.nfe
+    protocol, bare_env = _protocol(settings)
+    workers = settings.workers or os.cpu_count() or 1
+    seeds = range(settings.first_seed, settings.first_seed + settings.episodes)
+    bare = [bare_env.steps_per_s()] if bare_env else []
+    start = time.perf_counter()
+    evaluation = evaluate(
+        policy,
+        protocol,
+        seeds,
+        nfe=settings.nfe,
+        policy_name=settings.policy,
+        n_workers=workers,
+        progress="rollout",
+    )
+    seconds = time.perf_counter() - start
+    bare += [bare_env.steps_per_s()] if bare_env else []
+    episodes, result = evaluation.episodes, evaluation.result
+    steps = sum(episode.length for episode in episodes)
+    row = (len(episodes), workers, settings.nfe, seconds, steps, steps / seconds)
+    where = describe_device(device)
+    summary = {
+        "seconds": seconds,
+        "steps_per_s": steps / seconds,
+        "score_mean": result.score_mean,
+        "success_rate": result.success_rate,
+    }
+    closing = [
+        f"{len(episodes)} episodes in {seconds:.1f} s "
+        f"(score {result.score_mean:.3f}, success {result.success_rate:.2f})"
+    ]
+    if bare_env:
+        together = sum(bare_env.at_once(workers))
+        rate, made = mean(bare), steps / seconds
+        summary |= {
+            "bare_steps_per_s": rate,
+            "share_of_bare": made / (workers * rate),
+            "bare_together_steps_per_s": together,
+            "share_of_bare_together": made / together,
+        }
+        closing += [
+            f"one bare robosuite environment makes {rate:.0f} steps/s (before and after: "
+            f"{', '.join(f'{one:.0f}' for one in bare)}); {workers} processes with policy and "
+            f"resets make {made / (workers * rate):.0%} of {workers} times that",
+            f"{workers} bare environments at once make {together:.0f} steps/s on this machine; "
+            f"rollouts make {made / together:.0%} of that",
+        ]
+    return Report(
+        benchmark="rollout",
+        title=f"{protocol.name} rollouts of {settings.policy}\n  on {where}",
+        columns=("episodes", "processes", "evaluations", "seconds", "steps", "steps/s"),
+        rows=(row,),
+        summary=summary,
+        closing=tuple(closing),
+        settings=asdict(settings),
+        device=where,
+    )
+
+
+def _protocol(settings: RolloutSettings) -> tuple[EvalProtocol, BareEnv | None]:
+    """The protocol, and its bare environment, if there is one to compare with."""
+    metadata = read_metadata(settings.policy)
+    name = require_protocol(settings.protocol or own_protocol(metadata), settings.policy)
+    simulator = Simulator.from_mapping(metadata.get("simulator", {}))
+    protocol = open_protocol(name, settings.task, simulator)
+    task = settings.task or simulator.task
+    if name != ROBOMIMIC or task is None or not settings.bare_steps:
+        return protocol, None
+    return protocol, BareEnv(task, simulator.env_args, settings.bare_steps)
+
+
+@dataclass(frozen=True)
+class BareEnv:
+    """robosuite's own environment, stepped with small random actions; resets are not counted.
+
+    Attributes:
+        task: such as ``lift``.
+        env_args: robomimic's JSON; None takes the protocol's own.
+        steps: that are timed.
+    """
+
+    task: str
+    env_args: str | None
+    steps: int
+
+    def steps_per_s(self, ready: Callable[[], object] = lambda: None) -> float:
+        """Of one environment in this process; ``ready`` is called before the clock starts."""
+        from cmpolicy_envs.robomimic_args import EnvArgs, default_env_args, translate
+        from cmpolicy_envs.robosuite_make import make_robosuite
+
+        given = (
+            default_env_args(self.task)
+            if self.env_args is None
+            else EnvArgs.from_json(self.env_args)
+        )
+        env = make_robosuite(translate(given))
+        rng = np.random.default_rng(0)
+        actions = rng.uniform(-0.3, 0.3, (self.steps + 10, len(env.action_spec[0])))
+        env.reset()
+        for action in actions[:10]:  # compiles what robosuite compiles
+            env.step(action)
+        ready()
+        start = time.perf_counter()
+        for action in actions[10:]:
+            env.step(action)
+        seconds = time.perf_counter() - start
+        env.close()
+        return self.steps / seconds
+
+    def at_once(self, workers: int) -> list[float]:
+        """Of each of ``workers`` processes, which begin together: what the cores really have."""
+        context = multiprocessing.get_context("spawn")
+        barrier = context.Barrier(workers, timeout=_PATIENCE)
+        with ProcessPoolExecutor(
+            workers, mp_context=context, initializer=_meet, initargs=(barrier,)
+        ) as pool:
+            return list(pool.map(_steps_per_s_together, [self] * workers))
+
+
+_barriers: list[Barrier] = []  # of a process of `BareEnv.at_once`
+
+
+def _meet(barrier: Barrier) -> None:
+    _barriers[:] = [barrier]
+
+
+def _steps_per_s_together(env: BareEnv) -> float:
+    return env.steps_per_s(_barriers[0].wait)

@@ -1,1 +1,0 @@
-"""What ``cmpolicy-bench`` measures: steps, latency, rollouts, server, control loop, delay."""

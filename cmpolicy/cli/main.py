@@ -1,0 +1,62 @@
+"""``cmpolicy <verb> [key=value ...]``: the one command.
+
+Exit status, of every verb: 0 done; 1 the work itself failed (a run, an environment, a robot; what
+was saved before is kept); 2 bad settings, data or files; 130 stopped by Ctrl-C, 143 by SIGTERM.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+#: Verb: its module in ``cmpolicy.cli`` and what ``cmpolicy --help`` says of it.
+VERBS: dict[str, tuple[str, str]] = {
+    "train": ("train", "train a policy from demonstrations, or continue a run"),
+    "eval": ("eval", "score a policy in simulation, or compare result files"),
+    "data": ("data", "inspect, validate, generate, download, convert and pack demonstrations"),
+    "image": ("image", "train, sample and score one-step image generators"),
+    "export": ("export", "write a policy as one ONNX or torch.export file"),
+    "serve": ("serve", "serve a policy over WebSocket"),
+    "publish": ("publish", "write the bundle to hand out, with its results in the card"),
+    "bench": ("bench", "measure steps, latency, rollouts, the control loop and the server"),
+    "demo": ("demo", "train a one-step policy in minutes, score it and film it"),
+    "robot-demo": ("robot_demo", "drive a simulated robot in real time and film it"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``cmpolicy``; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage(), end="")
+        return 0 if words else 2
+    verb, *rest = words
+    if verb == "--version":
+        from cmpolicy import __version__
+
+        print(f"cmpolicy {__version__}")
+        return 0
+    if verb not in VERBS:
+        print(
+            f"cmpolicy: unknown command {verb!r}; choose one of {', '.join(VERBS)}",
+            file=sys.stderr,
+        )
+        return 2
+    # imported here, so that --help and a typing error load neither torch nor Hydra
+    status: int = import_module(f"cmpolicy.cli.{VERBS[verb][0]}").main(rest)
+    return status
+
+
+def _usage() -> str:
+    lines = [f"  {verb:<12}{summary}" for verb, (_, summary) in VERBS.items()]
+    return (
+        "usage: cmpolicy COMMAND [key=value ...]\n\n"
+        "One-step policies for robots: train, score, run.\n\ncommands:\n"
+        + "\n".join(lines)
+        + "\n\n`cmpolicy COMMAND --help` says what a command takes.\n"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""The settings of an image training run, as frozen dataclasses that are valid once they exist."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from cmpolicy.image.datasets.data import ImageDataConfig
+from cmpolicy.image.guidance import USUAL_DROPOUT, Guidance
+from cmpolicy.image.model import check_derivative
+from cmpolicy.image.net import KINDS, ImageNetConfig
+from cmpolicy.train.config import EvalSchedule, LoopConfig, ObjectiveConfig, at_least
+from cmpolicy.train.schema import ConfigError, from_mapping
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEvalConfig(EvalSchedule):
+    """Evaluation of an image model during training.
+
+    Args:
+        images: at most this many held-out images are scored.
+        per_class: images of each class in the picture of samples.
+    """
+
+    images: int = 1024
+    per_class: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("images", "per_class"):
+            at_least(f"eval.{name}", getattr(self, name), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageNetSettings:
+    """A network by kind (``unet`` or ``dit``), and its own settings."""
+
+    kind: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> ImageNetConfig:
+        """The network's own configuration.
+
+        Raises:
+            ConfigError: an unknown kind or setting, or a bad value.
+        """
+        if self.kind not in KINDS:
+            raise ConfigError(f"net.kind={self.kind!r} is not one of {', '.join(sorted(KINDS))}")
+        kind: Any = KINDS[self.kind]
+        config: ImageNetConfig = from_mapping(
+            kind, {**self.settings, "kind": self.kind}, where="net"
+        )
+        return config
+
+    def __post_init__(self) -> None:
+        self.config  # noqa: B018  built here so that a wrong size is found at once
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any], *, where: str = "net") -> ImageNetSettings:
+        """``kind``; all else is a setting of the network."""
+        rest = {k: v for k, v in data.items() if k not in ("kind", "settings")}
+        return cls(kind=str(data.get("kind")), settings={**data.get("settings", {}), **rest})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTrainConfig(LoopConfig):
+    """A whole training run of an image model. See the parts.
+
+    Args:
+        path: interpolant, ``linear`` or ``trigonometric``.
+        guidance: weight of the guidance at training time; 1 is none.
+        label_dropout: share of examples that are trained without their label; null: what guidance
+            needs, 0.1, and 0 without it.
+    """
+
+    dataset: ImageDataConfig
+    net: ImageNetSettings
+    objective: ObjectiveConfig
+    path: Literal["linear", "trigonometric"] = "linear"
+    guidance: float = 1.0
+    label_dropout: float | None = None
+    eval: ImageEvalConfig = field(default_factory=ImageEvalConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            self.guide  # noqa: B018  likewise
+            check_derivative(self.objective.build(), self.net.config)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    @property
+    def guide(self) -> Guidance:
+        """Guidance at training time."""
+        usual = USUAL_DROPOUT if self.guidance > 1 else 0.0
+        dropout = usual if self.label_dropout is None else self.label_dropout
+        return Guidance(self.guidance, dropout)

@@ -1,0 +1,167 @@
+"""Opening an image model and making images with it, whatever is done with them afterwards."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cmpolicy.flow.sampler import SamplerKind
+from cmpolicy.image.pictures import paths_picture, save_picture
+from cmpolicy.image.pipeline import INDEX, ConsistencyImagePipeline
+from cmpolicy.image.pixels import as_pictures
+from cmpolicy.train.schema import ConfigError
+
+Device = Literal["auto", "cpu", "cuda"]
+PATH_STEPS = (1, 2, 4)
+_RANGE = re.compile(r"(\d+)\s*-\s*(\d+)")
+
+
+@dataclass(frozen=True, eq=False)
+class MadeImages:
+    """images (N, H, W, C) uint8 made as classes labels (N,), and the wall time it took."""
+
+    images: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int64]
+    seconds: float
+
+
+def open_model(model: str | None, device: Device) -> ConsistencyImagePipeline:
+    """The model in a folder, or in ``model/`` of the folder of a run, on its device.
+
+    Raises:
+        ConfigError: no model given, or a GPU asked for where there is none.
+        ImageModelError: not an image model; says what it is.
+    """
+    if model is None:
+        raise ConfigError("which model? give model=outputs/<run>/model")
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        raise ConfigError(
+            "device=cuda, but torch sees no GPU; use device=cpu, or install a torch build for your "
+            "GPU"
+        )
+    folder = Path(model).expanduser()
+    inside = folder / "model"
+    found = str(inside) if (inside / INDEX).is_file() else os.path.expanduser(model)  # noqa: PTH111  a hub id is no path
+    pipe = ConsistencyImagePipeline.from_pretrained(found)
+    pipe.to("cuda" if has_gpu and device != "cpu" else "cpu")
+    return pipe
+
+
+def parse_classes(wanted: Any, names: Sequence[str]) -> list[int]:
+    """Labels from ``null`` (all), ``0-9``, ``3``, a class's name, or a list of these.
+
+    Raises:
+        ConfigError: no such class, a range the wrong way round, or a class given twice.
+    """
+    if wanted is None:
+        return list(range(len(names)))
+    items = wanted if isinstance(wanted, list | tuple) else str(wanted).split(",")
+    labels: list[int] = []
+    for item in items:
+        text = str(item).strip()
+        span = _RANGE.fullmatch(text)
+        if text in names:
+            labels.append(list(names).index(text))
+        elif span is not None and int(span[1]) <= int(span[2]):
+            labels += range(int(span[1]), int(span[2]) + 1)
+        elif text.isdecimal():
+            labels.append(int(text))
+        else:
+            raise ConfigError(
+                f"classes: cannot read {text!r}; give numbers from 0 to {len(names) - 1}, a range "
+                f"such as 0-{len(names) - 1}, or names: {_shown(names)}"
+            )
+    for label in labels:
+        if label >= len(names):
+            raise ConfigError(
+                f"classes: there is no class {label}; the model has 0 to {len(names) - 1} "
+                f"({_shown(names)})"
+            )
+    if not labels or len(set(labels)) != len(labels):
+        raise ConfigError(f"classes must name at least one class, each once, got {wanted}")
+    return labels
+
+
+def spread_over(n: int, classes: Sequence[int]) -> npt.NDArray[np.int64]:
+    """(n,) labels, sorted by class: evenly, the first classes get one more where n does not fit."""
+    shares = [n // len(classes) + (i < n % len(classes)) for i in range(len(classes))]
+    return np.repeat(np.asarray(classes, dtype=np.int64), shares)
+
+
+def noise_generators(labels: npt.NDArray[np.int64], seed: int) -> list[torch.Generator]:
+    """One per image: image i of class k depends on (seed, k, i) alone."""
+    counts: dict[int, int] = {}
+    generators = []
+    for label in labels.tolist():
+        i = counts.get(label, 0)
+        counts[label] = i + 1
+        entropy = np.random.SeedSequence([seed, label, i]).generate_state(1, np.uint64)[0]
+        generators.append(torch.Generator().manual_seed(int(entropy >> np.uint64(1))))
+    return generators
+
+
+def make_images(
+    pipe: ConsistencyImagePipeline,
+    labels: npt.NDArray[np.int64],
+    *,
+    nfe: int,
+    seed: int,
+    sampler: SamplerKind | None,
+    batch_size: int,
+) -> MadeImages:
+    """Images of these classes. The time is the network's: a first small call is not counted."""
+    generators = noise_generators(labels, seed)
+    wanted = torch.from_numpy(labels)
+    pipe.generate(wanted[:1], nfe=1, generator=noise_generators(labels[:1], seed))
+    parts: list[npt.NDArray[np.uint8]] = []
+    seconds = 0.0
+    with tqdm(total=len(labels), unit="image", desc=f"nfe={nfe}", disable=None) as bar:
+        for first in range(0, len(labels), batch_size):
+            batch = slice(first, first + batch_size)
+            start = time.perf_counter()
+            made = pipe.generate(
+                wanted[batch], nfe=nfe, generator=generators[batch], sampler=sampler
+            )
+            parts.append(as_pictures(made))  # waits for the device
+            seconds += time.perf_counter() - start
+            bar.update(len(parts[-1]))
+    return MadeImages(np.concatenate(parts), labels, seconds)
+
+
+def draw_paths(
+    pipe: ConsistencyImagePipeline,
+    classes: Sequence[int],
+    *,
+    seed: int,
+    sampler: SamplerKind | None,
+    out: Path,
+) -> Path:
+    """A picture of one image per class on its way from the same noise in 1, 2 and 4 evaluations."""
+    labels = np.asarray(classes, dtype=np.int64)
+    states: dict[int, Tensor] = {}
+    for n in PATH_STEPS:
+        states[n] = pipe.trajectory(
+            torch.from_numpy(labels),
+            nfe=n,
+            generator=noise_generators(labels, seed),
+            sampler=sampler,
+        )
+    names = [pipe.class_names[label] for label in classes]
+    title = f"from the same noise in {', '.join(map(str, PATH_STEPS))} evaluations (seed {seed})"
+    return save_picture(paths_picture(states, names, title), out)
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")

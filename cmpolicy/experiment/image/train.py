@@ -1,0 +1,245 @@
+"""Put a training run of an image model together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from cmpolicy.experiment.image.config import ImageTrainConfig
+from cmpolicy.experiment.run import (
+    RunPlace,
+    TrainingRun,
+    choose_run_dir,
+    first_command,
+    run_training,
+)
+from cmpolicy.image.datasets import ImageBatch, ImageData, load_images
+from cmpolicy.image.model import ImageFlowModel
+from cmpolicy.image.net import build_net
+from cmpolicy.image.pictures import samples_picture, save_picture
+from cmpolicy.image.pipeline import ConsistencyImagePipeline
+from cmpolicy.image.pixels import as_input, as_pictures
+from cmpolicy.train.checkpoint import state_path
+from cmpolicy.train.curves import CURVES_FILE
+from cmpolicy.train.device import make_accelerator
+from cmpolicy.train.image_loader import ImageLoader
+from cmpolicy.train.trainer import Evaluation
+from cmpolicy.train.validation import HeldOutLosses, health_metrics
+from cmpolicy_eval.evaluate import git_commit, versions
+
+PROGRAM = "cmpolicy image train"
+BEST, LAST, SAMPLES = "model", "model_last", "samples"
+#: Images in one call of the network; images of the health metrics (about 20 evaluations of each).
+PART, HEALTH_IMAGES = 256, 128
+
+
+def train_images(
+    config: ImageTrainConfig,
+    out: str | None,
+    *,
+    command: str,
+    resume: bool = False,
+    until: int | None = None,
+) -> TrainingRun:
+    """Train an image model.
+
+    Args:
+        config: the settings.
+        out: folder of the run; None for one named after data, objective and time.
+        command: what the user typed, for the model card.
+        resume: continue the run in ``out``.
+        until: stop, resumably, at this example.
+
+    Raises:
+        ValueError, OSError, NonFiniteError: see the parts.
+    """
+    accelerator = make_accelerator(config)
+    stem = f"{config.dataset.name}-{config.objective.name}"
+    run_dir = choose_run_dir(accelerator, stem, out, resume=resume, program=PROGRAM)
+    command = first_command(run_dir, command)
+    data = load_images(config.dataset)
+    torch.manual_seed(config.seed)
+    device = accelerator.device
+    model = new_model(config, data).to(device)
+    if config.compile and isinstance(model.flow_map.net, nn.Module):
+        model.flow_map.net.compile()  # in place: names of weights stay
+    loader = ImageLoader(
+        data.train,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        flip=data.flip,
+        device=device,
+    )
+    return run_training(
+        model,
+        config,
+        RunPlace(run_dir=run_dir, program=PROGRAM, command=command),
+        accelerator=accelerator,
+        batches=loader.batch,
+        draw=model.draw,
+        evaluate=HeldOutScorer(config, data, run_dir),
+        keep=ModelKeeper(config, data, run_dir, command=command),
+        resume=resume,
+        until=until,
+    )
+
+
+def new_model(config: ImageTrainConfig, data: ImageData) -> ImageFlowModel:
+    """An untrained model of the settings, for the data."""
+    net = build_net(
+        config.net.config,
+        image_size=data.image_size,
+        channels=data.channels,
+        n_classes=data.n_classes,
+    )
+    return ImageFlowModel(
+        net,
+        path=config.path,
+        sampler=config.objective.sampler,
+        objective=config.objective.build(),
+        guidance=config.guide,
+    )
+
+
+class HeldOutScorer:
+    """Loss and health on held-out images, and a picture of samples; always with the same noise.
+
+    None of these numbers says which of two models makes the better pictures, so the model evaluated
+    last counts as the best; ``cmpolicy image eval`` compares models.
+    """
+
+    def __init__(self, config: ImageTrainConfig, data: ImageData, run_dir: Path) -> None:
+        self._config, self._data, self._run_dir = config, data, run_dir
+        count = min(config.eval.images, len(data.test))
+        self._rows = np.arange(count) * len(data.test) // count
+        self._labels = np.repeat(np.arange(data.n_classes), config.eval.per_class)
+
+    @torch.no_grad()
+    def __call__(self, model: ImageFlowModel, examples: int) -> Evaluation:
+        """Score ``model`` after ``examples`` training examples, by the objective as at the end."""
+        generator = torch.Generator(model.device).manual_seed(self._config.seed)
+        losses = HeldOutLosses()
+        for start in range(0, len(self._rows), PART):
+            batch = self._batch(self._rows[start : start + PART], model.device)
+            draws = model.draw(len(batch["labels"]), generator)
+            losses.add(model(batch, draws=draws, progress=1.0, ema=model), len(batch["labels"]))
+        health = model.health(self._batch(self._rows[:HEALTH_IMAGES], model.device), generator)
+        self._draw_samples(model, examples)
+        return Evaluation(losses.read() | health_metrics(health), (float(examples),))
+
+    def _batch(self, rows: np.ndarray[Any, Any], device: torch.device) -> ImageBatch:
+        images = as_input(self._data.test.images[rows]).to(device)
+        labels = torch.from_numpy(self._data.test.labels[rows]).to(device)
+        return {"images": images, "labels": labels}
+
+    def _draw_samples(self, model: ImageFlowModel, examples: int) -> None:
+        noise = torch.Generator().manual_seed(self._config.seed)
+        nfe = self._config.eval.nfe
+        images = model.generate(torch.from_numpy(self._labels), nfe=nfe, generator=noise)
+        title = f"{nfe} evaluation{'s' * (nfe > 1)}, after {examples} training examples"
+        picture = samples_picture(as_pictures(images), self._labels, self._data.class_names, title)
+        save_picture(picture, self._run_dir / SAMPLES / f"{examples:09d}.png")
+
+
+class ModelKeeper:
+    """Writes the model evaluated last to ``model/``, and the latest to ``model_last/``."""
+
+    def __init__(
+        self, config: ImageTrainConfig, data: ImageData, run_dir: Path, *, command: str
+    ) -> None:
+        self._config, self._data, self._run_dir, self._command = config, data, run_dir, command
+
+    def __call__(
+        self,
+        kind: Literal["best", "last"],
+        model: ImageFlowModel,
+        examples: int,
+        evaluation: Evaluation | None,
+    ) -> None:
+        """Write the folder of the model."""
+        config = self._config.to_dict()
+        config["dataset"]["path"] = None  # a folder of this machine
+        metadata = {
+            "dataset": config["dataset"],
+            "source": self._data.source,
+            "command": self._command,
+            "examples": examples,
+            "nfe": self._config.eval.nfe,
+            "metrics": dict(evaluation.metrics) if evaluation is not None else {},
+            "versions": versions(),
+            "git_commit": git_commit(),
+            "config": config,
+        }
+        pipe = ConsistencyImagePipeline(
+            model.net,
+            path=model.path_name,
+            sampler=model.sampler,
+            class_names=list(self._data.class_names),
+            metadata=metadata,
+        )
+        folder = self._run_dir / (BEST if kind == "best" else LAST)
+        pipe.save(folder, card=image_card(pipe, metadata))
+
+
+def image_card(pipe: ConsistencyImagePipeline, metadata: Mapping[str, Any]) -> str:
+    """README.md of an image model: what it is, how it was made, how it did, how to use it."""
+    config = metadata["config"]
+    parameters = sum(p.numel() for p in pipe.net.parameters())
+    names = ", ".join(f"`{name}`" for name in pipe.class_names)
+    weight = config["guidance"]
+    guidance = "no guidance" if weight == 1 else f"guidance {weight:g} in training"
+    rows = "\n".join(
+        f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in metadata["metrics"].items()
+    )
+    scores = (
+        f"| on held-out images | |\n|---|---|\n{rows}\n\n"
+        "They tell how training went, not how good the pictures are: see `cmpolicy image eval`.\n"
+        if rows
+        else "Not scored while training.\n"
+    )
+    return f"""# A cmpolicy image model for {metadata["dataset"]["name"]}
+
+Trained from scratch on {metadata["source"]} by `{config["objective"]["name"]}`:
+{parameters / 1e6:.1f}M parameters, {config["path"]} path, sampler `{pipe.sampler}`, {guidance}.
+
+- images: {pipe.image_size}x{pipe.image_size}, {"grey" if pipe.channels == 1 else "colour"}
+- classes: {names}
+- training examples: {metadata["examples"]}
+- command: `{metadata["command"]}`
+
+{scores}
+```python
+from cmpolicy.image.pipeline import ConsistencyImagePipeline
+
+pipe = ConsistencyImagePipeline.from_pretrained("<this folder>")
+images = pipe(class_labels=[0, 1], num_inference_steps={metadata["nfe"]}).images
+```
+"""
+
+
+def closing_words(run: TrainingRun, config: ImageTrainConfig) -> str:
+    """What was made, where, and what to do next."""
+    outcome = run.outcome
+    kept = run.run_dir / (BEST if (run.run_dir / BEST).is_dir() else LAST)
+    numbers = [
+        f"{name} {outcome.metrics[name]:.3f}" for name in ("val_loss",) if name in outcome.metrics
+    ]
+    nfe = config.eval.nfe
+    return "\n".join(
+        [
+            f"trained {outcome.examples} examples in {run.seconds / 60:.1f} min "
+            f"({run.parameters / 1e6:.1f}M parameters)",
+            f"  last scores    {', '.join(numbers) or 'none'}",
+            f"  model          {kept}",
+            f"  samples         {run.run_dir / SAMPLES}",
+            f"  curves, log    {run.run_dir / CURVES_FILE}, {run.run_dir / 'log.jsonl'}",
+            f"  training state {state_path(run.run_dir)}",
+            f"look at it: cmpolicy image sample model={kept} nfe={nfe} out={run.run_dir}/grid.png",
+            f"score it:   cmpolicy image eval model={kept} nfe=[{nfe}] out={run.run_dir}/eval",
+        ]
+    )

@@ -1,0 +1,117 @@
+"""The text and the facts that a trained policy carries with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from cmpolicy.experiment.protocols import Simulator
+from cmpolicy.experiment.scoring import Scorer
+from cmpolicy.policy.policy import ConsistencyPolicy
+from cmpolicy.train.config import TrainConfig
+from cmpolicy.train.trainer import Evaluation
+from cmpolicy_eval.evaluate import git_commit, versions
+
+BEST, LAST, RESULT = "policy", "policy_last", "result.json"
+
+
+class PolicyKeeper:
+    """Writes the best policy of a run to ``policy/`` and the latest to ``policy_last/``."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run_dir: Path,
+        scorer: Scorer,
+        *,
+        source: str,
+        simulator: Simulator,
+        command: str,
+        start: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        self._scorer = scorer
+        self._source = source
+        self._simulator = simulator.to_dict()
+        self._command = command
+        self._start = start  # metadata of the policy that the run starts from
+
+    def __call__(
+        self,
+        kind: Literal["best", "last"],
+        policy: ConsistencyPolicy,
+        examples: int,
+        evaluation: Evaluation | None,
+    ) -> None:
+        """Write the bundle, and the result of its rollouts beside it."""
+        metrics = dict(evaluation.metrics) if evaluation is not None else {}
+        config = self._config.to_dict()
+        config["data"]["path"] = None  # a folder of this machine
+        metadata = {
+            "task": self._config.task.name,
+            "data": self._source,
+            "command": self._command,
+            "examples": examples,
+            "nfe": self._config.eval.nfe,
+            "metrics": metrics,
+            "versions": versions(),
+            "git_commit": git_commit(),
+            "config": config,
+        }
+        if self._simulator:
+            metadata["simulator"] = self._simulator
+        if self._start is not None:
+            metadata["start"] = self._start
+        folder = self._run_dir / (BEST if kind == "best" else LAST)
+        policy.save_pretrained(folder, card=model_card(policy, metadata), metadata=metadata)
+        if kind == "best" and self._scorer.result is not None:
+            self._scorer.result.save(self._run_dir / RESULT)
+
+
+def model_card(policy: ConsistencyPolicy, metadata: Mapping[str, Any]) -> str:
+    """README.md of a bundle: what it is, how it was made, how it did, how to use it."""
+    spec, config = policy.spec, metadata["config"]
+    parameters = sum(p.numel() for p in policy.flow_map.parameters())
+    obs = ", ".join(f"`{key}` {tuple(shape)}" for key, shape in spec.obs.items())
+    rows = "\n".join(
+        f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in metadata["metrics"].items()
+    )
+    first = config["eval"]["first_seed"]
+    note = (
+        f"Rollouts on the seeds {first}-{first + config['eval']['episodes'] - 1}, on which this "
+        "policy was chosen\namong those of its run; score it on others with `cmpolicy eval`."
+        if "success" in metadata["metrics"]
+        else "Measured on held-out episodes."
+    )
+    scores = (
+        f"| while training, {metadata['nfe']} evaluation(s) per chunk | |\n|---|---|\n{rows}\n\n"
+        f"{note}\n"
+        if rows
+        else "Not scored while training.\n"
+    )
+    init = config.get("init")
+    start = "from scratch" if init is None else f"further, from `{init}`,"
+    before, stages = metadata.get("start"), ""
+    while before:
+        stages += f"- before that: {before.get('examples')} examples, `{before.get('command')}`\n"
+        before = before.get("start")
+    return f"""# A cmpolicy policy for {metadata["task"]}
+
+Trained {start} on `{metadata["data"]}` by `{config["objective"]["name"]}`:
+{parameters / 1e6:.1f}M parameters, {policy.path_name} path, sampler `{policy.sampler}`.
+
+- observations: {obs}; the last {spec.n_obs_steps} steps
+- actions: {spec.action_dim} numbers; predicts {spec.horizon} steps, executes {spec.n_action_steps}
+- training examples: {metadata["examples"]}
+- command: `{metadata["command"]}`
+{stages}
+{scores}
+```python
+from cmpolicy.policy.policy import ConsistencyPolicy
+
+policy = ConsistencyPolicy.from_pretrained("<this folder>")
+chunk = policy.predict_action_chunk(obs)  # (B, Ta, A) in env units, one network evaluation
+```
+"""

@@ -1,0 +1,98 @@
+"""How a policy is scored while it is trained: on held-out windows, and by rollouts."""
+
+from __future__ import annotations
+
+from cmpolicy.experiment.data import TrainingData
+from cmpolicy.experiment.protocols import ROBOMIMIC, open_protocol
+from cmpolicy.policy.policy import ConsistencyPolicy
+from cmpolicy.train.config import TrainConfig
+from cmpolicy.train.schema import ConfigError
+from cmpolicy.train.trainer import Evaluation
+from cmpolicy.train.validation import Validator
+from cmpolicy_eval.evaluate import evaluate
+from cmpolicy_eval.protocol import EvalProtocol
+from cmpolicy_eval.result import Result
+from cmpolicy_eval.rollout import check_fit
+
+
+class Scorer:
+    """Scores the EMA weights; the best policy of a run is the one that ranks highest.
+
+    Rollouts rank by success, then by score; without a simulator the validation loss ranks. Of
+    equals, and without held-out episodes either, the later policy is the better one.
+
+    Attributes:
+        result: of the latest rollouts, None without a simulator.
+    """
+
+    def __init__(
+        self, config: TrainConfig, data: TrainingData, validator: Validator | None, *, command: str
+    ) -> None:
+        self.config = config
+        self.result: Result | None = None
+        self._validator = validator
+        self._source = data.source
+        self._command = command
+        self._protocol: EvalProtocol | None = None
+        if config.task.protocol is not None and config.eval.episodes:
+            task = config.task.name if config.task.protocol == ROBOMIMIC else None
+            self._protocol = open_protocol(config.task.protocol, task, data.simulator)
+            check_tuning_seeds(self.seeds, self._protocol)
+
+    @property
+    def seeds(self) -> range:
+        """Seeds of the rollouts while training."""
+        first = self.config.eval.first_seed
+        return range(first, first + self.config.eval.episodes)
+
+    def check(self, policy: ConsistencyPolicy) -> None:
+        """Refuse a policy that the simulator cannot run, before it is trained for hours.
+
+        Raises:
+            PolicyMismatchError: observations or actions that differ from the simulator's.
+        """
+        if self._protocol is not None:
+            check_fit(self._protocol.make_env, policy)
+
+    def __call__(self, policy: ConsistencyPolicy, examples: int) -> Evaluation:
+        """Score ``policy`` after ``examples`` training examples."""
+        policy.nfe = self.config.eval.nfe
+        metrics: dict[str, float] = {}
+        rank: tuple[float, ...] = ()
+        if self._validator is not None:
+            metrics |= self._validator(policy).metrics
+            rank = (-metrics["val_loss"],)
+        if self._protocol is not None:
+            self.result = evaluate(
+                policy,
+                self._protocol,
+                self.seeds,
+                nfe=self.config.eval.nfe,
+                policy_name=f"{self.config.task.name} after {examples} examples",
+                n_workers=self.config.eval.workers,
+                device=policy.device.type,
+                data=self._source,
+                command=self._command,
+            ).result
+            rank = (self.result.success_rate, self.result.score_mean)
+            metrics |= {"success": rank[0], "score": rank[1]}
+        return Evaluation(metrics, (*rank, float(examples)))
+
+
+def check_tuning_seeds(seeds: range, protocol: EvalProtocol) -> None:
+    """Refuse rollouts while training on seeds that are there to be reported, or were trained on.
+
+    Raises:
+        ConfigError: which ones overlap.
+    """
+    reserved = {"the protocol's own": protocol.default_seeds}
+    if protocol.training_seeds is not None:
+        reserved["the demonstrations'"] = protocol.training_seeds
+    for whose, (first, last) in reserved.items():
+        if seeds.start <= last and first < seeds.stop:
+            raise ConfigError(
+                f"eval.first_seed={seeds.start} with eval.episodes={len(seeds)} takes seeds "
+                f"{seeds.start}-{seeds.stop - 1}, but {first}-{last} are {whose} for "
+                f"{protocol.name}: a policy chosen on them could not be scored on them. "
+                "Use another eval.first_seed, e.g. 500000"
+            )

@@ -1,0 +1,197 @@
+"""One policy for many clients: what waits together is answered by one policy call.
+
+Nothing ever waits for company. While a call runs, requests queue; when it ends, the next call takes
+the queue from its front, up to a number of rows. First come, first served, so none starves, and a
+request's wait is bounded by the calls ahead of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from cmpolicy.robot.policy import Array, ChunkPolicy
+from cmpolicy.serve.session import Request
+
+_logger = logging.getLogger(__name__)
+
+
+class InferenceError(RuntimeError):
+    """The policy failed on a request that looked right; the text is for whoever sent it."""
+
+
+class StoppedError(Exception):
+    """The batcher was closed before the policy answered."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A decision.
+
+    Attributes:
+        plan: (B, P, A).
+        infer_ms: of the policy call.
+        queue_ms: from the request to the beginning of that call.
+        batch_rows: rows of that call, of all requests together.
+    """
+
+    plan: Array
+    infer_ms: float
+    queue_ms: float
+    batch_rows: int
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    request: Request
+    answer: asyncio.Future[Answer]
+    since: float
+
+
+class Batcher:
+    """Runs the policy in a thread of its own, one call at a time. Belongs to one event loop.
+
+    Args:
+        policy: not used by anyone else meanwhile.
+        max_rows: largest batch of one policy call; a single request may be as large.
+    """
+
+    def __init__(self, policy: ChunkPolicy, max_rows: int) -> None:
+        self._policy = policy
+        self._max_rows = max_rows
+        self._queue: deque[_Waiting] = deque()
+        self._running: list[_Waiting] = []
+        self._loop = asyncio.get_running_loop()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="cmpolicy-server-policy")
+
+    async def infer(self, request: Request) -> Answer:
+        """Wait for the decision.
+
+        Raises:
+            InferenceError: the policy raised, or gave something that is no finite plan.
+            StoppedError: :meth:`close` was called meanwhile.
+        """
+        answer: asyncio.Future[Answer] = self._loop.create_future()
+        self._queue.append(_Waiting(request, answer, time.perf_counter()))
+        self._next_call()
+        return await answer
+
+    async def warm_up(self) -> None:
+        """Let a policy that cannot work fail now, and the first client not wait.
+
+        Raises:
+            InferenceError: as :meth:`infer`, for observations of zeros.
+        """
+        spec = self._policy.spec
+        obs = {
+            key: np.zeros((1, spec.n_obs_steps, *shape), np.float32)
+            for key, shape in spec.obs.items()
+        }
+        noise = np.zeros((1, spec.horizon, spec.action_dim), np.float32)
+        for _ in range(3):
+            await self.infer(Request(obs, noise, is_batch=False))
+
+    def close(self) -> None:
+        """Refuse what still waits; a running call ends in its thread, and nobody waits for it."""
+        for waiting in (*self._running, *self._queue):
+            if not waiting.answer.done():
+                waiting.answer.set_exception(StoppedError())
+        self._queue.clear()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _next_call(self) -> None:
+        if self._running:
+            return
+        batch: list[_Waiting] = []
+        rows = 0
+        while self._queue and (not batch or rows + self._queue[0].request.rows <= self._max_rows):
+            waiting = self._queue.popleft()
+            if not waiting.answer.done():  # its client may be gone
+                batch.append(waiting)
+                rows += waiting.request.rows
+        if batch:
+            self._running = batch
+            call = self._pool.submit(self._call, batch)
+            call.add_done_callback(lambda done: self._hand_over(batch, done))
+
+    def _hand_over(
+        self, batch: list[_Waiting], done: Future[list[Answer | InferenceError]]
+    ) -> None:
+        # in the worker thread; the loop is closed when the server did not wait for this call
+        try:
+            self._loop.call_soon_threadsafe(self._finish, batch, done)
+        except RuntimeError:
+            _logger.debug("a policy call ended after its server")
+
+    def _finish(self, batch: list[_Waiting], done: Future[list[Answer | InferenceError]]) -> None:
+        self._running = []
+        if not done.cancelled():
+            for waiting, answer in zip(batch, done.result(), strict=True):
+                if waiting.answer.done():
+                    continue
+                if isinstance(answer, InferenceError):
+                    waiting.answer.set_exception(answer)
+                else:
+                    waiting.answer.set_result(answer)
+        self._next_call()
+
+    # -- in the worker thread -------------------------------------------------------------------
+
+    def _call(self, batch: Sequence[_Waiting]) -> list[Answer | InferenceError]:
+        begin = time.perf_counter()
+        try:
+            plan = self._plan([waiting.request for waiting in batch])
+        except Exception as error:
+            if len(batch) > 1:  # one client's observation must not fail the others
+                return [result for waiting in batch for result in self._call([waiting])]
+            if not isinstance(error, InferenceError):
+                _logger.exception("the policy failed on an observation")
+                error = InferenceError(
+                    f"the policy failed on this observation ({type(error).__name__}); "
+                    "the server's log has the details"
+                )
+            return [error]
+        infer_ms = (time.perf_counter() - begin) * 1e3
+        answers: list[Answer | InferenceError] = []
+        start = 0
+        for waiting in batch:
+            end = start + waiting.request.rows
+            own, start = plan[start:end], end
+            if np.isfinite(own).all():
+                queue_ms = (begin - waiting.since) * 1e3
+                answers.append(Answer(own, infer_ms, queue_ms, len(plan)))
+            else:
+                answers.append(
+                    InferenceError(
+                        "the policy's actions for this observation are not finite; is it far "
+                        "outside of what the policy was trained on?"
+                    )
+                )
+        return answers
+
+    def _plan(self, requests: Sequence[Request]) -> Array:
+        """The plan of every row, (sum of B, P, A)."""
+        if len(requests) == 1:
+            obs, noise = requests[0].obs, requests[0].noise
+        else:
+            obs = {
+                key: np.concatenate([request.obs[key] for request in requests])
+                for key in requests[0].obs
+            }
+            noise = np.concatenate([request.noise for request in requests])
+        plan = np.asarray(self._policy.infer_plan(obs, noise))
+        spec = self._policy.spec
+        expected = (len(noise), spec.n_plan_steps, spec.action_dim)
+        if plan.shape != expected or plan.dtype.kind != "f":
+            raise InferenceError(
+                f"the policy gave a plan of shape {plan.shape} and dtype {plan.dtype}, its "
+                f"specification says {expected} (batch, n_plan_steps, action_dim)"
+            )
+        return plan

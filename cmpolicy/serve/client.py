@@ -1,0 +1,386 @@
+"""A policy that runs elsewhere: the client of :class:`cmpolicy.serve.server.PolicyServer`."""
+
+from __future__ import annotations
+
+import ipaddress
+import random
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from cmpolicy.robot.policy import Array
+from cmpolicy.serve.wire import WireError, pack, unpack
+from cmpolicy.spec import PolicySpec, SpecError
+
+try:
+    from websockets.exceptions import (
+        ConnectionClosed,
+        InvalidHandshake,
+        InvalidMessage,
+        InvalidStatus,
+        InvalidURI,
+        WebSocketException,
+    )
+    from websockets.sync.client import ClientConnection, connect
+except ImportError as error:
+    raise ImportError(
+        "the policy server and its client need websockets: pip install 'cmpolicy[serve]'"
+    ) from error
+
+_MAX_REPLY = 2**26  # bytes, 64 MiB
+_CLOSE_TIMEOUT = 1.0  # s
+_MESSAGE_TOO_BIG = 1009
+_REFUSED = {401: "refused the token", 403: "refused this client"}
+_SERVICE_UNAVAILABLE = 503
+
+
+class RemotePolicyError(RuntimeError):
+    """The policy server refuses, answers what it should not, or is gone; the text says which."""
+
+
+class PolicyUnavailableError(RemotePolicyError, ConnectionError):
+    """It is gone or silent, and may be back: a control loop holds the robot and asks again."""
+
+
+class _LostError(Exception):
+    """The connection failed in a way that another attempt may mend."""
+
+
+class _Connection(ClientConnection):
+    """One that says why a handshake failed even where the server spoke before it was asked."""
+
+    def handshake(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().handshake(*args, **kwargs)
+        except (ConnectionClosed, AssertionError):  # by whether it has also hung up since
+            failure = self.protocol.handshake_exc
+            if failure is None:
+                raise
+            raise failure from failure.__cause__  # which tells whether there was any answer
+
+
+class RemotePolicy:
+    """A policy on a server, used like one that is here. Stateless: whole histories are sent.
+
+    A lost connection is made again, with pauses that double and vary, and the request is sent
+    again: the answer does not depend on what was sent before. The caller meanwhile waits, at most
+    about ``retries * (timeout + max_backoff)`` seconds.
+
+    Args:
+        url: ``ws://host:8000``, or ``wss://...`` through a TLS proxy.
+        token: of the server.
+        timeout: seconds for a connection to open, and for each answer.
+        retries: attempts after the first, per call.
+        backoff: seconds before the first of them.
+        max_backoff: longest pause, seconds.
+
+    Raises:
+        ValueError: a ``url`` that is none, or a setting that makes no sense.
+        PolicyUnavailableError: no server there.
+        RemotePolicyError: another kind of server, or one that refuses the token.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        timeout: float = 5.0,
+        retries: int = 5,
+        backoff: float = 0.1,
+        max_backoff: float = 2.0,
+    ) -> None:
+        _check_url(url)
+        for name, value, least in (("retries", retries, 0), ("backoff", backoff, 0)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not timeout > 0:
+            raise ValueError(f"timeout must be above 0 seconds, got {timeout}")
+        self.url = url
+        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._timeout = timeout
+        self._retries, self._backoff, self._max_backoff = retries, backoff, max_backoff
+        self._jitter = random.Random()
+        self._lock = threading.Lock()  # one request at a time on the connection
+        self._closed = threading.Event()
+        self._connection: ClientConnection | None = None
+        self._stack = ExitStack()
+        self._spec: PolicySpec | None = None
+        self.metadata: dict[str, Any] = {}
+        #: Of the last answer: infer_ms, queue_ms, batch_rows, prev_total_ms.
+        self.server_timing: dict[str, float] = {}
+        self._exchange(b"")
+
+    # -- what eval and the control loop read ----------------------------------------------------
+
+    @property
+    def spec(self) -> PolicySpec:
+        """As the server told it at the first connection."""
+        assert self._spec is not None  # set by the constructor
+        return self._spec
+
+    @property
+    def n_obs_steps(self) -> int:
+        """To."""
+        return self.spec.n_obs_steps
+
+    @property
+    def n_action_steps(self) -> int:
+        """Ta."""
+        return self.spec.n_action_steps
+
+    @property
+    def noise_shape(self) -> tuple[int, int]:
+        """(T, A): shape of the noise of one decision."""
+        return self.spec.horizon, self.spec.action_dim
+
+    @property
+    def control_hz(self) -> float | None:
+        """Rate of the actions, if the server knows it."""
+        rate = self.metadata.get("control_hz")
+        return float(rate) if isinstance(rate, int | float) else None
+
+    def infer(self, obs: Mapping[str, Array], noise: Array | None = None) -> Array:
+        """The actions to execute now, (B, Ta, A); see :meth:`infer_plan`."""
+        return self.infer_plan(obs, noise)[:, : self.spec.n_action_steps]
+
+    def infer_plan(self, obs: Mapping[str, Array], noise: Array | None = None) -> Array:
+        """Every action from the newest observation on, (B, P, A), P = T - To + 1.
+
+        Batches larger than the server's are sent in parts. Safe to call from several threads, which
+        take turns.
+
+        Args:
+            obs: (B, To, ...) per key, oldest first.
+            noise: (B, T, A) standard normal; the server draws it if it is not given.
+
+        Raises:
+            SpecError: an observation or noise that does not fit; nothing was sent.
+            PolicyUnavailableError: the server is gone, or took too long.
+            RemotePolicyError: it refuses, or serves another policy now.
+        """
+        rows = self.spec.check_obs(obs)
+        arrays = {key: _finite(f"observation {key!r}", value) for key, value in obs.items()}
+        if noise is not None:
+            arrays["noise"] = _finite("noise", noise)
+            expected = (rows, *self.noise_shape)
+            if arrays["noise"].shape != expected:
+                raise SpecError(
+                    f"noise has shape {arrays['noise'].shape}, expected {expected} "
+                    "(batch, horizon, action_dim)"
+                )
+        size = int(self.metadata.get("max_batch", rows))
+        parts = []
+        for start in range(0, rows, size):
+            part = {key: value[start : start + size] for key, value in arrays.items()}
+            with self._lock:
+                reply = self._exchange(pack(part))
+            if isinstance(reply, str):
+                raise RemotePolicyError(f"the policy server at {self.url} refused: {reply}")
+            parts.append(self._plan(self._unpack(reply), min(size, rows - start)))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def close(self) -> None:
+        """End the connection; a call that waits in another thread ends with an error."""
+        self._closed.set()
+        connection = self._connection
+        if connection is not None:
+            connection.close()
+        with self._lock:
+            self._disconnect()
+
+    def __enter__(self) -> RemotePolicy:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -- the connection -------------------------------------------------------------------------
+
+    def _exchange(self, message: bytes) -> str | bytes:
+        """Send a message and return the reply; an empty one only connects.
+
+        Raises:
+            PolicyUnavailableError, RemotePolicyError: see :meth:`infer_plan`.
+        """
+        begin = time.monotonic()
+        cause: Exception | None = None
+        for pause in self._pauses():
+            if self._closed.wait(pause) if pause else self._closed.is_set():
+                raise RemotePolicyError(f"this client of {self.url} is closed") from cause
+            try:
+                connection = self._connected()
+                return self._ask(connection, message) if message else b""
+            except _LostError as error:
+                cause = error
+                self._disconnect()
+            except BaseException:  # also Ctrl-C: a late reply must not answer the next request
+                self._disconnect()
+                raise
+        if self._closed.is_set():
+            raise RemotePolicyError(f"this client of {self.url} is closed") from cause
+        raise PolicyUnavailableError(
+            f"no policy server at {self.url}: {self._retries + 1} attempts in "
+            f"{time.monotonic() - begin:.1f} s, the last one: {cause}"
+        ) from cause
+
+    def _pauses(self) -> Iterator[float]:
+        """Seconds to wait before each attempt: none, then doubling, each by a random half less."""
+        yield 0.0
+        for attempt in range(self._retries):
+            longest = min(self._max_backoff, self._backoff * 2**attempt)
+            yield longest * self._jitter.uniform(0.5, 1.0)
+
+    def _ask(self, connection: ClientConnection, message: bytes) -> str | bytes:
+        try:
+            connection.send(message)
+            return connection.recv(timeout=self._timeout)
+        except TimeoutError as error:
+            raise PolicyUnavailableError(
+                f"the policy server at {self.url} gave no answer within {self._timeout:g} s"
+            ) from error
+        except ConnectionClosed as error:
+            if error.rcvd is not None and error.rcvd.code == _MESSAGE_TOO_BIG:
+                raise RemotePolicyError(
+                    f"the policy server at {self.url} refused a message of {len(message)} bytes as "
+                    f"too long; it takes {self.metadata.get('max_message_bytes')}"
+                ) from error
+            raise _LostError(f"the connection was lost ({error})") from error
+
+    def _connected(self) -> ClientConnection:
+        """The connection, made if there is none.
+
+        Raises:
+            _LostError: not now.
+            RemotePolicyError: not ever.
+        """
+        if self._connection is not None:
+            return self._connection
+        try:
+            connection = self._stack.enter_context(
+                connect(
+                    self.url,
+                    create_connection=_Connection,
+                    additional_headers=self._headers,
+                    compression=None,
+                    # a proxy of the environment is for the outside
+                    proxy=None if _is_loopback(self.url) else True,
+                    open_timeout=self._timeout,
+                    close_timeout=_CLOSE_TIMEOUT,
+                    max_size=_MAX_REPLY,
+                )
+            )
+            greeting = connection.recv(timeout=self._timeout)
+        except InvalidStatus as error:
+            status = error.response.status_code
+            text = bytes(error.response.body or b"")[:200].decode(errors="replace").strip()
+            if status == _SERVICE_UNAVAILABLE:
+                raise _LostError(f"it is busy ({text or 'HTTP 503'})") from error
+            if status in _REFUSED:
+                raise RemotePolicyError(
+                    f"the server at {self.url} {_REFUSED[status]} (HTTP {status}): {text}"
+                ) from error
+            raise self._foreign(f"it answered with HTTP {status}") from error
+        except (InvalidMessage, InvalidHandshake, InvalidURI) as error:
+            # a connection that ends without any answer is one of a server that is just stopping
+            if isinstance(error.__cause__, EOFError | OSError):
+                raise _LostError(str(error)) from error
+            raise self._foreign(str(error)) from error
+        except (OSError, WebSocketException) as error:  # TimeoutError is an OSError
+            raise _LostError(str(error) or type(error).__name__) from error
+        self._greet(greeting)
+        self._connection = connection
+        return connection
+
+    def _greet(self, greeting: str | bytes) -> None:
+        """Take in the server's metadata.
+
+        Raises:
+            RemotePolicyError: they are none, or tell of another policy than before.
+        """
+        metadata = None if isinstance(greeting, str) else self._unpack(greeting)
+        if not isinstance(metadata, dict) or not isinstance(metadata.get("spec"), dict):
+            raise self._foreign("its first message holds no policy specification")
+        try:
+            spec = PolicySpec.from_dict(metadata["spec"])
+        except SpecError as error:
+            raise self._foreign(str(error)) from error
+        if self._spec is not None and spec != self._spec:
+            now, before = spec.to_dict(), self._spec.to_dict()
+            changed = {name: (before[name], now[name]) for name in now if now[name] != before[name]}
+            words = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+            raise RemotePolicyError(
+                f"the server at {self.url} now serves another policy ({words}); connect anew with "
+                "another RemotePolicy"
+            )
+        size = metadata.get("max_batch", 1)
+        if type(size) is not int or size < 1:
+            raise self._foreign(f"max_batch is {size!r}")
+        self._spec, self.metadata = spec, metadata
+
+    def _disconnect(self) -> None:
+        self._connection = None
+        self._stack.close()
+
+    def _unpack(self, data: bytes) -> Any:
+        try:
+            return unpack(data, max_bytes=_MAX_REPLY)
+        except WireError as error:
+            raise self._foreign(str(error)) from error
+
+    def _plan(self, reply: Any, rows: int) -> Array:
+        plan = reply.get("plan") if isinstance(reply, dict) else None
+        expected = (rows, self.spec.n_plan_steps, self.spec.action_dim)
+        if not isinstance(plan, np.ndarray) or plan.shape != expected or plan.dtype.kind != "f":
+            got = f"shape {plan.shape}" if isinstance(plan, np.ndarray) else type(plan).__name__
+            raise self._foreign(f"its answer holds a plan of {got}, expected shape {expected}")
+        if not np.isfinite(plan).all():
+            raise RemotePolicyError(f"the server at {self.url} answered with actions not finite")
+        timing = reply.get("server_timing")
+        self.server_timing = timing if isinstance(timing, dict) else {}
+        return plan.copy()  # writable, and the message is let go
+
+    def _foreign(self, why: str) -> RemotePolicyError:
+        return RemotePolicyError(f"{self.url} is no policy server of cmpolicy's: {why}")
+
+
+def _finite(what: str, value: Any) -> Array:
+    """As float32.
+
+    Raises:
+        SpecError: no numbers, or NaN or inf among them.
+    """
+    try:
+        with np.errstate(over="ignore"):
+            array = np.asarray(value).astype(np.float32, copy=False)
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"{what} is no array of numbers: {error}") from error
+    bad = array.size - np.count_nonzero(np.isfinite(array))
+    if bad:
+        raise SpecError(f"{what} holds {bad} NaN or infinite numbers, expected none")
+    return array
+
+
+def _check_url(url: str) -> None:
+    parts = urlsplit(url)
+    if parts.scheme not in ("ws", "wss") or not parts.hostname:
+        raise ValueError(f"url must look like ws://host:8000, got {url!r}")
+
+
+def _is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

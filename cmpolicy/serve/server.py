@@ -1,0 +1,402 @@
+"""A policy behind a WebSocket, in the protocol of openpi: its client works unchanged.
+
+    client                                         server
+    GET / with Upgrade, Authorization  ------->
+                                       <-------   metadata (binary)
+    observation (binary)               ------->
+                                       <-------   {"actions", "plan", "server_timing"} (binary)
+                                                  or what was wrong (text); the connection goes on
+
+Messages are packed by :mod:`cmpolicy.serve.wire`; what a request may hold is described in
+:mod:`cmpolicy.serve.session`. ``GET /healthz`` answers 200 on the same port.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+from types import TracebackType
+
+import numpy as np
+
+from cmpolicy import __version__
+from cmpolicy.robot.policy import ChunkPolicy
+from cmpolicy.serve.access import Token
+from cmpolicy.serve.batcher import Batcher, InferenceError, StoppedError
+from cmpolicy.serve.responder import message_bound, metadata, respond
+from cmpolicy.serve.session import RESERVED, Session
+
+try:
+    from websockets.asyncio.server import Server, ServerConnection, serve
+    from websockets.exceptions import ConnectionClosed
+    from websockets.http11 import Request as HttpRequest
+    from websockets.http11 import Response as HttpResponse
+except ImportError as error:
+    raise ImportError(
+        "the policy server and its client need websockets: pip install 'cmpolicy[serve]'"
+    ) from error
+
+_logger = logging.getLogger(__name__)
+# The library's own lines tell of every port scanner, with a traceback; ours tell of sessions.
+_library_logger = logging.getLogger(f"{__name__}.websockets")
+_library_logger.setLevel(logging.CRITICAL)
+
+_OPEN_TIMEOUT = 5.0  # s, for a whole opening handshake: a client may send it byte by byte
+_CLOSE_TIMEOUT = 2.0  # s, for a client to answer our close frame
+_PING_INTERVAL = 20.0  # s; a client that does not answer within as long again is gone
+_MAX_FRAMES = 1  # received ahead per connection; beyond it the client's own socket fills up
+_UNOPENED = 32  # TCP connections beyond max_sessions, for handshakes and /healthz
+_GOING_AWAY, _TRY_AGAIN_LATER = 1001, 1013
+
+
+class ServerError(RuntimeError):
+    """The server cannot be started."""
+
+
+class PolicyServer:
+    """Serves a policy to several clients at once, each with its own history and noise.
+
+    ::
+
+        with PolicyServer(policy, port=0) as server:  # in a thread
+            print(server.address)
+        PolicyServer(policy).run()  # until SIGINT or SIGTERM
+
+    Args:
+        policy: called in one worker thread, for all requests that wait together.
+        host: address to listen on; other machines can only reach it if it is another than the
+            default, and then give a ``token``.
+        port: 0 takes a free one, see :attr:`address`.
+        token: clients have to send it as ``Authorization: Api-Key <token>`` or ``Bearer <token>``.
+            It is not encrypted on the way: across networks, put a TLS proxy or a tunnel before it.
+        name: of the policy, told to clients.
+        max_sessions: connections at once; further ones get HTTP 503.
+        max_batch: observations per policy call and per message.
+        max_message_bytes: larger messages close their connection with code 1009. None: as long as
+            ``max_batch`` observations in float64 need, up to 16 MiB, but room for one at least.
+        seed: of the sessions' noise; None takes one from the operating system.
+        grace: seconds that running requests get to end when the server stops.
+
+    Raises:
+        ValueError: a token that no header can hold, a limit below 1, or a policy with an
+            observation key that the protocol uses itself.
+    """
+
+    def __init__(
+        self,
+        policy: ChunkPolicy,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        *,
+        token: str | None = None,
+        name: str = "policy",
+        max_sessions: int = 64,
+        max_batch: int = 64,
+        max_message_bytes: int | None = None,
+        seed: int | None = None,
+        grace: float = 10.0,
+    ) -> None:
+        spec = policy.spec
+        clash = sorted(set(RESERVED) & spec.obs.keys())
+        if clash:
+            raise ValueError(
+                f"observation keys {clash} are words of the protocol; train the policy with others"
+            )
+        if max_message_bytes is None:
+            max_message_bytes = message_bound(spec, max_batch)
+        for limit, value in (
+            ("max_sessions", max_sessions),
+            ("max_batch", max_batch),
+            ("max_message_bytes", max_message_bytes),
+        ):
+            if value < 1:
+                raise ValueError(f"{limit} must be at least 1, got {value}")
+        if not host:  # asyncio would listen everywhere
+            raise ValueError("host is empty; give 127.0.0.1, or 0.0.0.0 to listen everywhere")
+        if not 0 <= port <= 65535:
+            raise ValueError(f"port must lie in [0, 65535], got {port}")
+        self._policy = policy
+        self.spec = spec
+        self._host, self._port = host, port
+        self._token = None if token is None else Token(token)
+        self._max_sessions = max_sessions
+        self._max_batch = max_batch
+        self._max_bytes = max_message_bytes
+        self._grace = grace
+        self._metadata = metadata(
+            spec,
+            name,
+            control_hz=getattr(policy, "control_hz", None),
+            max_batch=max_batch,
+            max_message_bytes=max_message_bytes,
+        )
+        self._seeds = np.random.SeedSequence(seed)
+        self._sessions = self._connections = self._in_flight = 0
+        self._is_stopping = False
+        self._batcher: Batcher
+        self._idle: asyncio.Event
+        self._stop: asyncio.Event
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._failures: list[BaseException] = []  # of that thread
+
+    # -- starting and stopping ------------------------------------------------------------------
+
+    @property
+    def address(self) -> str:
+        """``ws://host:port``, with the real port once it listens."""
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"ws://{host}:{self._port}"
+
+    @property
+    def port(self) -> int:
+        """The real one once it listens."""
+        return self._port
+
+    def run(self, on_ready: Callable[[PolicyServer], None] | None = None) -> None:
+        """Serve in this, the main, thread until SIGINT or SIGTERM; a second one interrupts.
+
+        Args:
+            on_ready: called once it listens.
+
+        Raises:
+            ServerError: it cannot listen there.
+        """
+        asyncio.run(self._main(on_ready or _nothing, handle_signals=True))
+
+    def start(self) -> PolicyServer:
+        """Serve in a thread; returns once it listens.
+
+        Raises:
+            ServerError: it cannot listen there, or it serves already.
+        """
+        if self._thread is not None:
+            raise ServerError(f"the server at {self.address} is already started")
+        ready = threading.Event()
+        self._failures.clear()
+
+        def serve_here() -> None:
+            try:
+                asyncio.run(self._main(lambda _: ready.set(), handle_signals=False))
+            except BaseException as error:
+                self._failures.append(error)
+            finally:
+                ready.set()
+
+        self._thread = threading.Thread(target=serve_here, name="cmpolicy-server", daemon=True)
+        self._thread.start()
+        ready.wait()
+        if self._failures:
+            self._thread.join()
+            self._thread = None
+            raise self._failures[0]
+        return self
+
+    def stop(self) -> None:
+        """End what :meth:`start` began: running requests end, connections close with 1001.
+
+        Raises:
+            ServerError: it had failed meanwhile.
+        """
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        loop = self._loop
+        if thread.is_alive() and loop is not None:
+            loop.call_soon_threadsafe(self._stop.set)
+        thread.join()
+        if self._failures:
+            failure = self._failures[0]
+            raise ServerError(f"the server failed: {failure!r}") from failure
+
+    def __enter__(self) -> PolicyServer:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    async def _main(
+        self, on_ready: Callable[[PolicyServer], None], *, handle_signals: bool
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop, self._idle = asyncio.Event(), asyncio.Event()
+        self._idle.set()
+        self._is_stopping = False
+        self._batcher = Batcher(self._policy, self._max_batch)
+        try:
+            try:
+                await self._batcher.warm_up()
+            except InferenceError as error:
+                raise ServerError(f"the policy cannot be served: {error}") from error
+            server = await self._listen()
+            if handle_signals:
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    self._loop.add_signal_handler(number, self._on_signal)
+            try:
+                on_ready(self)
+                await self._stop.wait()
+            finally:
+                await self._shut_down(server)
+        finally:
+            self._batcher.close()
+
+    def _on_signal(self) -> None:
+        assert self._loop is not None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._loop.remove_signal_handler(number)  # a second one has its usual effect
+        self._stop.set()
+
+    async def _listen(self) -> Server:
+        try:
+            server = await serve(
+                self._serve,
+                self._host,
+                self._port,
+                # No browsers: any web page could talk to a server on its visitor's machine.
+                origins=[None],
+                process_request=self._admit,
+                compression=None,  # no bombs, and less latency
+                open_timeout=_OPEN_TIMEOUT,
+                close_timeout=_CLOSE_TIMEOUT,
+                ping_interval=_PING_INTERVAL,
+                ping_timeout=_PING_INTERVAL,
+                max_size=self._max_bytes,
+                max_queue=_MAX_FRAMES,
+                server_header=f"cmpolicy/{__version__}",
+                logger=_library_logger,
+                create_connection=self._connection_class(),
+            )
+        except (OSError, UnicodeError) as error:
+            raise ServerError(
+                f"cannot listen on {self.address}: {_reason(error)}; choose another port, or "
+                "port=0 for any that is free"
+            ) from error
+        self._port = next(iter(server.sockets)).getsockname()[1]
+        return server
+
+    async def _shut_down(self, server: Server) -> None:
+        """Answer what is being worked on, then close all connections with 1001."""
+        self._is_stopping = True
+        try:
+            async with asyncio.timeout(self._grace):
+                await self._idle.wait()
+        except TimeoutError:
+            _logger.warning("stopped with %d requests unanswered", self._in_flight)
+        self._batcher.close()
+        server.close()  # with 1001
+        await server.wait_closed()
+
+    # -- a connection ---------------------------------------------------------------------------
+
+    def _connection_class(self) -> type[ServerConnection]:
+        """Connections that are counted from the first packet, handshake or not."""
+        policy_server = self
+
+        class Connection(ServerConnection):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                super().connection_made(transport)
+                policy_server._connections += 1
+                if policy_server._connections > policy_server._max_sessions + _UNOPENED:
+                    self.transport.abort()
+
+            def connection_lost(self, exc: Exception | None) -> None:
+                policy_server._connections -= 1
+                super().connection_lost(exc)
+
+        return Connection
+
+    def _admit(self, connection: ServerConnection, request: HttpRequest) -> HttpResponse | None:
+        """Answer an HTTP request that is not to become a session."""
+        if request.path.partition("?")[0] == "/healthz":
+            return connection.respond(HTTPStatus.OK, "OK\n")
+        authorization = request.headers.get_all("Authorization")
+        if self._token is not None and not self._token.allows(authorization):
+            response = connection.respond(
+                HTTPStatus.UNAUTHORIZED,
+                "this server needs its token, as 'Authorization: Bearer <token>'\n",
+            )
+            response.headers["WWW-Authenticate"] = "Bearer"
+            return response
+        if self._is_stopping or self._sessions >= self._max_sessions:
+            why = "is shutting down" if self._is_stopping else "has no session left"
+            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, f"this server {why}\n")
+        return None
+
+    async def _serve(self, connection: ServerConnection) -> None:
+        if self._sessions >= self._max_sessions:  # several were admitted at the same moment
+            await connection.close(_TRY_AGAIN_LATER, "this server has no session left")
+            return
+        self._sessions += 1
+        session = Session(self.spec, max_batch=self._max_batch, seed=self._seeds.spawn(1)[0])
+        begin, counts = time.monotonic(), [0, 0]
+        try:
+            await connection.send(self._metadata)
+            await self._converse(connection, session, counts)
+        except ConnectionClosed:
+            pass  # also in the middle of a request: its answer is dropped
+        except StoppedError:  # of a policy that took longer than the grace
+            await connection.close(_GOING_AWAY, "the server is shutting down")
+        except Exception:
+            _logger.exception("a session failed")
+            await connection.close(1011, "internal error")
+        finally:
+            self._sessions -= 1
+            _logger.info(
+                "%s: %d answered, %d refused in %.1f s, closed with %s",
+                _peer(connection),
+                *counts,
+                time.monotonic() - begin,
+                connection.close_code,
+            )
+
+    async def _converse(
+        self, connection: ServerConnection, session: Session, counts: list[int]
+    ) -> None:
+        """Answer message after message; ``counts`` are of answers and of refusals."""
+        previous_ms: float | None = None
+        while True:
+            data = await connection.recv()
+            if self._is_stopping:
+                await connection.close(_GOING_AWAY, "the server is shutting down")
+                return
+            begin = time.perf_counter()
+            self._in_flight += 1
+            self._idle.clear()
+            try:
+                reply = await respond(
+                    data,
+                    session,
+                    self._batcher,
+                    max_bytes=self._max_bytes,
+                    previous_ms=previous_ms,
+                )
+                counts[isinstance(reply, str)] += 1
+                await connection.send(reply)
+            finally:
+                self._in_flight -= 1
+                if not self._in_flight:
+                    self._idle.set()
+            previous_ms = (time.perf_counter() - begin) * 1e3
+
+
+def _peer(connection: ServerConnection) -> str:
+    address = connection.remote_address
+    return f"{address[0]}:{address[1]}" if isinstance(address, tuple) else "a client"
+
+
+def _reason(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error)).lower()
+
+
+def _nothing(server: PolicyServer) -> None:
+    pass
