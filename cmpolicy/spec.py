@@ -1,4 +1,4 @@
-"""What a policy eats and gives: observation keys and shapes, action size, and the window in time.
+"""Inputs and outputs of a policy: observation keys and shapes, action size, window in time.
 
 The timeline of one decision at time t (To = n_obs_steps, T = horizon, Ta = n_action_steps)::
 
@@ -12,9 +12,10 @@ as in Diffusion Policy (Chi et al., RSS 2023, figure 2).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,37 @@ class SpecError(ValueError):
     """A policy specification, or an observation handed to a policy, that does not fit."""
 
 
+RotationKind = Literal["angle", "quaternion", "axis_angle", "rotation_6d"]
+_ROTATION_SIZES = {"angle": 1, "quaternion": 4, "axis_angle": 3, "rotation_6d": 6}
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Action dimensions that hold a rotation and cannot be averaged number by number.
+
+    Args:
+        kind: ``angle`` (radians, 1 number), ``axis_angle`` (radians, 3), ``quaternion`` (4, in
+            either order of its parts), ``rotation_6d`` (6: the first two columns of the matrix).
+        dims: the dimensions, in order.
+
+    Raises:
+        SpecError: an unknown kind, or another number of dimensions than the kind has.
+    """
+
+    kind: RotationKind
+    dims: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(RotationKind):
+            raise SpecError(f"unknown rotation {self.kind!r}; known: {get_args(RotationKind)}")
+        object.__setattr__(self, "dims", tuple(int(n) for n in self.dims))
+        if len(self.dims) != _ROTATION_SIZES[self.kind]:
+            raise SpecError(
+                f"a rotation of kind {self.kind!r} has {_ROTATION_SIZES[self.kind]} numbers, got "
+                f"dimensions {list(self.dims)}"
+            )
+
+
 @dataclass(frozen=True)
 class PolicySpec:
     """Shapes and window of a policy.
@@ -37,6 +69,8 @@ class PolicySpec:
         horizon: T, predicted actions per decision.
         n_obs_steps: To, observation steps a decision looks at.
         n_action_steps: Ta, actions executed before the next decision.
+        action_rotations: which action dimensions are rotations; empty where none is, None where
+            nothing is known about it (plans are then not blended).
 
     Raises:
         SpecError: where the numbers cannot go together; the message holds them.
@@ -47,6 +81,7 @@ class PolicySpec:
     horizon: int
     n_obs_steps: int
     n_action_steps: int
+    action_rotations: tuple[Rotation, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("action_dim", "horizon", "n_obs_steps", "n_action_steps"):
@@ -54,6 +89,9 @@ class PolicySpec:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise SpecError(f"{name} must be a whole number of at least 1, got {value!r}")
         object.__setattr__(self, "obs", _checked_shapes(self.obs))
+        if self.action_rotations is not None:
+            object.__setattr__(self, "action_rotations", tuple(self.action_rotations))
+            _check_rotations(self.action_rotations, self.action_dim)
         needed = self.n_obs_steps - 1 + self.n_action_steps
         if self.horizon < needed:
             raise SpecError(
@@ -68,13 +106,26 @@ class PolicySpec:
         return sum(int(np.prod(shape)) for shape in self.obs.values())
 
     @property
+    def noise_shape(self) -> tuple[int, int]:
+        """(T, A): shape of the noise of one decision."""
+        return self.horizon, self.action_dim
+
+    @property
     def n_plan_steps(self) -> int:
         """P = T - To + 1: predicted actions from the newest observation on, at least Ta."""
         return self.horizon - self.n_obs_steps + 1
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form; :meth:`from_dict` is its inverse."""
-        return asdict(self) | {"obs": {key: list(shape) for key, shape in self.obs.items()}}
+        plain = asdict(self) | {"obs": {key: list(shape) for key, shape in self.obs.items()}}
+        if self.action_rotations is None:
+            del plain["action_rotations"]
+        else:
+            plain["action_rotations"] = [
+                {"kind": rotation.kind, "dims": list(rotation.dims)}
+                for rotation in self.action_rotations
+            ]
+        return plain
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PolicySpec:
@@ -82,6 +133,8 @@ class PolicySpec:
         try:
             obs = {str(key): tuple(shape) for key, shape in data["obs"].items()}
             rest = {n: data[n] for n in ("action_dim", "horizon", "n_obs_steps", "n_action_steps")}
+            if data.get("action_rotations") is not None:
+                rest["action_rotations"] = tuple(Rotation(**r) for r in data["action_rotations"])
         except (KeyError, TypeError, AttributeError) as error:
             raise SpecError(f"policy spec is incomplete: {error!r} in {data!r}") from error
         return cls(obs=obs, **rest)
@@ -89,21 +142,18 @@ class PolicySpec:
     def check_obs(self, obs: Mapping[str, Tensor] | Mapping[str, npt.NDArray[Any]]) -> int:
         """Check a batch of observation histories, (B, To, ...) per key, and return B.
 
+        Keys that the policy does not know are ignored; the first time, a warning names them.
+
         Raises:
-            SpecError: naming the missing or unknown keys, or the key whose shape is off.
+            SpecError: naming the missing keys, or the key whose shape does not fit.
         """
         if not isinstance(obs, Mapping):
             raise SpecError(
                 f"observations must be a mapping from {sorted(self.obs)} to arrays, "
                 f"got {type(obs).__name__}"
             )
-        missing = sorted(self.obs.keys() - obs.keys())
-        unknown = sorted(obs.keys() - self.obs.keys())
-        if missing or unknown:
-            raise SpecError(
-                f"observation keys do not match the policy: missing {missing}, unknown {unknown}; "
-                f"it was trained on {sorted(self.obs)}"
-            )
+        if len(obs) != len(self.obs) or obs.keys() != self.obs.keys():
+            self.check_keys(obs)
         batch = 0  # set by the first key
         for key, shape in self.obs.items():
             got = tuple(np.shape(obs[key]))
@@ -120,6 +170,41 @@ class PolicySpec:
                 )
             batch = got[0]
         return batch
+
+    def check_keys(self, obs: Mapping[str, Any]) -> None:
+        """Whether every key of the policy is there; other keys are ignored, with one warning.
+
+        Raises:
+            SpecError: naming the missing keys.
+        """
+        missing = sorted(self.obs.keys() - obs.keys())
+        if missing:
+            raise SpecError(
+                f"observation keys are missing: {missing}; the policy was trained on "
+                f"{sorted(self.obs)}, got {sorted(map(str, obs))}"
+            )
+        unknown = tuple(sorted(str(key) for key in obs.keys() - self.obs.keys()))
+        if unknown and unknown not in _ignored:
+            _ignored.add(unknown)
+            warnings.warn(
+                f"observation keys {list(unknown)} are ignored: the policy was trained on "
+                f"{sorted(self.obs)}",
+                stacklevel=3,
+            )
+
+
+#: Sets of ignored keys that were warned about in this process.
+_ignored: set[tuple[str, ...]] = set()
+
+
+def _check_rotations(rotations: Sequence[Rotation], action_dim: int) -> None:
+    dims = [dim for rotation in rotations for dim in rotation.dims]
+    outside = [dim for dim in dims if not 0 <= dim < action_dim]
+    if outside or len(set(dims)) != len(dims):
+        raise SpecError(
+            f"action_rotations name dimensions {dims}: each must be in 0..{action_dim - 1} and "
+            "belong to one rotation"
+        )
 
 
 def _checked_shapes(obs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -16,7 +16,7 @@ from cmpolicy.bench.report import Report, describe_device
 from cmpolicy.policy.bundle import read_metadata
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.robot.schedule import Asynchronous, Schedule, Synchronous
-from cmpolicy.train.schema import ConfigError
+from cmpolicy.schema import ConfigError
 from cmpolicy_envs.realtime_pusht import PHYSICS_HZ
 from cmpolicy_eval.evaluate import git_commit, versions
 from cmpolicy_eval.protocol import get_protocol

@@ -136,7 +136,7 @@ def _start(
             seed,
             outcome,
             schedule.planner(window),
-            NoiseSource(policy.noise_shape, seed),
+            NoiseSource(policy.spec.noise_shape, seed),
             last=np.array(outcome.obs["agent_pos"][-1]),
         )
         for seed, outcome in zip(seeds, outcomes, strict=True)
@@ -173,7 +173,7 @@ def _infer(
 ) -> None:
     rows = [due[min(row, len(due) - 1)] for row in range(BATCH_SIZE)]
     obs = {key: np.stack([slot.outcome.obs[key] for slot in rows]) for key in keys}
-    noise = np.zeros((BATCH_SIZE, *policy.noise_shape), np.float32)
+    noise = np.zeros((BATCH_SIZE, *policy.spec.noise_shape), np.float32)
     for row, slot in zip(noise, due, strict=False):
         row[...] = slot.noise.draw()[0]
     start = time.perf_counter()

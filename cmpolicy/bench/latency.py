@@ -16,11 +16,11 @@ from cmpolicy.bench.networks import Infer, Obs, make_runtime
 from cmpolicy.bench.report import Cell, Report, describe_device
 from cmpolicy.bench.settings import LatencySettings
 from cmpolicy.export.plan_map import example_inputs
-from cmpolicy.nn.unet1d import net_config
+from cmpolicy.nn.registry import EncoderConfig, NetConfig
 from cmpolicy.normalize import Normalizer
 from cmpolicy.policy.policy import ConsistencyPolicy
+from cmpolicy.schema import ConfigError
 from cmpolicy.spec import PolicySpec
-from cmpolicy.train.schema import ConfigError
 
 _WARMUP_CALLS, _WARMUP_SECONDS = 5, 1.0
 _FEWEST_CALLS = 20
@@ -51,8 +51,16 @@ class Contender:
         return float(np.quantile(self.times, 0.99))
 
 
-def measure_latency(settings: LatencySettings) -> Report:
+#: Settings of the networks of a policy with random weights.
+Networks = tuple[NetConfig, EncoderConfig]
+
+
+def measure_latency(settings: LatencySettings, networks: Networks | None = None) -> Report:
     """p50 and p99 at batch size 1, one row per runtime, method and number of evaluations.
+
+    Args:
+        settings: of the benchmark.
+        networks: of the policy with random weights, where ``settings.net`` asks for one.
 
     Raises:
         BundleError: the policy cannot be loaded.
@@ -60,7 +68,7 @@ def measure_latency(settings: LatencySettings) -> Report:
         ImportError: a runtime's package is not installed.
     """
     device = available_device(settings.device)
-    policy = _policy(settings, device)
+    policy = _policy(settings, networks, device)
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads or before)
     try:
@@ -143,23 +151,27 @@ def _is_done(contender: Contender, settings: LatencySettings) -> bool:
 
 def _call(infer: Infer, obs: Obs, policy: ConsistencyPolicy, rng: np.random.Generator) -> float:
     """Seconds; numpy comes back, so a GPU has finished."""
-    noise = rng.standard_normal((1, *policy.noise_shape), dtype=np.float32)
+    noise = rng.standard_normal((1, *policy.spec.noise_shape), dtype=np.float32)
     start = time.perf_counter()
     infer(obs, noise)
     return time.perf_counter() - start
 
 
-def _policy(settings: LatencySettings, device: torch.device) -> ConsistencyPolicy:
+def _policy(
+    settings: LatencySettings, networks: Networks | None, device: torch.device
+) -> ConsistencyPolicy:
     if settings.policy is not None:
         return ConsistencyPolicy.from_pretrained(settings.policy, device=device)
+    if networks is None:
+        raise ConfigError(f"net={settings.net} was given without the settings of its networks")
+    net, encoder = networks
     shapes = {**_SPEC.obs, "action": (_SPEC.action_dim,)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        policy = ConsistencyPolicy(
-            _SPEC, net_config(settings.net or ""), Normalizer.identity(shapes)
-        )
-        nn.init.normal_(policy.net.head[-1].weight, std=0.02)  # type: ignore[arg-type]
-    policy.net.lay_out_for_inference()
+        policy = ConsistencyPolicy(_SPEC, net, Normalizer.identity(shapes), encoder=encoder)
+        for parameter in policy.parameters():  # none stays zero, which is quicker to multiply
+            nn.init.normal_(parameter, std=0.02)
+    policy.lay_out_for_inference()
     return policy.to(device).eval().requires_grad_(False)
 
 

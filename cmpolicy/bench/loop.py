@@ -19,7 +19,7 @@ from cmpolicy.robot.engine import Tick
 from cmpolicy.robot.loop import ControlLoop
 from cmpolicy.robot.policy import ChunkPolicy
 from cmpolicy.robot.schedule import Asynchronous, Schedule, Synchronous
-from cmpolicy.train.schema import ConfigError
+from cmpolicy.schema import ConfigError
 
 _SETTLED = 5
 """Seconds after which memory is compared: until then libraries fill their caches."""

@@ -1,6 +1,6 @@
 """One network in several runtimes: eager, compiled, exported to .pt2, exported to ONNX.
 
-Legend: B batch, T horizon, A action size, D numbers of the normalised observation history.
+Legend: B batch, T horizon, A action size, D features.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy.typing as npt
 import torch
@@ -22,7 +22,7 @@ from cmpolicy.export.onnx_policy import open_session
 from cmpolicy.export.write import Format, export_policy, quiet
 from cmpolicy.flow.flow_map import FlowMap, Network
 from cmpolicy.nn.conv import by_product
-from cmpolicy.nn.unet1d import Kernels
+from cmpolicy.nn.unet1d import Kernels, UNet1D
 from cmpolicy.policy.policy import ConsistencyPolicy
 
 Array = npt.NDArray[Any]
@@ -42,7 +42,7 @@ class Runtime(Protocol):
         ...
 
     def network(self) -> Network:
-        """F(x, t, s, cond) of tensors, for samplers of any kind."""
+        """F(x, t, s, features) of tensors, for samplers of any kind."""
         ...
 
 
@@ -96,22 +96,22 @@ class ExportedRuntimes:
     @cached_property
     def _exported_network(self) -> Network:
         module = _TimedNetwork(self._policy, is_image=self._format == "onnx").eval()
-        spec = self._policy.spec
+        spec, feature_dim = self._policy.spec, self._policy.encoder_config.feature_dim
         x = torch.zeros(1, spec.horizon, spec.action_dim)
-        inputs = (x, torch.ones(1), torch.zeros(1), torch.zeros(1, spec.n_obs_steps * spec.obs_dim))
+        inputs = (x, torch.ones(1), torch.zeros(1), torch.zeros(1, feature_dim))
         if self._format == "pt2":
             program: Network = torch.export.export(module, inputs).module()
             return program
         with quiet():
             exported = torch.onnx.export(
-                module, inputs, dynamo=True, verbose=False, input_names=["x", "t", "s", "cond"]
+                module, inputs, dynamo=True, verbose=False, input_names=["x", "t", "s", "features"]
             )
         if exported is None:
             raise RuntimeError("torch.onnx.export gave no program")
         session = open_session(exported.model_proto.SerializeToString(), self._threads)
 
-        def run(x: Tensor, t: Tensor, s: Tensor, cond: Tensor | None) -> Tensor:
-            values = {"x": x, "t": t, "s": s, "cond": cond}
+        def run(x: Tensor, t: Tensor, s: Tensor, features: Tensor | None) -> Tensor:
+            values = {"x": x, "t": t, "s": s, "features": features}
             feeds = {name: value.numpy() for name, value in values.items() if value is not None}
             return torch.from_numpy(session.run(None, feeds)[0])
 
@@ -123,12 +123,12 @@ class _TimedNetwork(nn.Module):
 
     def __init__(self, policy: ConsistencyPolicy, *, is_image: bool) -> None:
         super().__init__()
-        self.unet = copy.deepcopy(policy.net)
+        self.unet = cast(UNet1D, copy.deepcopy(policy.net))
         self.is_image = is_image
         self.kernels = prepare(self.unet) if is_image else Kernels(by_product)
 
-    def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Tensor) -> Tensor:
-        condition = torch.cat([self.unet.time(t, s), self.unet.obs(cond)], dim=-1)
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, features: Tensor) -> Tensor:
+        condition = torch.cat([self.unet.time(t, s), features], dim=-1)
         film = self.unet.film(condition) + self.unet.get_buffer("film_center")
         h = x.transpose(1, 2)
         if self.is_image:

@@ -67,7 +67,7 @@ def measure_server(settings: ServerSettings) -> Report:
             clients = _crowd(server.url, obs, settings)
             outcomes, memory = _fuzz(server, obs, settings)
             with RemotePolicy(server.url) as last:  # still there, and still right
-                noise = np.zeros((1, *policy.noise_shape), np.float32)
+                noise = np.zeros((1, *policy.spec.noise_shape), np.float32)
                 error = np.abs(last.infer(obs, noise) - policy.infer(obs, noise)).max()
     except RemotePolicyError as failure:
         raise ServerFailedError(str(failure)) from failure
@@ -166,7 +166,7 @@ def _pairs(
     alone, remote, inside = [], [], []
     with RemotePolicy(url) as client:
         for pair in range(-_WARMUP, settings.pairs):
-            noise = rng.standard_normal((1, *policy.noise_shape), dtype=np.float32)
+            noise = rng.standard_normal((1, *policy.spec.noise_shape), dtype=np.float32)
             ms = {}
             both = (policy, client)
             for each in both if pair % 2 else both[::-1]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from cmpolicy.train.schema import ConfigError
+from cmpolicy.schema import ConfigError
 
 RuntimeName = Literal["eager", "compiled", "pt2", "onnx"]
 

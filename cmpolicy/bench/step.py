@@ -21,10 +21,10 @@ from cmpolicy.bench.report import Report, describe_device
 from cmpolicy.bench.settings import StepSettings
 from cmpolicy.experiment.data import TrainingData, load_training_data
 from cmpolicy.experiment.train import new_policy
+from cmpolicy.schema import ConfigError
 from cmpolicy.train.config import TrainConfig
 from cmpolicy.train.device import make_accelerator, use_bf16
 from cmpolicy.train.loader import DeviceLoader
-from cmpolicy.train.schema import ConfigError
 from cmpolicy.train.trainer import Trainer
 
 Seconds = npt.NDArray[np.float64]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cmpolicy.nn.registry import EncoderConfig, NetConfig
     from cmpolicy.train.config import TrainConfig
 
 _USAGE = """\
@@ -85,7 +86,7 @@ def _run(command: str, words: Sequence[str]) -> None:
         from cmpolicy.bench.latency import measure_latency
 
         latency = read(s.LatencySettings, words)
-        report, out = measure_latency(latency), latency.out
+        report, out = measure_latency(latency, _networks(latency.net)), latency.out
     elif command == "server":
         from cmpolicy.bench.server import measure_server
 
@@ -100,7 +101,7 @@ def _run(command: str, words: Sequence[str]) -> None:
         from cmpolicy.bench.delay import DelaySettings, measure_delay
 
         delay = read(DelaySettings, words)
-        report = measure_delay(delay, shlex.join(["cmpolicy bench", command, *words]))
+        report = measure_delay(delay, shlex.join(["cmpolicy", "bench", command, *words]))
         out = delay.out
     else:
         from cmpolicy.bench.rollout import measure_rollout
@@ -108,7 +109,7 @@ def _run(command: str, words: Sequence[str]) -> None:
         rollout = read(s.RolloutSettings, words)
         report, out = measure_rollout(rollout), rollout.out
     print(report.table())
-    print(f"written to {report.save(out, shlex.join(['cmpolicy bench', command, *words]))}")
+    print(f"written to {report.save(out, shlex.join(['cmpolicy', 'bench', command, *words]))}")
 
 
 def _objectives(words: Sequence[str]) -> tuple[TrainConfig, TrainConfig]:
@@ -118,8 +119,8 @@ def _objectives(words: Sequence[str]) -> tuple[TrainConfig, TrainConfig]:
         ConfigError: what is wrong with the words.
     """
     from cmpolicy.cli.parse import compose_settings
+    from cmpolicy.schema import ConfigError
     from cmpolicy.train.config import TrainConfig
-    from cmpolicy.train.schema import ConfigError
 
     if any(word.partition("=")[0] == "objective" for word in words):
         raise ConfigError(
@@ -133,6 +134,17 @@ def _objectives(words: Sequence[str]) -> tuple[TrainConfig, TrainConfig]:
         settings.pop("out")
         configs.append(TrainConfig.from_mapping(settings))
     return configs[0], configs[1]
+
+
+def _networks(net: str | None) -> tuple[NetConfig, EncoderConfig] | None:
+    """The networks of ``net=<size>``, as a run with that setting would train them."""
+    if net is None:
+        return None
+    from cmpolicy.cli.parse import compose_settings
+    from cmpolicy.nn.registry import encoder_config, net_config
+
+    settings = compose_settings("train", [f"net={net}"])
+    return net_config(settings["net"]), encoder_config(settings["encoder"])
 
 
 if __name__ == "__main__":

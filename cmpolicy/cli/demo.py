@@ -29,10 +29,10 @@ from cmpolicy.experiment.model_card import BEST, RESULT
 from cmpolicy.experiment.run import load_run_config
 from cmpolicy.experiment.train import train
 from cmpolicy.policy.policy import ConsistencyPolicy
+from cmpolicy.schema import ConfigError, from_mapping
 from cmpolicy.train.checkpoint import load_state, state_path
 from cmpolicy.train.config import TrainConfig
 from cmpolicy.train.curves import CURVES_FILE
-from cmpolicy.train.schema import ConfigError, from_mapping
 from cmpolicy_eval.evaluate import Evaluation, evaluate
 from cmpolicy_eval.protocol import EvalProtocol, get_protocol
 from cmpolicy_eval.rollout import EpisodeResult

@@ -26,7 +26,7 @@ from cmpolicy.experiment.protocols import (
     require_protocol,
 )
 from cmpolicy.export.load import is_exported, open_exported
-from cmpolicy.train.schema import ConfigError, from_mapping, unknown_key_message
+from cmpolicy.schema import ConfigError, from_mapping, unknown_key_message
 from cmpolicy_eval.evaluate import Evaluation, evaluate
 from cmpolicy_eval.policy import ActionChunkPolicy
 from cmpolicy_eval.protocol import EvalProtocol, check_protocol
@@ -110,7 +110,7 @@ def _guarded(words: Sequence[str]) -> int:
         settings = {**_defaults(), **_parse(words, _names(EvalConfig))}
         if isinstance(settings["nfe"], int):
             settings["nfe"] = [settings["nfe"]]
-        return _score(from_mapping(EvalConfig, settings), shlex.join(["cmpolicy eval", *words]))
+        return _score(from_mapping(EvalConfig, settings), shlex.join(["cmpolicy", "eval", *words]))
     except RolloutError as error:
         print(f"cmpolicy eval: {error}", file=sys.stderr)
         return 1

@@ -46,7 +46,7 @@ from cmpolicy.image.metrics.features import ExtractorName
 from cmpolicy.image.metrics.fidelity import fidelity_scores, inception_weights
 from cmpolicy.image.pictures import neighbours_picture, samples_picture, save_picture
 from cmpolicy.image.pipeline import ConsistencyImagePipeline
-from cmpolicy.train.schema import ConfigError, from_mapping, unknown_key_message
+from cmpolicy.schema import ConfigError, from_mapping, unknown_key_message
 from cmpolicy_data.catalog import cache_dir, data_dir
 from cmpolicy_eval.result import write_atomically
 
@@ -145,6 +145,7 @@ def _evaluate(words: Sequence[str]) -> int:
     labels = spread_over(config.samples, range(data.n_classes))
     results: list[ImageResult] = []
     pictures: list[Path] = []
+    command = shlex.join(["cmpolicy", "image", "eval", *words])
     for nfe in config.nfe:
         made = make_images(
             pipe,
@@ -171,7 +172,7 @@ def _evaluate(words: Sequence[str]) -> int:
             scores=scorer.score(made.images, made.labels),
             real=real,
             fidelity=fidelity,
-            **origin(describe_device(pipe.device), shlex.join(["cmpolicy image", "eval", *words])),
+            **origin(describe_device(pipe.device), command),
         )
         result.save(out / f"result_nfe{nfe}.json")
         results.append(result)

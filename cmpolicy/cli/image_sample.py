@@ -23,7 +23,7 @@ from cmpolicy.experiment.image.sampling import (
 from cmpolicy.flow.sampler import SamplerKind
 from cmpolicy.image.datasets.resize import as_image
 from cmpolicy.image.pictures import samples_picture, save_picture
-from cmpolicy.train.schema import ConfigError, from_mapping
+from cmpolicy.schema import ConfigError, from_mapping
 
 PROGRAM = "cmpolicy image sample"
 CONFIG_PACKAGE = "cmpolicy_conf.image"

@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cmpolicy.train.schema import ConfigError, from_mapping, unknown_key_message
+from cmpolicy.schema import ConfigError, from_mapping, unknown_key_message
 
 T = TypeVar("T")
 

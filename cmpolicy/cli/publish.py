@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from cmpolicy.cli.parse import read
-from cmpolicy.train.schema import ConfigError
+from cmpolicy.schema import ConfigError
 from cmpolicy_eval.report import difference_table, table
 from cmpolicy_eval.result import Result
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cmpolicy.cli.parse import read_words
-from cmpolicy.train.schema import ConfigError, from_mapping
+from cmpolicy.schema import ConfigError, from_mapping
 
 if TYPE_CHECKING:
     from cmpolicy.experiment.robot_film import Recording
@@ -86,11 +86,6 @@ class SlowPolicy:
     def n_action_steps(self) -> int:
         """The policy's."""
         return self._policy.n_action_steps
-
-    @property
-    def noise_shape(self) -> tuple[int, int]:
-        """The policy's."""
-        return self._policy.noise_shape
 
     def infer(self, obs: Mapping[str, Any], noise: Any = None) -> Any:
         """The policy's, later."""

@@ -19,9 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from cmpolicy.cli.parse import HYDRA_VERSION_BASE, PACKAGE, apply, compose_settings, parse
 from cmpolicy.experiment.run import load_run_config
+from cmpolicy.schema import ConfigError, unknown_key_message
 from cmpolicy.train.checkpoint import CheckpointError
 from cmpolicy.train.guard import NonFiniteError
-from cmpolicy.train.schema import ConfigError, unknown_key_message
 from cmpolicy_eval.rollout import RolloutError
 
 #: What may change between the parts of any run. The rest would make it another run.

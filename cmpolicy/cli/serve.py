@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cmpolicy.cli.parse import read_words
-from cmpolicy.train.schema import ConfigError, from_mapping
+from cmpolicy.schema import ConfigError, from_mapping
 
 if TYPE_CHECKING:
     from cmpolicy.robot.policy import ChunkPolicy

@@ -12,10 +12,10 @@ import torch
 
 from cmpolicy.experiment.protocols import Simulator
 from cmpolicy.normalize import Normalizer
+from cmpolicy.schema import ConfigError
 from cmpolicy.spec import PolicySpec
 from cmpolicy.train.config import PolicyConfig, TrainConfig
 from cmpolicy.train.loader import DeviceLoader
-from cmpolicy.train.schema import ConfigError
 from cmpolicy_data import (
     EpisodeSplit,
     ReplayBuffer,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cmpolicy.train.schema import ConfigError
+from cmpolicy.schema import ConfigError
 from cmpolicy_data import ReplayBuffer
 from cmpolicy_data.robomimic_file import RobomimicFile
 from cmpolicy_eval.protocol import PROTOCOL_NAMES, EvalProtocol, get_protocol

@@ -13,11 +13,11 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from cmpolicy.files import write_atomically
+from cmpolicy.schema import ConfigError
 from cmpolicy.train.checkpoint import state_path
 from cmpolicy.train.config import LoopConfig
 from cmpolicy.train.curves import draw_curves
 from cmpolicy.train.guard import NonFiniteError
-from cmpolicy.train.schema import ConfigError
 from cmpolicy.train.trackers import JsonLines, TensorBoard, Terminal, Tracker
 from cmpolicy.train.trainer import Batches, DrawStep, Evaluate, Keep, Outcome, Trainer
 

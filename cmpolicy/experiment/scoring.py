@@ -5,8 +5,8 @@ from __future__ import annotations
 from cmpolicy.experiment.data import TrainingData
 from cmpolicy.experiment.protocols import ROBOMIMIC, open_protocol
 from cmpolicy.policy.policy import ConsistencyPolicy
+from cmpolicy.schema import ConfigError
 from cmpolicy.train.config import TrainConfig
-from cmpolicy.train.schema import ConfigError
 from cmpolicy.train.trainer import Evaluation
 from cmpolicy.train.validation import Validator
 from cmpolicy_eval.evaluate import evaluate

@@ -21,11 +21,11 @@ from cmpolicy.experiment.run import (
 from cmpolicy.experiment.scoring import Scorer
 from cmpolicy.policy.bundle import read_metadata
 from cmpolicy.policy.policy import ConsistencyPolicy
+from cmpolicy.schema import ConfigError
 from cmpolicy.train.checkpoint import state_path
 from cmpolicy.train.config import TrainConfig
 from cmpolicy.train.curves import CURVES_FILE
 from cmpolicy.train.device import make_accelerator
-from cmpolicy.train.schema import ConfigError
 from cmpolicy.train.validation import Validator
 
 PROGRAM = "cmpolicy train"
@@ -100,10 +100,12 @@ def new_policy(config: TrainConfig, data: TrainingData) -> ConsistencyPolicy:
     """An untrained policy of the settings, for the data."""
     policy = ConsistencyPolicy(
         data.spec(config.policy),
-        config.net.unet,
+        config.net,
         data.normalizer(),
+        encoder=config.encoder,
         path=config.policy.path,
         sampler=config.objective.sampler,
+        nfe=config.eval.nfe,
         objective=config.objective.build(),
     )
     policy.control_hz = config.task.control_hz
@@ -117,7 +119,7 @@ def start_from(policy: ConsistencyPolicy, name_or_path: str) -> None:
 
     Raises:
         BundleError: there is no such policy, or it is damaged.
-        ConfigError: it eats, gives or is something else than ``policy``.
+        ConfigError: its inputs, outputs or networks differ from those of ``policy``.
     """
     source = ConsistencyPolicy.from_pretrained(name_or_path)
     for what, setting, mine, theirs in (
@@ -131,7 +133,8 @@ def start_from(policy: ConsistencyPolicy, name_or_path: str) -> None:
             source.spec.n_obs_steps,
         ),
         ("path", "policy.path", policy.path_name, source.path_name),
-        ("network", "net", policy.net_config.to_dict(), source.net_config.to_dict()),
+        ("network", "net", policy.net_config, source.net_config),
+        ("encoder", "encoder", policy.encoder_config, source.encoder_config),
     ):
         if mine != theirs:
             raise ConfigError(
@@ -139,6 +142,7 @@ def start_from(policy: ConsistencyPolicy, name_or_path: str) -> None:
                 f"{setting} to match it, or train from scratch with init=null"
             )
     policy.net.load_state_dict(source.net.state_dict())
+    policy.encoder.load_state_dict(source.encoder.state_dict())
     policy.normalizer.load_state_dict(source.normalizer.state_dict())
 
 

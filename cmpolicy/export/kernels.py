@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cmpolicy.nn.unet1d import Kernels, UNet1D
+from cmpolicy.nn.unet1d import Kernels
 
 
-def prepare(unet: UNet1D) -> Kernels:
-    """Rewrite the parameters of ``unet`` (a copy: it is of no other use then) for these kernels."""
-    for module in list(unet.modules()):
+def prepare(net: nn.Module) -> Kernels:
+    """Rewrite the parameters of ``net`` (a copy: it is of no other use then) for these kernels."""
+    for module in list(net.modules()):
         if isinstance(module, nn.Conv1d):
             module.weight = nn.Parameter(module.weight.detach().unsqueeze(2))
         elif isinstance(module, nn.ConvTranspose1d):

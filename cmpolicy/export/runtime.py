@@ -54,11 +54,6 @@ class ExportedRuntime(ABC):
         return self.facts.spec.n_action_steps
 
     @property
-    def noise_shape(self) -> tuple[int, int]:
-        """(T, A)."""
-        return self.facts.spec.horizon, self.facts.spec.action_dim
-
-    @property
     def nfe(self) -> int:
         """Network evaluations per call, fixed at export."""
         return self.facts.nfe
@@ -68,26 +63,39 @@ class ExportedRuntime(ABC):
         """Rate of the actions, where the bundle said it."""
         return self.facts.control_hz
 
-    def infer(self, obs: Mapping[str, Array], noise: Array | None = None) -> Floats:
+    def infer(
+        self, obs: Mapping[str, Array], noise: Array | None = None, *, nfe: int | None = None
+    ) -> Floats:
         """The actions to execute now, (B, Ta, A) in env units.
 
         Args:
             obs: (B, To, ...) per key, env units, oldest first, of any real dtype.
             noise: (B, T, A) standard normal; drawn here if not given.
+            nfe: the file's own number of network evaluations, or None.
 
         Raises:
+            ValueError: another ``nfe``.
             SpecError: keys, shapes or a dtype that do not fit, NaN or inf (key and count).
         """
-        return self._run(*self._inputs(obs, noise), output=0)
+        return self._run(*self._inputs(obs, noise, nfe), output=0)
 
-    def infer_plan(self, obs: Mapping[str, Array], noise: Array | None = None) -> Floats:
+    def infer_plan(
+        self, obs: Mapping[str, Array], noise: Array | None = None, *, nfe: int | None = None
+    ) -> Floats:
         """As :meth:`infer`, but every action from the newest observation on: (B, P, A)."""
-        return self._run(*self._inputs(obs, noise), output=1)
+        return self._run(*self._inputs(obs, noise, nfe), output=1)
 
-    def _inputs(self, obs: Mapping[str, Array], noise: Array | None) -> tuple[list[Floats], Floats]:
+    def _inputs(
+        self, obs: Mapping[str, Array], noise: Array | None, nfe: int | None
+    ) -> tuple[list[Floats], Floats]:
+        if nfe not in (None, self.nfe):
+            raise ValueError(
+                f"nfe={nfe}, but this file was exported with nfe={self.nfe}; leave nfe out, or "
+                f"export the policy again with nfe={nfe}"
+            )
         batch = self.spec.check_obs(obs)
         arrays = [_floats(obs[key], f"observation {key!r}") for key in self.spec.obs]
-        want = (batch, *self.noise_shape)
+        want = (batch, *self.spec.noise_shape)
         if noise is None:
             return arrays, self._rng.standard_normal(want, dtype=np.float32)
         if np.shape(noise) != want:

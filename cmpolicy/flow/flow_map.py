@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cmpolicy.flow.path import Path, expand_time
 
-#: F(x_t (B, ...), t (B,), s (B,), cond (B, ...) or None) -> (B, ...)
+#: F(x_t (B, ...), t (B,), s (B,), features (B, ...) or None) -> (B, ...)
 Network = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 Derivative = Literal["jvp", "difference"]
 
@@ -19,7 +19,7 @@ class FlowMap(nn.Module):
     """X_{t->s}(x_t) = path.jump(x_t, F(x_t, t, s)): the identity at s = t by construction.
 
     Args:
-        net: any callable ``F(x, t, s, cond)``; an ``nn.Module`` is registered.
+        net: any callable ``F(x, t, s, features)``; an ``nn.Module`` is registered.
         path: the interpolant, see :mod:`cmpolicy.flow.path`.
     """
 
@@ -28,21 +28,21 @@ class FlowMap(nn.Module):
         self.net = net
         self.path = path
 
-    def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, features: Tensor | None = None) -> Tensor:
         """Jump from time t to time s <= t in one evaluation. x (B, ...), t and s (B,)."""
-        return self.path.jump(x, self.output(x, t, s, cond), t, s)
+        return self.path.jump(x, self.output(x, t, s, features), t, s)
 
-    def output(self, x: Tensor, t: Tensor, s: Tensor, cond: Tensor | None = None) -> Tensor:
+    def output(self, x: Tensor, t: Tensor, s: Tensor, features: Tensor | None = None) -> Tensor:
         """F(x, t, s) in the precision of x, so that autocast ends where the path algebra begins."""
-        return self.net(x, t, s, cond).to(x.dtype)
+        return self.net(x, t, s, features).to(x.dtype)
 
-    def velocity(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+    def velocity(self, x: Tensor, t: Tensor, features: Tensor | None = None) -> Tensor:
         """u(x, t) = F(x, t, t), the tangent condition. By flow time, see ``path.rate``."""
-        return self.output(x, t, t, cond)
+        return self.output(x, t, t, features)
 
 
 def derivative_jvp(
-    flow_map: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Tensor | None, u: Tensor
+    flow_map: FlowMap, x: Tensor, t: Tensor, s: Tensor, features: Tensor | None, u: Tensor
 ) -> Tensor:
     """dF/dtau along (u, 1, 0) by forward-mode differentiation: exact, no gradient kept.
 
@@ -50,7 +50,7 @@ def derivative_jvp(
     """
     with torch.no_grad():
         derivative: Tensor = torch.func.jvp(
-            lambda x_, t_: flow_map.output(x_, t_, s, cond),
+            lambda x_, t_: flow_map.output(x_, t_, s, features),
             (x, t),
             (u, torch.full_like(t, 1.0 / flow_map.path.rate)),
         )[1]
@@ -62,7 +62,7 @@ def derivative_difference(
     x: Tensor,
     t: Tensor,
     s: Tensor,
-    cond: Tensor | None,
+    features: Tensor | None,
     u: Tensor,
     epsilon: float = 0.005,
     lowest: Tensor | None = None,
@@ -84,8 +84,8 @@ def derivative_difference(
                 x - expand_time((t - before) * rate, x) * u,
             ]
         )
-        conds = None if cond is None else torch.cat([cond, cond])
-        f = flow_map.output(points, torch.cat([after, before]), torch.cat([s, s]), conds)
+        doubled = None if features is None else torch.cat([features, features])
+        f = flow_map.output(points, torch.cat([after, before]), torch.cat([s, s]), doubled)
         f_after, f_before = f.chunk(2)
         # zero only where t = s = 1, where (t - s) D vanishes whatever D is
         span = ((after - before) * rate).clamp(min=torch.finfo(t.dtype).tiny)

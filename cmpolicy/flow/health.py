@@ -36,7 +36,7 @@ class Health:
 def flow_health(
     flow_map: FlowMap,
     x: Tensor,
-    cond: Tensor | None,
+    features: Tensor | None,
     generator: torch.Generator | None = None,
     *,
     draws: int = 8,
@@ -47,7 +47,7 @@ def flow_health(
     Args:
         flow_map: what is measured.
         x: data, scaled to about [-1, 1].
-        cond: one condition per sample, or None.
+        features: one condition per sample, or None.
         generator: draws noise and times.
         draws: generated samples per condition, at least 2.
         kind: how samples are generated: by one evaluation of the flow map, or by
@@ -59,16 +59,16 @@ def flow_health(
     s, m, t = times.unbind(1)
     point = flow_map.path.sample(x, z, t)
     x_t = point.x_t
-    direct = flow_map(x_t, t, s, cond)
-    composed = flow_map(flow_map(x_t, t, m, cond), m, s, cond)
+    direct = flow_map(x_t, t, s, features)
+    composed = flow_map(flow_map(x_t, t, m, features), m, s, features)
     semigroup = _norm(composed - direct) / _norm(direct - x_t)
 
-    u = flow_map.velocity(x_t, t, cond)
-    d = derivative_difference(flow_map, x_t, t, s, cond, u)
-    f = flow_map.output(x_t, t, s, cond)
+    u = flow_map.velocity(x_t, t, features)
+    d = derivative_difference(flow_map, x_t, t, s, features, u)
+    f = flow_map.output(x_t, t, s, features)
     tangent = _norm(flow_map.path.residual(f, u, d, x_t, t, s)) / _norm(point.velocity)
 
-    repeated = None if cond is None else cond.repeat(draws, *(1,) * (cond.ndim - 1))
+    repeated = None if features is None else features.repeat(draws, *(1,) * (features.ndim - 1))
     shape = (draws * n, *x.shape[1:])
     noise = torch.randn(shape, generator=generator, device=device, dtype=x.dtype)
     steps = 1 if kind == "flow_map" else DIAGONAL_STEPS

@@ -45,7 +45,7 @@ def time_grid(
 def sample(
     flow_map: FlowMap,
     z: Tensor,
-    cond: Tensor | None = None,
+    features: Tensor | None = None,
     *,
     nfe: int = 1,
     kind: SamplerKind = "flow_map",
@@ -58,26 +58,26 @@ def sample(
     Raises:
         ValueError: ``nfe`` below 1, an unknown ``kind``, or a bad ``floor``.
     """
-    return _states(flow_map, z, cond, nfe, kind, floor)[-1]
+    return _states(flow_map, z, features, nfe, kind, floor)[-1]
 
 
 def trajectory(
     flow_map: FlowMap,
     z: Tensor,
-    cond: Tensor | None = None,
+    features: Tensor | None = None,
     *,
     nfe: int = 1,
     kind: SamplerKind = "flow_map",
     floor: float = 0.0,
 ) -> Tensor:
     """As :func:`sample`, but all states (nfe + 1, B, ...): the noise first, the data last."""
-    return torch.stack([z, *_states(flow_map, z, cond, nfe, kind, floor)])
+    return torch.stack([z, *_states(flow_map, z, features, nfe, kind, floor)])
 
 
 def _states(
     flow_map: FlowMap,
     z: Tensor,
-    cond: Tensor | None,
+    features: Tensor | None,
     nfe: int,
     kind: SamplerKind,
     floor: float,
@@ -92,8 +92,8 @@ def _states(
         t = grid[i].expand(len(z))
         s = grid[i + 1].expand(len(z))
         if kind == "flow_map":
-            x = flow_map(x, t, s, cond)
+            x = flow_map(x, t, s, features)
         else:
-            x = flow_map.path.jump(x, flow_map.velocity(x, t, cond), t, s)
+            x = flow_map.path.jump(x, flow_map.velocity(x, t, features), t, s)
         states.append(x)
     return states

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cmpolicy.flow.flow_map import FlowMap
-from cmpolicy.flow.objective import Draws, VelocityTarget
+from cmpolicy.flow.objectives import Draws, VelocityTarget
 from cmpolicy.flow.path import PathSample, expand_time
 
 MAX_WEIGHT = 20.0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cmpolicy.flow.flow_map import FlowMap
 from cmpolicy.flow.health import Health, flow_health
-from cmpolicy.flow.objective import LossOutput, Objective
+from cmpolicy.flow.objectives import LossOutput, Objective
 from cmpolicy.flow.path import get_path
 from cmpolicy.flow.sampler import SAMPLERS, SamplerKind, sample, trajectory
 from cmpolicy.image.datasets.data import ImageBatch
@@ -89,16 +89,17 @@ class ImageFlowModel(nn.Module):
             ema: the same model with EMA weights, for objectives that ask for them.
         """
         null = torch.full_like(batch["labels"], self.net.n_classes)
-        output = self.objective(
+        labels = torch.where(draws.dropped, null, batch["labels"])
+        return self.objective(
             self.flow_map,
             batch["images"],
-            torch.where(draws.dropped, null, batch["labels"]),
+            labels,
             draws,
             progress=progress,
             ema=None if ema is None else ema.flow_map,
+            ema_features=labels,
             velocity_target=self.guidance.target(self.flow_map, null, draws.dropped),
         )
-        return LossOutput(output.per_example.mean(), output.per_example, output.metrics)
 
     def forward(self, batch: ImageBatch, **kwargs: Any) -> LossOutput:
         """:meth:`compute_loss`, so that wrappers such as DDP see every training pass."""

@@ -1,51 +1,51 @@
 """The trajectory-conditioned 1-D U-Net of Diffusion Policy, conditioned on two times.
 
 Legend: B batch, T horizon, A action size, C channels, K levels. Convolutions run over the action
-trajectory; the observation history and the times t, t - s enter every block through FiLM
+trajectory; the features of the observations and the times t, t - s enter every block through FiLM
 (Perez et al. 2018). Structure: Chi et al., "Diffusion Policy", RSS 2023.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from cmpolicy.nn.conv import Convolve, convolution_for
+from cmpolicy.nn.conv import Convolve, by_product, convolution_for
 from cmpolicy.nn.embeddings import TwoTimeEmbedding, check_time_dim
-from cmpolicy.nn.encoders.state import ObsEncoder
+from cmpolicy.nn.registry import register_net
 
 
+@register_net
 @dataclass(frozen=True)
 class UNet1DConfig:
-    """Size of the network.
+    """Size of a :class:`UNet1D`; the default is ``net=small``, a file of 7.7 MB in half precision.
 
     Args:
         down_dims: channels per level; each further level halves the horizon.
         kernel_size: odd width of the convolutions.
         n_groups: groups of every GroupNorm.
         time_dim: width of the time embedding.
-        obs_dim: width of the observation features.
 
     Raises:
         ValueError: numbers that cannot go together, with their values.
     """
 
-    down_dims: tuple[int, ...] = (256, 512, 1024)
-    kernel_size: int = 5
+    kind: ClassVar[str] = "unet1d"
+
+    down_dims: tuple[int, ...] = (64, 128, 256)
+    kernel_size: int = 3
     n_groups: int = 8
     time_dim: int = 128
-    obs_dim: int = 256
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "down_dims", tuple(int(n) for n in self.down_dims))
-        for name in ("kernel_size", "n_groups", "time_dim", "obs_dim"):
+        for name in ("kernel_size", "n_groups", "time_dim"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
         if not self.down_dims:
             raise ValueError("down_dims is empty: a U-Net needs at least one level")
         for dim in self.down_dims:
@@ -58,50 +58,21 @@ class UNet1DConfig:
             raise ValueError(f"kernel_size={self.kernel_size} must be odd, to keep the length")
         check_time_dim(self.time_dim)
 
-    @property
-    def horizon_factor(self) -> int:
-        """What the horizon must be a multiple of: 2^(levels - 1)."""
-        return 1 << (len(self.down_dims) - 1)
-
     def check_horizon(self, horizon: int) -> None:
         """Raise ValueError unless the depth divides the horizon."""
-        if horizon % self.horizon_factor:
-            below = horizon - horizon % self.horizon_factor
-            nearest = [str(n) for n in (below, below + self.horizon_factor) if n]
+        factor = 1 << (len(self.down_dims) - 1)
+        if horizon % factor:
+            below = horizon - horizon % factor
+            nearest = [str(n) for n in (below, below + factor) if n]
             raise ValueError(
-                f"horizon={horizon} is not divisible by {self.horizon_factor}, which "
+                f"horizon={horizon} is not divisible by {factor}, which "
                 f"{len(self.down_dims)} levels (down_dims={list(self.down_dims)}) need; use "
                 f"horizon={' or '.join(nearest)}, or fewer levels"
             )
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready form; ``UNet1DConfig(**data)`` is its inverse."""
-        return asdict(self) | {"down_dims": list(self.down_dims)}
-
-
-#: 1.3M, 3.8M, 17.5M and 66M parameters with 40 observation numbers and 2 action dimensions; the
-#: horizon adds none. ``small`` is a file of 7.7 MB in half precision, ``large`` is the size of
-#: Diffusion Policy's network.
-NET_PRESETS: dict[str, UNet1DConfig] = {
-    "tiny": UNet1DConfig((32, 64, 128), kernel_size=5, time_dim=64, obs_dim=128),
-    "small": UNet1DConfig((64, 128, 256), kernel_size=3, time_dim=128, obs_dim=256),
-    "base": UNet1DConfig((128, 256, 512), kernel_size=5, time_dim=128, obs_dim=256),
-    "large": UNet1DConfig((256, 512, 1024), kernel_size=5, time_dim=256, obs_dim=256),
-}
-
-
-def net_config(preset: str, **overrides: Any) -> UNet1DConfig:
-    """A preset with some of its numbers replaced.
-
-    Raises:
-        ValueError: an unknown preset or field.
-    """
-    if preset not in NET_PRESETS:
-        raise ValueError(f"unknown net preset {preset!r}; choose one of {sorted(NET_PRESETS)}")
-    try:
-        return replace(NET_PRESETS[preset], **overrides)
-    except TypeError as error:
-        raise ValueError(f"net: {error}; known: {sorted(NET_PRESETS[preset].to_dict())}") from error
+    def build(self, *, action_dim: int, feature_dim: int) -> UNet1D:
+        """A fresh network."""
+        return UNet1D(self, action_dim=action_dim, feature_dim=feature_dim)
 
 
 def norm_mish(norm: nn.GroupNorm, x: Tensor) -> Tensor:
@@ -140,20 +111,20 @@ class FilmBlock(nn.Module):
 
 
 class UNet1D(nn.Module):
-    """F(x, t, s, obs): x (B, T, A), t and s (B,), obs (B, To * D) normalised -> (B, T, A).
+    """F(x, t, s, features): x (B, T, A), t and s (B,), features (B, D) -> (B, T, A).
 
     One linear layer makes the FiLM numbers of all blocks at once. The last convolution starts at
     zero, so a fresh network is F = 0: a flow map that is the identity on the linear path, and
     x -> cos(d) x on the trigonometric one.
     """
 
-    def __init__(self, config: UNet1DConfig, *, action_dim: int, obs_input_dim: int) -> None:
+    def __init__(self, config: UNet1DConfig, *, action_dim: int, feature_dim: int) -> None:
         super().__init__()
         self.config = config
         dims = config.down_dims
         size = (config.kernel_size, config.n_groups)
         self.time = TwoTimeEmbedding(config.time_dim)
-        self.obs = ObsEncoder(obs_input_dim, config.obs_dim)
+        self.feature_dim = feature_dim
 
         pairs = list(zip((action_dim, *dims[:-1]), dims, strict=True))
         self.down = nn.ModuleList(
@@ -180,7 +151,7 @@ class UNet1D(nn.Module):
         blocks = [m for m in self.modules() if isinstance(m, FilmBlock)]
         self.film_sizes = [size for block in blocks for size in block.film_sizes]
         self.film = nn.Sequential(
-            nn.Mish(), nn.Linear(config.time_dim + config.obs_dim, sum(self.film_sizes))
+            nn.Mish(), nn.Linear(config.time_dim + feature_dim, sum(self.film_sizes))
         )
         # the layer gives each scale around zero: what makes it a factor around one
         ones = [torch.full((size,), float(i % 2 == 0)) for i, size in enumerate(self.film_sizes)]
@@ -195,16 +166,16 @@ class UNet1D(nn.Module):
         weight = self.film.get_parameter("1.weight")
         weight.data = weight.data.t().contiguous().t()
 
-    def forward(self, x: Tensor, t: Tensor, s: Tensor, obs: Tensor | None) -> Tensor:
-        """See the class. ``obs`` is required.
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, features: Tensor | None) -> Tensor:
+        """See the class.
 
         Raises:
-            ValueError: no observation, or a horizon that the depth does not divide.
+            ValueError: no features, or a horizon that the depth does not divide.
         """
-        if obs is None:
-            raise ValueError("UNet1D needs the observation history as its condition, got None")
+        if features is None:
+            raise ValueError("UNet1D needs the features of the observations, got None")
         self.config.check_horizon(x.shape[1])
-        condition = torch.cat([self.time(t, s), self.obs(obs)], dim=-1)
+        condition = torch.cat([self.time(t, s), features], dim=-1)
         film = self.film(condition) + self.film_center
         return self.trunk(x.transpose(1, 2), film, Kernels(convolution_for(x))).transpose(1, 2)
 
@@ -232,3 +203,56 @@ class UNet1D(nn.Module):
                 h = block(h, next(films), next(films), kernels)
         h = kernels.norm_mish(self.head[1], convolve(self.head[0], h))  # type: ignore[arg-type]
         return convolve(self.head[3], h)
+
+    def at_fixed_times(
+        self, t: Tensor, s: Tensor, prepare: Callable[[nn.Module], Kernels] | None = None
+    ) -> FixedTimesUNet1D:
+        """The network at N known pairs of times, for an export; ``self`` is of no other use then.
+
+        Args:
+            t, s: (N,).
+            prepare: rewrites the parameters for kernels that take (B, C, 1, T) trajectories, see
+                ``cmpolicy.export.kernels``; None takes torch's own.
+        """
+        return FixedTimesUNet1D(self, t, s, prepare)
+
+
+class FixedTimesUNet1D(nn.Module):
+    """N evaluations of a U-Net at known times.
+
+    What the times contribute to each FiLM layer is a constant, and what the features contribute is
+    the same in all evaluations (:meth:`condition`). F numbers of all FiLM layers.
+    """
+
+    def __init__(
+        self,
+        unet: UNet1D,
+        t: Tensor,
+        s: Tensor,
+        prepare: Callable[[nn.Module], Kernels] | None,
+    ) -> None:
+        super().__init__()
+        of_time, of_features = unet.film.get_parameter("1.weight").split(
+            [unet.config.time_dim, unet.feature_dim], dim=1
+        )
+        with torch.no_grad():
+            constant = nn.functional.mish(unet.time(t, s)) @ of_time.T
+            constant += unet.film.get_parameter("1.bias") + unet.get_buffer("film_center")
+        self.register_buffer("film_of_times", constant)  # (N, F)
+        self.register_buffer("film_of_features", of_features.detach().T.contiguous())  # (D, F)
+        del unet.film, unet.time
+        self.unet = unet
+        self.is_image = prepare is not None
+        self.kernels = Kernels(by_product) if prepare is None else prepare(unet)
+
+    def condition(self, features: Tensor) -> Tensor:
+        """Features (B, D) to what they contribute to every FiLM layer, (B, F)."""
+        return nn.functional.mish(features) @ self.get_buffer("film_of_features")
+
+    def forward(self, i: int, x: Tensor, condition: Tensor) -> Tensor:
+        """F at x (B, T, A) in evaluation ``i``."""
+        film = condition + self.get_buffer("film_of_times")[i]
+        h = x.transpose(1, 2)
+        if not self.is_image:
+            return self.unet.trunk(h, film, self.kernels).transpose(1, 2)
+        return self.unet.trunk(h.unsqueeze(2), film, self.kernels).squeeze(2).transpose(1, 2)

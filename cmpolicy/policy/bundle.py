@@ -1,7 +1,9 @@
 """Policy bundles: the directory users share. No pickle is ever read or written.
 
-A bundle holds ``config.json`` (format version, spec, net, path, sampler, metadata, hashes),
-``model.safetensors`` (weights), ``normalizer.safetensors`` and ``README.md`` (the model card).
+A bundle holds ``config.json`` (format version, spec, network, encoder, path, sampler, number of
+evaluations, metadata, hashes), ``model.safetensors`` (weights), ``normalizer.safetensors`` and
+``README.md`` (the model card). Format version 1 had the encoder inside the network and knew no
+number of evaluations; it is still read.
 """
 
 from __future__ import annotations
@@ -9,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,15 +23,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cmpolicy.files import replace_directory, space_note
-from cmpolicy.nn.unet1d import UNet1D, UNet1DConfig
-from cmpolicy.normalize import Normalizer
+from cmpolicy.nn.registry import EncoderConfig, NetConfig, encoder_config, net_config, to_mapping
+from cmpolicy.policy.hub import BundleError as BundleError
+from cmpolicy.policy.hub import download
 from cmpolicy.spec import PolicySpec
 
-if TYPE_CHECKING:
-    from cmpolicy.policy.policy import ConsistencyPolicy
-
 FORMAT = "cmpolicy-policy"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG, MODEL, NORMALIZER, CARD = FILES = (
     "config.json",
     "model.safetensors",
@@ -38,8 +40,38 @@ IMAGE_INDEX = "model_index.json"  # what an image model has in place of CONFIG
 BUNDLED = Path(__file__).resolve().parent.parent / "pretrained"
 
 
-class BundleError(ValueError):
-    """A policy bundle that cannot be loaded or written; the message holds its path."""
+@dataclass(frozen=True)
+class Bundle:
+    """What a bundle holds; ``ConsistencyPolicy`` is made of it and makes it.
+
+    ``weights`` are named ``net.<name>`` and ``encoder.<name>``; they and ``normalizer`` are float32
+    when read. ``source`` is where it was read.
+    """
+
+    spec: PolicySpec
+    net: NetConfig
+    encoder: EncoderConfig
+    path: str
+    sampler: str
+    nfe: int
+    noise_scale: float
+    control_hz: float | None
+    weights: Mapping[str, Tensor]
+    normalizer: Mapping[str, Tensor]
+    metadata: Mapping[str, Any]
+    source: Path | None = None
+
+    @contextmanager
+    def errors_named(self) -> Iterator[None]:
+        """Turn what is wrong between configuration and tensors into a BundleError."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = f"{CONFIG} lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise BundleError(
+                f"{self.source}: {CONFIG} and the stored tensors do not fit together: {reason}; "
+                "the files may come from different bundles, so copy the whole directory again"
+            ) from error
 
 
 def bundled_names() -> list[str]:
@@ -52,24 +84,16 @@ def bundled_names() -> list[str]:
 # -- writing --------------------------------------------------------------------------------------
 
 
-def save_bundle(
-    policy: ConsistencyPolicy,
+def write_bundle(
+    bundle: Bundle,
     directory: str | os.PathLike[str],
     *,
     card: str = "",
-    metadata: Mapping[str, Any] | None = None,
     weights_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a bundle; an older one at the same place stays whole until the new one is complete.
 
     Files in the directory that are no part of a bundle (a result, a ``.git``) are kept.
-
-    Args:
-        policy: its weights are stored as they are (hand in the EMA weights).
-        directory: the bundle; replaced if it is one, refused if it is something else.
-        card: text of the model card.
-        metadata: JSON-ready facts kept in ``config.json`` (training command, versions, result).
-        weights_dtype: of the stored weights; ``torch.float16`` halves the file.
 
     Raises:
         BundleError: ``directory`` exists and is no bundle, a weight is not finite, or the metadata
@@ -78,7 +102,7 @@ def save_bundle(
     """
     target = Path(directory).expanduser().absolute()
     _check_replaceable(target)
-    files = _contents(policy, target, card, dict(metadata or {}), weights_dtype)
+    files = _contents(bundle, target, card, weights_dtype)
 
     def fill(folder: Path) -> None:
         for name, data in files.items():
@@ -109,35 +133,33 @@ def _check_replaceable(target: Path) -> None:
 
 
 def _contents(
-    policy: ConsistencyPolicy,
-    target: Path,
-    card: str,
-    metadata: dict[str, Any],
-    weights_dtype: torch.dtype,
+    bundle: Bundle, target: Path, card: str, weights_dtype: torch.dtype
 ) -> dict[str, bytes]:
     """The files of a bundle by name; the same policy always gives the same bytes."""
     weights = {
         name: value.detach().cpu().to(weights_dtype).contiguous()
-        for name, value in cast(UNet1D, policy.flow_map.net).state_dict().items()
+        for name, value in bundle.weights.items()
     }
     for name, value in weights.items():
         if not torch.isfinite(value).all():
             raise BundleError(
                 f"refusing to write {target}: weight {name!r} is not finite as {weights_dtype}"
             )
-    arrays = {k: v.detach().cpu().contiguous() for k, v in policy.normalizer.to_arrays().items()}
+    arrays = {key: value.detach().cpu().contiguous() for key, value in bundle.normalizer.items()}
     tensors = {MODEL: save(weights), NORMALIZER: save(arrays)}
     config = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "spec": policy.spec.to_dict(),
-        "net": policy.net_config.to_dict(),
-        "path": policy.path_name,
-        "sampler": policy.sampler,
-        "noise_scale": policy.noise_scale,
-        "control_hz": policy.control_hz,
+        "spec": bundle.spec.to_dict(),
+        "net": to_mapping(bundle.net),
+        "encoder": to_mapping(bundle.encoder),
+        "path": bundle.path,
+        "sampler": bundle.sampler,
+        "nfe": bundle.nfe,
+        "noise_scale": bundle.noise_scale,
+        "control_hz": bundle.control_hz,
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in tensors.items()},
-        "metadata": metadata,
+        "metadata": dict(bundle.metadata),
     }
     try:
         text = json.dumps(config, indent=2) + "\n"
@@ -159,41 +181,74 @@ def _write_error(target: Path, needed: int, error: OSError) -> OSError:
 # -- reading --------------------------------------------------------------------------------------
 
 
-def load_bundle(
-    name_or_path: str | os.PathLike[str], device: str | torch.device = "cpu"
-) -> ConsistencyPolicy:
+def read_bundle(name_or_path: str | os.PathLike[str]) -> Bundle:
     """Read a bundle: a directory, a bundled name, or a hub id ``owner/name``.
 
     Raises:
-        BundleError: not found, a file missing, truncated or foreign, weights that do not fit the
-            configuration, or a bundle of a newer format version.
+        BundleError: not found, a file missing, truncated or foreign, a configuration that makes no
+            sense, or a bundle of a newer format version.
     """
-    from cmpolicy.policy.policy import ConsistencyPolicy
-
     directory = locate(name_or_path)
     config = _read_config(directory)
     arrays = _read_tensors(directory, NORMALIZER, config)
     weights = _read_tensors(directory, MODEL, config)
+    if config["format_version"] == 1:
+        config, weights = _from_version_1(config, weights)
     try:
-        policy = ConsistencyPolicy(
-            PolicySpec.from_dict(config["spec"]),
-            UNet1DConfig(**config["net"]),
-            Normalizer.from_arrays({name: value.float() for name, value in arrays.items()}),
-            path=config["path"],
-            sampler=config["sampler"],
-        )
-        policy.noise_scale = float(config.get("noise_scale", 1.0))
         rate = config.get("control_hz")
-        policy.control_hz = None if rate is None else float(rate)
-        policy.net.load_state_dict({name: value.float() for name, value in weights.items()})
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = f"{CONFIG} lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise BundleError(
-            f"{directory}: {CONFIG} and the stored tensors do not fit together: {reason}; "
-            "the files may come from different bundles, so copy the whole directory again"
-        ) from error
-    policy.net.lay_out_for_inference()
-    return policy.to(device).eval().requires_grad_(False)
+        return Bundle(
+            spec=PolicySpec.from_dict(config["spec"]),
+            net=net_config(config["net"]),
+            encoder=encoder_config(config["encoder"]),
+            path=str(config["path"]),
+            sampler=str(config["sampler"]),
+            nfe=int(config["nfe"]),
+            noise_scale=float(config.get("noise_scale", 1.0)),
+            control_hz=None if rate is None else float(rate),
+            weights={name: value.float() for name, value in weights.items()},
+            normalizer={name: value.float() for name, value in arrays.items()},
+            metadata=config.get("metadata", {}),
+            source=directory,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise BundleError(f"{directory / CONFIG} is damaged: {reason}") from error
+
+
+def _from_version_1(
+    config: dict[str, Any], weights: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The present form of a bundle whose network held its encoder, as ``obs``."""
+    try:
+        net, spec = dict(config["net"]), dict(config["spec"])
+        encoder = {"kind": "mlp", "dim": net.pop("obs_dim")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{CONFIG} of a bundle of format 1 is damaged: {error!r}") from error
+    metadata = config.get("metadata", {})
+    spec["action_rotations"] = _rotations_of_version_1(metadata, spec.get("action_dim"))
+    changed = {
+        "spec": spec,
+        "net": {"kind": "unet1d", **net},
+        "encoder": encoder,
+        "nfe": metadata.get("nfe", 1),
+    }
+    renamed = {
+        name.replace("obs.", "encoder.", 1) if name.startswith("obs.") else f"net.{name}": value
+        for name, value in weights.items()
+    }
+    return config | changed, renamed
+
+
+def _rotations_of_version_1(metadata: Mapping[str, Any], size: Any) -> list[Any] | None:
+    """Which action dimensions are rotations, told by the task; None where nothing is known."""
+    protocol = metadata.get("config", {}).get("task", {}).get("protocol")
+    actions = metadata.get("simulator", {}).get("actions")
+    if str(protocol).startswith("pusht-") or actions == "delta":
+        return []  # positions; relative commands, which may be averaged
+    if actions == "absolute" and isinstance(size, int):  # per arm: position, 6-D rotation, gripper
+        arms = range(0, size, 10)
+        return [{"kind": "rotation_6d", "dims": list(range(a + 3, a + 9))} for a in arms]
+    return None
 
 
 def read_metadata(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -246,9 +301,7 @@ def locate(name_or_path: str | os.PathLike[str]) -> Path:
     # owner/name, unless the owner is a folder here: then it is a path with a typing error
     is_id = text.count("/") == 1 and not text.startswith((".", "/", "~", "outputs/"))
     if is_id and not path.parent.is_dir():
-        from cmpolicy.policy.hub import download
-
-        return download(text)
+        return download(text, FILES)
     raise BundleError(
         f"no policy bundle at {path}, and {text!r} is not one of the bundled policies "
         f"{bundled_names()}; give a directory with {CONFIG}, or a hub id 'owner/name'"

@@ -5,8 +5,10 @@ Legend: B batch, To observation steps, T horizon, Ta executed actions, A action 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import numpy as np
@@ -16,12 +18,14 @@ from torch import Tensor, nn
 
 from cmpolicy.flow.flow_map import FlowMap
 from cmpolicy.flow.health import Health, flow_health
-from cmpolicy.flow.objective import Draws, Objective
-from cmpolicy.flow.objective import LossOutput as LossOutput  # part of this module's interface
+from cmpolicy.flow.objectives import Draws, LossOutput, Objective
 from cmpolicy.flow.path import get_path
 from cmpolicy.flow.sampler import SAMPLERS, SamplerKind, sample
-from cmpolicy.nn.unet1d import UNet1D, UNet1DConfig
+from cmpolicy.nn.encoders.state import StateEncoderConfig
+from cmpolicy.nn.registry import EncoderConfig, NetConfig
 from cmpolicy.normalize import Normalizer
+from cmpolicy.policy.bundle import Bundle, read_bundle, write_bundle
+from cmpolicy.policy.hub import upload
 from cmpolicy.spec import PolicySpec, SpecError
 
 
@@ -41,46 +45,55 @@ class ConsistencyPolicy(nn.Module):
 
     Args:
         spec: keys, shapes and window.
-        net: size of the U-Net.
+        net: settings of the network F, such as ``UNet1DConfig()``.
         normalizer: knows every observation key and ``action``.
+        encoder: settings of the observation encoder.
         path: ``linear`` or ``trigonometric``.
         sampler: ``flow_map``, or ``diagonal`` for a network trained by flow matching alone.
+        nfe: network evaluations per decision, at least 1; part of a saved policy.
         objective: what :meth:`compute_loss` computes; not part of a saved policy.
 
     Raises:
         ValueError: a horizon that the net's depth does not divide, a normaliser without a key or of
-            another size, an unknown path or sampler.
+            another size, an unknown path or sampler, ``nfe`` below 1.
     """
 
     def __init__(
         self,
         spec: PolicySpec,
-        net: UNet1DConfig,
+        net: NetConfig,
         normalizer: Normalizer,
         *,
+        encoder: EncoderConfig | None = None,
         path: str = "linear",
         sampler: SamplerKind = "flow_map",
+        nfe: int = 1,
         objective: Objective | None = None,
     ) -> None:
         super().__init__()
+        encoder = StateEncoderConfig() if encoder is None else encoder
         net.check_horizon(spec.horizon)
         if sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {sampler!r}; choose one of {list(SAMPLERS)}")
+        if nfe < 1:
+            raise ValueError(f"nfe={nfe} (network evaluations) must be at least 1")
         _check_normalizer(spec, normalizer)
         self.spec = spec
         self.net_config = net
+        self.encoder_config = encoder
         self.path_name = path
         self.sampler: SamplerKind = sampler
-        self.nfe = 1
+        self.nfe = nfe
         self.noise_scale = 1.0
         self.time_floor = 0.0  # start of the last of several evaluations; not saved, see time_grid
         self.control_hz: float | None = None  # rate of the actions it was trained on, if known
         self.objective = objective
+        self.pad_loss = True  # whether repeated actions beyond an episode's ends are trained on
         self.normalizer = normalizer
-        unet = UNet1D(
-            net, action_dim=spec.action_dim, obs_input_dim=spec.n_obs_steps * spec.obs_dim
+        self.encoder = encoder.build(spec.obs, spec.n_obs_steps)
+        self.flow_map = FlowMap(
+            net.build(action_dim=spec.action_dim, feature_dim=encoder.feature_dim), get_path(path)
         )
-        self.flow_map = FlowMap(unet, get_path(path))
 
     # -- what eval, robot and server read -------------------------------------------------------
 
@@ -95,11 +108,6 @@ class ConsistencyPolicy(nn.Module):
         return self.spec.n_action_steps
 
     @property
-    def noise_shape(self) -> tuple[int, int]:
-        """(T, A): shape of the noise of one decision."""
-        return self.spec.horizon, self.spec.action_dim
-
-    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
@@ -110,15 +118,15 @@ class ConsistencyPolicy(nn.Module):
         return next(self.parameters()).dtype
 
     @property
-    def net(self) -> UNet1D:
-        """The network F inside the flow map: the only weights there are."""
-        return cast(UNet1D, self.flow_map.net)
+    def net(self) -> nn.Module:
+        """The network F inside the flow map."""
+        return cast(nn.Module, self.flow_map.net)
 
     # -- training -------------------------------------------------------------------------------
 
     def draw(self, batch_size: int, generator: torch.Generator | None = None) -> Draws:
         """Noise and times of one training step, on the policy's device."""
-        return self._objective().draw(batch_size, self.noise_shape, generator, self.device)
+        return self._objective().draw(batch_size, self.spec.noise_shape, generator, self.device)
 
     def compute_loss(
         self,
@@ -143,18 +151,23 @@ class ConsistencyPolicy(nn.Module):
         """
         objective = self._objective()
         action = self.normalizer.normalize("action", batch["action"]).to(self.dtype)
-        condition = self.encode(batch["obs"])
+        features = self.encode(batch["obs"])  # once: every evaluation of this step shares them
         if draws is None:
             draws = self.draw(len(action), generator)
-        output = objective(
+        mask = None if self.pad_loss else ~batch["action_is_pad"][..., None]
+        teacher = ema if objective.needs_ema else None
+        with torch.no_grad():
+            ema_features = None if teacher is None else teacher.encode(batch["obs"])
+        return objective(
             self.flow_map,
             action,
-            condition,
+            features,
             draws,
+            mask=mask,
             progress=progress,
-            ema=None if ema is None else ema.flow_map,
+            ema=None if teacher is None else teacher.flow_map,
+            ema_features=ema_features,
         )
-        return LossOutput(output.per_example.mean(), output.per_example, output.metrics)
 
     def forward(self, batch: Batch, **kwargs: Any) -> LossOutput:
         """:meth:`compute_loss`, so that wrappers such as DDP see every training pass."""
@@ -164,33 +177,36 @@ class ConsistencyPolicy(nn.Module):
     def health(self, batch: Batch, generator: torch.Generator | None = None) -> Health:
         """How well the network keeps the identities of a flow map on these windows."""
         action = self.normalizer.normalize("action", batch["action"]).to(self.dtype)
-        condition = self.encode(batch["obs"])
-        return flow_health(self.flow_map, action, condition, generator, kind=self.sampler)
+        features = self.encode(batch["obs"])
+        return flow_health(self.flow_map, action, features, generator, kind=self.sampler)
 
     # -- inference ------------------------------------------------------------------------------
 
     def encode(self, obs: Mapping[str, Tensor]) -> Tensor:
-        """Observation history in env units, (B, To, ...) per key, to the condition (B, To * D)."""
-        steps = []
-        for key in self.spec.obs:
-            step = self.normalizer.normalize(key, obs[key])
-            steps.append(step.reshape(*step.shape[:2], -1))
-        return torch.cat(steps, dim=-1).flatten(1).to(self.dtype)
+        """Observation histories in env units, (B, To, ...) per key, to features (B, D).
+
+        Called once per training step and once per decision; all evaluations share its result.
+        """
+        dtype = self.dtype
+        normal = {key: self.normalizer.normalize(key, obs[key]).to(dtype) for key in self.spec.obs}
+        features: Tensor = self.encoder(normal).to(dtype)
+        return features
 
     @torch.inference_mode()
     def predict_trajectory(
         self,
         obs: Mapping[str, Tensor],
         *,
-        nfe: int = 1,
+        nfe: int | None = None,
         noise: Tensor | None = None,
         sampler: SamplerKind | None = None,
     ) -> Tensor:
         """All predicted actions (B, T, A) in env units; the first is at the oldest observation.
 
         Args:
-            obs: (B, To, ...) per key, env units, oldest first, on the policy's device.
-            nfe: network evaluations.
+            obs: (B, To, ...) per key, env units, oldest first, on the policy's device. Keys that
+                the policy does not know are ignored, with one warning.
+            nfe: network evaluations; None takes the policy's own :attr:`nfe`.
             noise: (B, T, A) standard normal; drawn here if not given. It is multiplied by the
                 policy's ``noise_scale``: below 1 samples are less diverse and more typical (the
                 low-temperature sampling of Ajay et al. 2023).
@@ -201,27 +217,26 @@ class ConsistencyPolicy(nn.Module):
             ValueError: ``nfe`` below 1.
         """
         batch_size = self.spec.check_obs(obs)
-        for key, value in obs.items():
-            if not isinstance(value, Tensor):
+        for key in self.spec.obs:
+            if not isinstance(obs[key], Tensor):
                 raise SpecError(
-                    f"observation {key!r} is a {type(value).__name__}; this takes tensors on "
+                    f"observation {key!r} is a {type(obs[key]).__name__}; this takes tensors on "
                     f"{self.device}, and policy.infer(obs) takes arrays"
                 )
-        condition = self.encode(obs)
+        features = self.encode(obs)
+        shape = (batch_size, *self.spec.noise_shape)
         if noise is None:
-            noise = torch.randn(
-                batch_size, *self.noise_shape, device=condition.device, dtype=condition.dtype
-            )
-        elif tuple(noise.shape) != (batch_size, *self.noise_shape):
+            noise = torch.randn(shape, device=features.device, dtype=features.dtype)
+        elif tuple(noise.shape) != shape:
             raise SpecError(
-                f"noise has shape {tuple(noise.shape)}, expected {(batch_size, *self.noise_shape)}"
+                f"noise has shape {tuple(noise.shape)}, expected {shape}"
                 " (batch, horizon, action_dim)"
             )
         action = sample(
             self.flow_map,
             noise * self.noise_scale,
-            condition,
-            nfe=nfe,
+            features,
+            nfe=self.nfe if nfe is None else nfe,
             kind=sampler or self.sampler,
             floor=self.time_floor,
         )
@@ -231,7 +246,7 @@ class ConsistencyPolicy(nn.Module):
         self,
         obs: Mapping[str, Tensor],
         *,
-        nfe: int = 1,
+        nfe: int | None = None,
         noise: Tensor | None = None,
         sampler: SamplerKind | None = None,
     ) -> Tensor:
@@ -241,17 +256,25 @@ class ConsistencyPolicy(nn.Module):
         return trajectory[:, first : first + self.spec.n_action_steps]
 
     def infer(
-        self, obs: Mapping[str, npt.NDArray[Any]], noise: npt.NDArray[Any] | None = None
+        self,
+        obs: Mapping[str, npt.NDArray[Any]],
+        noise: npt.NDArray[Any] | None = None,
+        *,
+        nfe: int | None = None,
     ) -> npt.NDArray[Any]:
-        """:meth:`predict_action_chunk` for numpy, with ``self.nfe`` evaluations.
+        """:meth:`predict_action_chunk` for numpy.
 
         Raises:
             SpecError: as there, or an observation that holds NaN or inf (key and count).
         """
-        return self.infer_plan(obs, noise)[:, : self.spec.n_action_steps]
+        return self.infer_plan(obs, noise, nfe=nfe)[:, : self.spec.n_action_steps]
 
     def infer_plan(
-        self, obs: Mapping[str, npt.NDArray[Any]], noise: npt.NDArray[Any] | None = None
+        self,
+        obs: Mapping[str, npt.NDArray[Any]],
+        noise: npt.NDArray[Any] | None = None,
+        *,
+        nfe: int | None = None,
     ) -> npt.NDArray[Any]:
         """Every predicted action from the newest observation on, (B, P, A) with P = T - To + 1.
 
@@ -261,22 +284,23 @@ class ConsistencyPolicy(nn.Module):
         Args:
             obs: (B, To, ...) per key, env units, oldest first.
             noise: (B, T, A) standard normal; drawn here if not given.
+            nfe: network evaluations; None takes the policy's own.
 
         Raises:
             SpecError: as :meth:`infer`.
         """
         self.spec.check_obs(obs)
-        for key, value in obs.items():
-            array = np.asarray(value)  # also of a list or a tensor
+        known = {key: np.asarray(obs[key]) for key in self.spec.obs}  # also of a list or a tensor
+        for key, array in known.items():
             bad = array.size - np.count_nonzero(np.isfinite(array))
             if bad:
                 raise SpecError(
                     f"observation {key!r} holds {bad} NaN or infinite numbers, expected none"
                 )
         here: Any = {"dtype": self.dtype, "device": self.device}
-        tensors = {key: torch.as_tensor(value, **here) for key, value in obs.items()}
+        tensors = {key: torch.as_tensor(value, **here) for key, value in known.items()}
         z = None if noise is None else torch.as_tensor(noise, **here)
-        trajectory = self.predict_trajectory(tensors, nfe=self.nfe, noise=z)
+        trajectory = self.predict_trajectory(tensors, nfe=nfe, noise=z)
         plan: npt.NDArray[Any] = trajectory[:, self.spec.n_obs_steps - 1 :].cpu().numpy()
         return plan
 
@@ -290,10 +314,36 @@ class ConsistencyPolicy(nn.Module):
         metadata: Mapping[str, Any] | None = None,
         weights_dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Write a policy bundle: see :func:`cmpolicy.policy.bundle.save_bundle`."""
-        from cmpolicy.policy.bundle import save_bundle
+        """Write a policy bundle: see :func:`cmpolicy.policy.bundle.write_bundle`.
 
-        save_bundle(self, directory, card=card, metadata=metadata, weights_dtype=weights_dtype)
+        The weights are stored as they are, so hand in the EMA weights.
+
+        Args:
+            directory: the bundle; replaced if it is one, refused if it is something else.
+            card: text of the model card.
+            metadata: JSON-ready facts kept in ``config.json`` (command, versions, result).
+            weights_dtype: of the stored weights; ``torch.float16`` halves the file.
+        """
+        modules = {"net": self.net, "encoder": self.encoder}
+        weights = {
+            f"{name}.{key}": value
+            for name, module in modules.items()
+            for key, value in module.state_dict().items()
+        }
+        bundle = Bundle(
+            spec=self.spec,
+            net=self.net_config,
+            encoder=self.encoder_config,
+            path=self.path_name,
+            sampler=self.sampler,
+            nfe=self.nfe,
+            noise_scale=self.noise_scale,
+            control_hz=self.control_hz,
+            weights=weights,
+            normalizer=self.normalizer.to_arrays(),
+            metadata=dict(metadata or {}),
+        )
+        write_bundle(bundle, directory, card=card, weights_dtype=weights_dtype)
 
     @classmethod
     def from_pretrained(
@@ -304,9 +354,35 @@ class ConsistencyPolicy(nn.Module):
         Raises:
             BundleError: what is wrong with the bundle, with its path.
         """
-        from cmpolicy.policy.bundle import load_bundle
+        bundle = read_bundle(name_or_path)
+        with bundle.errors_named():
+            policy = cls(
+                bundle.spec,
+                bundle.net,
+                Normalizer.from_arrays(bundle.normalizer),
+                encoder=bundle.encoder,
+                path=bundle.path,
+                sampler=cast(SamplerKind, bundle.sampler),
+                nfe=bundle.nfe,
+            )
+            policy.noise_scale, policy.control_hz = bundle.noise_scale, bundle.control_hz
+            for name, module in {"net": policy.net, "encoder": policy.encoder}.items():
+                start = f"{name}."
+                module.load_state_dict(
+                    {
+                        key.removeprefix(start): value
+                        for key, value in bundle.weights.items()
+                        if key.startswith(start)
+                    }
+                )
+        policy.lay_out_for_inference()
+        return policy.to(device).eval().requires_grad_(False)
 
-        return load_bundle(name_or_path, device)
+    def lay_out_for_inference(self) -> None:
+        """Let the network store its weights in the order that one decision reads them fastest."""
+        lay_out = getattr(self.net, "lay_out_for_inference", None)
+        if lay_out is not None:
+            lay_out()
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, **bundle: Any) -> str:
         """Upload a bundle to the hub as ``owner/name``; ``bundle`` as for :meth:`save_pretrained`.
@@ -317,9 +393,10 @@ class ConsistencyPolicy(nn.Module):
         Raises:
             BundleError: not logged in, not allowed, or no network.
         """
-        from cmpolicy.policy.hub import push
-
-        return push(self, repo_id, private=private, **bundle)
+        with tempfile.TemporaryDirectory() as folder:
+            directory = Path(folder) / repo_id.rpartition("/")[2]
+            self.save_pretrained(directory, **bundle)
+            return upload(directory, repo_id, private=private)
 
     def _objective(self) -> Objective:
         if self.objective is None:

@@ -53,7 +53,7 @@ class ActionChunker:
         window = plan_window(policy)
         self._policy = policy
         self._history = ObservationHistory(policy.spec)
-        self._noise = NoiseSource(policy.noise_shape, seed)
+        self._noise = NoiseSource(policy.spec.noise_shape, seed)
         self._ensemble = (
             None
             if ensemble is None

@@ -91,7 +91,7 @@ class ControlLoop:
         self._limits = safety if safety is not None else SafetyLimits()
         self._new_filter()  # says what is wrong with the limits before anything is connected
         self._history = ObservationHistory(policy.spec)
-        self._noise = NoiseSource(policy.noise_shape, seed)
+        self._noise = NoiseSource(policy.spec.noise_shape, seed)
         self._inference: Inference = (
             InlineInference(policy, self._noise)
             if isinstance(self._schedule, Synchronous)

@@ -44,11 +44,6 @@ class ChunkPolicy(Protocol):
         """Ta: actions executed per call."""
         ...
 
-    @property
-    def noise_shape(self) -> tuple[int, int]:
-        """(T, A): shape of the noise of one decision."""
-        ...
-
     def infer(self, obs: Mapping[str, Array], noise: Array | None = None) -> Array:
         """The actions to execute now.
 
@@ -75,7 +70,7 @@ def plan_window(policy: ChunkPolicy) -> Window:
     Raises:
         TypeError: the object does not keep the protocol; names what it lacks.
     """
-    names = ("spec", "n_obs_steps", "n_action_steps", "noise_shape", "infer", "infer_plan")
+    names = ("spec", "n_obs_steps", "n_action_steps", "infer", "infer_plan")
     missing = [name for name in names if not hasattr(policy, name)]
     if missing:
         raise TypeError(

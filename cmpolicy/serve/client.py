@@ -136,11 +136,6 @@ class RemotePolicy:
         return self.spec.n_action_steps
 
     @property
-    def noise_shape(self) -> tuple[int, int]:
-        """(T, A): shape of the noise of one decision."""
-        return self.spec.horizon, self.spec.action_dim
-
-    @property
     def control_hz(self) -> float | None:
         """Rate of the actions, if the server knows it."""
         rate = self.metadata.get("control_hz")
@@ -166,10 +161,10 @@ class RemotePolicy:
             RemotePolicyError: it refuses, or serves another policy now.
         """
         rows = self.spec.check_obs(obs)
-        arrays = {key: _finite(f"observation {key!r}", value) for key, value in obs.items()}
+        arrays = {key: _finite(f"observation {key!r}", obs[key]) for key in self.spec.obs}
         if noise is not None:
             arrays["noise"] = _finite("noise", noise)
-            expected = (rows, *self.noise_shape)
+            expected = (rows, *self.spec.noise_shape)
             if arrays["noise"].shape != expected:
                 raise SpecError(
                     f"noise has shape {arrays['noise'].shape}, expected {expected} "

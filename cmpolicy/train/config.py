@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
-from cmpolicy.flow.objective import Objective, build_objective
+from cmpolicy.flow.objectives import Objective, build_objective
 from cmpolicy.flow.sampler import SamplerKind
-from cmpolicy.nn.unet1d import UNet1DConfig, net_config
-from cmpolicy.train.schema import ConfigError, from_mapping
+from cmpolicy.nn.encoders.state import StateEncoderConfig
+from cmpolicy.nn.registry import EncoderConfig, NetConfig, encoder_config, net_config, to_mapping
+from cmpolicy.nn.unet1d import UNet1DConfig
+from cmpolicy.schema import ConfigError, from_mapping
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -290,36 +292,6 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetConfig:
-    """A network preset and what to change of it, e.g. ``net=small net.kernel_size=3``."""
-
-    preset: str
-    changes: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def unet(self) -> UNet1DConfig:
-        """The network's own configuration."""
-        return net_config(self.preset, **self.changes)
-
-    def __post_init__(self) -> None:
-        try:
-            self.unet  # noqa: B018  built here so that a wrong size is found at once
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-
-    @classmethod
-    def from_mapping(cls, data: Mapping[str, Any], *, where: str = "net") -> NetConfig:
-        """``preset`` and, beside it, fields of the network; a null field keeps the preset's."""
-        rest = {k: v for k, v in data.items() if k not in ("preset", "changes")}
-        changes = {**data.get("changes", {}), **rest}
-        changes = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
-        return cls(
-            preset=str(data.get("preset")),
-            changes={k: v for k, v in changes.items() if v is not None},
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     """An objective by name, how its policies are sampled, and the objective's own settings."""
 
@@ -356,8 +328,9 @@ class TrainConfig(LoopConfig):
 
     task: TaskConfig
     data: DataConfig
-    net: NetConfig
     objective: ObjectiveConfig
+    net: NetConfig = field(default_factory=UNet1DConfig)
+    encoder: EncoderConfig = field(default_factory=StateEncoderConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     init: str | None = None
@@ -365,9 +338,20 @@ class TrainConfig(LoopConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         try:
-            self.net.unet.check_horizon(self.policy.horizon)
+            self.net.check_horizon(self.policy.horizon)
         except ValueError as error:
             raise ConfigError(f"policy.{error}") from error
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any]) -> Self:
+        """As any settings; ``net.kind`` and ``encoder.kind`` say whose settings those two hold."""
+        readers = {"net": net_config, "encoder": encoder_config}
+        return from_mapping(cls, {k: readers[k](v) if k in readers else v for k, v in data.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; :meth:`from_mapping` is its inverse."""
+        kinds = {"net": to_mapping(self.net), "encoder": to_mapping(self.encoder)}
+        return super().to_dict() | kinds
 
 
 def _plain(value: Any) -> Any:

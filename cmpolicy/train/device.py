@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+from cmpolicy.schema import ConfigError
 from cmpolicy.train.config import LoopConfig
-from cmpolicy.train.schema import ConfigError
 
 #: The other processes of a distributed run wait this long for the one that evaluates.
 EVALUATION_TIMEOUT = timedelta(hours=2)

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from cmpolicy.flow.objective import Draws
+from cmpolicy.flow.objectives import Draws
 from cmpolicy.train.checkpoint import TrainingState, load_state, save_state, select
 from cmpolicy.train.config import LoopConfig
 from cmpolicy.train.device import use_bf16

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cmpolicy.flow.health import Health
-from cmpolicy.flow.objective import LossOutput
+from cmpolicy.flow.objectives import LossOutput
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.train.loader import Batch, DeviceLoader
 
@@ -90,7 +90,7 @@ class Validator:
             output = policy.compute_loss(batch, generator, progress=1.0, ema=policy)
             losses.add(output, len(part))
             noise = torch.randn(
-                len(part), *policy.noise_shape, generator=generator, device=self._loader.device
+                len(part), *policy.spec.noise_shape, generator=generator, device=self._loader.device
             )
             error, count = _action_error(policy, batch, noise, self._nfe)
             squares, values = squares + error, values + count

@@ -13,10 +13,10 @@ class ActionChunkPolicy(Protocol):
 
     Optional attributes that are honoured when present:
 
-    * ``noise_shape`` (T, A): ``infer`` then takes ``noise`` (B, T, A), standard normal, drawn per
-      episode from its seed, so that an episode does not depend on its neighbours in the batch;
     * ``spec`` with ``obs`` (key -> shape) and ``action_dim``: checked against the environment
-      before the first step, and only the keys in ``spec.obs`` are handed to ``infer``.
+      before the first step, and only the keys in ``spec.obs`` are handed to ``infer``;
+    * ``spec.noise_shape`` (T, A): ``infer`` then takes ``noise`` (B, T, A), standard normal, drawn
+      per episode from its seed, so that an episode does not depend on its neighbours in the batch.
     """
 
     @property

@@ -170,7 +170,7 @@ def _infer(
     rows = [slots[row] if row < len(slots) else slots[0] for row in range(batch_size)]
     obs = {key: np.stack([slot.outcome.obs[key] for slot in rows]) for key in keys}
     kwargs: dict[str, Any] = {}
-    noise_shape = getattr(policy, "noise_shape", None)
+    noise_shape = getattr(getattr(policy, "spec", None), "noise_shape", None)
     if noise_shape is not None:
         noise = np.zeros((batch_size, *noise_shape), dtype=np.float32)
         for row, slot in zip(noise, slots, strict=False):

@@ -24,7 +24,7 @@ def _column(t: Tensor) -> Tensor:
 
 
 class Gaussian(nn.Module):
-    """F of the flow of N(m + cond, q^2), per dimension, free of cancellation as s -> t.
+    """F of the flow of N(m + features, q^2), per dimension, free of cancellation as s -> t.
 
     With y = x - alpha_t m, sigma^2 = alpha^2 q^2 + beta^2 and X = alpha_s m + sigma_s / sigma_t y:
     linear          F = (x - X) / (t - s)
@@ -55,26 +55,26 @@ class Gaussian(nn.Module):
         alpha, beta = self.coefficients(t)
         return (alpha.square() * self.std.square() + beta.square()).sqrt()
 
-    def center(self, cond: Tensor | None) -> Tensor:
-        return self.mean if cond is None else self.mean + cond
+    def center(self, features: Tensor | None) -> Tensor:
+        return self.mean if features is None else self.mean + features
 
-    def map(self, x: Tensor, t: Tensor, s: Tensor, cond: Tensor | None = None) -> Tensor:
+    def map(self, x: Tensor, t: Tensor, s: Tensor, features: Tensor | None = None) -> Tensor:
         """X_{t->s}(x), straight from the definition."""
-        m = self.center(cond)
+        m = self.center(features)
         (a_t, _), (a_s, _) = self.coefficients(t), self.coefficients(s)
         return a_s * m + self.sigma(s) / self.sigma(t) * (x - a_t * m)
 
-    def velocity(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+    def velocity(self, x: Tensor, t: Tensor, features: Tensor | None = None) -> Tensor:
         """u(x, t) by tau, from method.md on the linear path, by its derivative on the other."""
-        m, q2 = self.center(cond), self.std.square()
+        m, q2 = self.center(features), self.std.square()
         alpha, beta = self.coefficients(t)
         y = x - alpha * m
         if self.path_name == "linear":
             return -m + (beta - alpha * q2) / self.sigma(t).square() * y
         return -beta * m + alpha * beta * (1 - q2) / self.sigma(t).square() * y
 
-    def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Tensor | None = None) -> Tensor:
-        m, q2 = self.center(cond), self.std.square()
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, features: Tensor | None = None) -> Tensor:
+        m, q2 = self.center(features), self.std.square()
         alpha, beta = self.coefficients(t)
         y, at_t, at_s = x - alpha * m, self.sigma(t), self.sigma(s)
         if self.path_name == "linear":
@@ -133,7 +133,7 @@ class Mixture(nn.Module):
             tau = tau + h
         return x
 
-    def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, features: Tensor | None = None) -> Tensor:
         """F of X where s < t; u on the diagonal."""
         rate = PATHS[self.path_name].rate
         if torch.equal(t, s):
@@ -159,7 +159,7 @@ class Case:
     x_t: Tensor  # (B, D)
     t: Tensor  # (B,), s + 0.05 <= t <= 0.95: differences of step 0.01 are central
     s: Tensor
-    cond: Tensor
+    features: Tensor
 
 
 @pytest.fixture(params=["linear", "trigonometric"])
@@ -170,9 +170,9 @@ def gaussian(request: pytest.FixtureRequest) -> Case:
     n = 256
     pair = torch.rand(2, n, generator=generator, dtype=torch.float64) * 0.9
     t, s = pair.max(0).values + 0.05, pair.min(0).values
-    cond = torch.randn(n, 2, generator=generator, dtype=torch.float64)
+    features = torch.randn(n, 2, generator=generator, dtype=torch.float64)
     x_t = torch.randn(n, 2, generator=generator, dtype=torch.float64) * 1.5
-    return Case(net, FlowMap(net, PATHS[path]), x_t, t, s, cond)
+    return Case(net, FlowMap(net, PATHS[path]), x_t, t, s, features)
 
 
 @pytest.fixture

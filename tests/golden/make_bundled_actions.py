@@ -40,7 +40,7 @@ def main() -> None:
         obs, noise = inputs(policy)
         plans = {}
         for nfe in (1, 4):
-            policy.nfe = policy.num_steps = nfe
+            policy.nfe = nfe
             plans[str(nfe)] = np.round(policy.infer_plan(obs, noise).astype(float), 7).tolist()
         found[name] = plans
     FILE.write_text(json.dumps(found) + "\n")

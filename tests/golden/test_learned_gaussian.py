@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cmpolicy.flow.flow_map import FlowMap
-from cmpolicy.flow.objective import build_objective
+from cmpolicy.flow.objectives import build_objective
 from cmpolicy.flow.path import PATHS
 from cmpolicy.flow.sampler import sample
 
@@ -25,7 +25,7 @@ class Mlp(nn.Module):
             nn.Linear(4, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2)
         )
 
-    def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, features: Tensor | None) -> Tensor:
         f: Tensor = self.layers(torch.cat([x, t[:, None], (t - s)[:, None]], dim=1))
         return f
 

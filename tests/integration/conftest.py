@@ -26,7 +26,7 @@ def untrained_pusht() -> Callable[[], ConsistencyPolicy]:
         arrays = {key: rng.uniform(0, 512, (64, *shape)) for key, shape in OBS.items()}
         normalizer = Normalizer.fit({**arrays, "action": rng.uniform(0, 512, (64, 2))})
         spec = PolicySpec(OBS, action_dim=2, horizon=16, n_obs_steps=2, n_action_steps=8)
-        net = UNet1DConfig((8, 16), kernel_size=3, n_groups=4, time_dim=8, obs_dim=8)
+        net = UNet1DConfig((8, 16), kernel_size=3, n_groups=4, time_dim=8)
         policy = ConsistencyPolicy(spec, net, normalizer)
         torch.nn.init.normal_(policy.net.head[-1].weight, std=0.3)  # type: ignore[arg-type]
         return policy.eval()

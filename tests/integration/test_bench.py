@@ -137,7 +137,7 @@ def test_diffusion_makes_its_evaluations(bundle: Path, name: str, nfe: int) -> N
     scheduler = DDPMScheduler(num_train_timesteps=100, beta_schedule="squaredcos_cap_v2")
     calls: list[float] = []
 
-    def predictor(x: Tensor, t: Tensor, s: Tensor, cond: Tensor | None) -> Tensor:
+    def predictor(x: Tensor, t: Tensor, s: Tensor, features: Tensor | None) -> Tensor:
         assert torch.equal(t, s)
         calls.append(float(t))
         kept = scheduler.alphas_cumprod[round(float(t) * 100)]
@@ -238,7 +238,7 @@ def test_pairs_alternate_and_warmup_is_dropped() -> None:
     [
         (["latency"], "give policy=<bundle>, or net=<preset>"),
         (["latency", "policy=x", "net=large"], "one of them, got policy=x and net=large"),
-        (["latency", "net=huge"], "unknown net preset 'huge'; choose one of"),
+        (["latency", "net=huge"], "unknown choice net=huge"),
         (["latency", "policy=x", "runtimes=[tensorrt]"], "tensorrt"),
         (["latency", "policy=x", "runtimes=[]"], "runtimes=[] names no runtime"),
         (["latency", "policy=x", "runtimes=[onnx]", "device=cuda"], "run on the CPU, not on"),

@@ -15,7 +15,7 @@ from cmpolicy_data import ReplayBuffer, bundled_path
 from cmpolicy_eval import get_protocol, rollout
 from cmpolicy_eval.result import Result
 
-NET = UNet1DConfig((8, 16), kernel_size=3, n_groups=4, time_dim=8, obs_dim=8)
+NET = UNet1DConfig((8, 16), kernel_size=3, n_groups=4, time_dim=8)
 
 
 def save_policy(

@@ -12,7 +12,7 @@ from cmpolicy.experiment.image.results import ImageResult
 from cmpolicy.experiment.image.sampling import noise_generators, parse_classes, spread_over
 from cmpolicy.image.net import UNetConfig, build_net
 from cmpolicy.image.pipeline import ConsistencyImagePipeline
-from cmpolicy.train.schema import ConfigError
+from cmpolicy.schema import ConfigError
 
 NAMES = ["lying", "standing"]
 

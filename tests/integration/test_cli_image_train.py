@@ -21,8 +21,8 @@ from cmpolicy.experiment.image.config import ImageTrainConfig
 from cmpolicy.experiment.image.train import train_images
 from cmpolicy.experiment.run import read_yaml
 from cmpolicy.image.pipeline import ConsistencyImagePipeline
+from cmpolicy.schema import ConfigError
 from cmpolicy.train.checkpoint import load_state
-from cmpolicy.train.schema import ConfigError
 from cmpolicy.train.trackers import read_log
 
 HANG = 600  # seconds after which a process is taken to hang; a busy machine needs minutes
@@ -159,7 +159,7 @@ def test_a_diverging_run_stops_and_keeps_its_state(
 ) -> None:
     assert train("out=run", "optim.lr=1e36", "optim.grad_clip=null") == 1
     printed = capsys.readouterr().err
-    assert "non-finite gradient at sample" in printed
+    assert "non-finite gradient at example" in printed
     assert "cmpolicy image train resume=run optim.lr=" in printed
     tensors = load_state(tmp_path / "run").tensors.values()
     assert all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())

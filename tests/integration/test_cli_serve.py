@@ -41,7 +41,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"state": rng.normal(size=(9, 3)), "action": rng.normal(size=(9, 2))}
     )
     spec = PolicySpec({"state": (3,)}, action_dim=2, horizon=8, n_obs_steps=2, n_action_steps=4)
-    net = UNet1DConfig((8, 16), kernel_size=3, n_groups=4, time_dim=8, obs_dim=8)
+    net = UNet1DConfig((8, 16), kernel_size=3, n_groups=4, time_dim=8)
     folder = tmp_path_factory.mktemp("policy") / "bundle"
     ConsistencyPolicy(spec, net, normalizer).save_pretrained(folder)
     return folder
@@ -93,7 +93,7 @@ def test_served_and_ended_by_ctrl_c(bundle: Path) -> None:
         with RemotePolicy(url) as remote, connect(url, proxy=None) as idle:
             local = ConsistencyPolicy.from_pretrained(bundle).eval()
             local.nfe = 2
-            noise = np.ones((1, *local.noise_shape), np.float32)
+            noise = np.ones((1, *local.spec.noise_shape), np.float32)
             np.testing.assert_allclose(remote.infer(OBS, noise), local.infer(OBS, noise), atol=1e-5)
             idle.recv(timeout=WAIT)
             _ended_by(process, signal.SIGINT, idle)
@@ -143,7 +143,7 @@ def test_an_exported_file_is_served_without_torch(bundle: Path, exported: Path) 
     with _serving(f"policy={exported}", "port=0", how=_WITHOUT_TORCH) as (process, url, lines):
         assert f"serving {exported} at {url} (2 evaluation(s) per chunk, cpu)" in lines[0]
         with RemotePolicy(url) as remote, connect(url, proxy=None) as idle:
-            noise = np.ones((1, *local.noise_shape), np.float32)
+            noise = np.ones((1, *local.spec.noise_shape), np.float32)
             np.testing.assert_allclose(remote.infer(OBS, noise), local.infer(OBS, noise), atol=1e-4)
             idle.recv(timeout=WAIT)
             _ended_by(process, signal.SIGTERM, idle)

@@ -32,7 +32,7 @@ TINY = [
     "net=tiny",
     "net.down_dims=[8,16]",
     "net.time_dim=8",
-    "net.obs_dim=8",
+    "encoder.dim=8",
     "policy.horizon=4",
     "policy.n_action_steps=2",
     "batch_size=8",
@@ -254,9 +254,9 @@ def test_a_diverging_run_stops_and_keeps_its_state(
 ) -> None:
     assert main(custom(store, "out=run", "optim.lr=1e36", "optim.grad_clip=null")) == 1
     printed = capsys.readouterr().err
-    assert "non-finite gradient at sample" in printed
+    assert "non-finite gradient at example" in printed
     assert "gradient norm" in printed
-    assert "last good state, sample 0, is kept" in printed
+    assert "last good state, example 0, is kept" in printed
     assert "cmpolicy train resume=run optim.lr=" in printed
     tensors = load_state(tmp_path / "run").tensors.values()
     assert all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())

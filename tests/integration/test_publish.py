@@ -11,7 +11,7 @@ from cmpolicy.cli.train import main as train
 from cmpolicy.policy.bundle import read_metadata
 from cmpolicy.policy.policy import ConsistencyPolicy
 
-TINY = ["net=tiny", "net.down_dims=[8,16]", "net.n_groups=4", "net.time_dim=8", "net.obs_dim=8"]
+TINY = ["net=tiny", "net.down_dims=[8,16]", "net.n_groups=4", "net.time_dim=8", "encoder.dim=8"]
 
 
 @pytest.fixture(scope="module")

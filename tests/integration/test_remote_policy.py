@@ -41,7 +41,7 @@ def _policy(spec: PolicySpec) -> ConsistencyPolicy:
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     arrays = {"state": rng.normal(size=(9, 3)), "action": rng.normal(size=(9, spec.action_dim))}
-    net = UNet1DConfig((8, 16), kernel_size=3, n_groups=4, time_dim=8, obs_dim=8)
+    net = UNet1DConfig((8, 16), kernel_size=3, n_groups=4, time_dim=8)
     return ConsistencyPolicy(spec, net, Normalizer.fit(arrays)).eval()
 
 

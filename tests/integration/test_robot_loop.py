@@ -187,7 +187,7 @@ def test_the_tiny_network_drives_a_robot() -> None:
     normalizer = Normalizer.fit(
         {"tick": rng.normal(size=(32, 1)), "action": rng.normal(size=(32, 2))}
     )
-    net = UNet1DConfig((8, 16), kernel_size=3, n_groups=4, time_dim=8, obs_dim=8)
+    net = UNet1DConfig((8, 16), kernel_size=3, n_groups=4, time_dim=8)
     spec = PolicySpec({"tick": (1,)}, action_dim=2, horizon=8, n_obs_steps=2, n_action_steps=4)
     torch.manual_seed(0)
     policy = ConsistencyPolicy(spec, net, normalizer).eval()

@@ -21,8 +21,8 @@ from cmpolicy.bench.fuzz import fuzz
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
 from cmpolicy.policy.policy import ConsistencyPolicy
-from cmpolicy.robot import server as server_module
 from cmpolicy.robot.policy import Array, ChunkPolicy
+from cmpolicy.serve import server as server_module
 from cmpolicy.serve.server import ServerError
 from cmpolicy.serve.wire import pack, unpack
 from cmpolicy.spec import PolicySpec
@@ -41,7 +41,7 @@ def policy() -> ConsistencyPolicy:
     arrays = {key: rng.uniform(0, 512, (64, *shape)) for key, shape in SHAPES.items()}
     normalizer = Normalizer.fit({**arrays, "action": rng.uniform(0, 512, (64, A))})
     spec = PolicySpec(SHAPES, action_dim=A, horizon=T, n_obs_steps=TO, n_action_steps=TA)
-    net = UNet1DConfig((8, 16), kernel_size=3, n_groups=4, time_dim=8, obs_dim=8)
+    net = UNet1DConfig((8, 16), kernel_size=3, n_groups=4, time_dim=8)
     return ConsistencyPolicy(spec, net, normalizer).eval()
 
 
@@ -220,7 +220,7 @@ def test_remote_policy_is_the_policy(server: PolicyServer, policy: ConsistencyPo
         assert isinstance(remote, ChunkPolicy)
         assert remote.spec == policy.spec
         assert (remote.n_obs_steps, remote.n_action_steps) == (TO, TA)
-        assert remote.noise_shape == policy.noise_shape
+        assert remote.spec.noise_shape == policy.spec.noise_shape
         for rows in (1, 5, 16, 37):  # 37 is more than the server takes in one message
             rng = np.random.default_rng(rows)
             obs, noise = _batch(rng, rows), _noise(rng, rows)
@@ -553,7 +553,7 @@ def test_bad_settings(policy: ConsistencyPolicy, settings: dict[str, Any], messa
 
 def test_observation_keys_of_the_protocol_are_refused() -> None:
     spec = PolicySpec({"noise": (2,)}, action_dim=2, horizon=4, n_obs_steps=1, n_action_steps=4)
-    net = UNet1DConfig((8, 16), kernel_size=3, n_groups=4, time_dim=8, obs_dim=8)
+    net = UNet1DConfig((8, 16), kernel_size=3, n_groups=4, time_dim=8)
     arrays = {"noise": np.eye(2), "action": np.eye(2)}
     with pytest.raises(ValueError, match=r"'noise'.* are words of the protocol"):
         PolicyServer(ConsistencyPolicy(spec, net, Normalizer.fit(arrays)))

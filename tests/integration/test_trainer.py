@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cmpolicy.flow.objective import build_objective
+from cmpolicy.flow.objectives import build_objective
+from cmpolicy.nn.encoders.state import StateEncoderConfig
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
 from cmpolicy.policy.policy import ConsistencyPolicy
@@ -59,8 +60,9 @@ def make_trainer(run_dir: Path, config: LoopConfig, **callables: Any) -> Trainer
     torch.manual_seed(config.seed)
     policy = ConsistencyPolicy(
         PolicySpec({"state": (3,)}, action_dim=2, horizon=4, n_obs_steps=2, n_action_steps=2),
-        UNet1DConfig((8, 16), kernel_size=3, n_groups=4, time_dim=8, obs_dim=8),
+        UNet1DConfig((8, 16), kernel_size=3, n_groups=4, time_dim=8),
         Normalizer.fit({"state": obs, "action": action}),
+        encoder=StateEncoderConfig(8),
         objective=build_objective("isd", tangent_weights="ema", tangent="schedule"),
     )
     return Trainer(
@@ -258,7 +260,7 @@ def test_non_finite_gradient_stops_with_the_last_good_state(tmp_path: Path) -> N
             batch["action"] = torch.full_like(batch["action"], float("nan"))
         return batch
 
-    with pytest.raises(NonFiniteError, match=r"at sample 48: gradient norm nan") as error:
+    with pytest.raises(NonFiniteError, match=r"at example 48: gradient norm nan") as error:
         train(tmp_path, loop_config(), batches=poisoned)
     assert error.value.examples == BATCH * 6
     state = load_state(tmp_path)

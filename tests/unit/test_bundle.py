@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from cmpolicy import ConsistencyPolicy
+from cmpolicy.nn.encoders.state import StateEncoderConfig
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
 from cmpolicy.policy.bundle import (
@@ -41,7 +42,7 @@ def _policy(seed: int = 0, *, width: int = 16, **options: Any) -> ConsistencyPol
     shapes = {**spec.obs, "action": (2,)}
     normalizer = Normalizer.fit({k: rng.random((64, *s)) * 500 for k, s in shapes.items()})
     torch.manual_seed(seed)
-    net = UNet1DConfig((width, 32), kernel_size=3, n_groups=4, time_dim=16, obs_dim=16)
+    net = UNet1DConfig((width, 32), kernel_size=3, n_groups=4, time_dim=16)
     policy = ConsistencyPolicy(spec, net, normalizer, **options)
     torch.nn.init.normal_(policy.net.head[-1].weight, std=0.3)  # type: ignore[arg-type]
     return policy
@@ -96,6 +97,32 @@ def test_noise_scale_travels_along(tmp_path: Path) -> None:
     assert ConsistencyPolicy.from_pretrained(tmp_path / "policy").noise_scale == 0.85
     _edit(noise_scale=None)(tmp_path / "policy")  # a bundle from before there was one
     assert ConsistencyPolicy.from_pretrained(tmp_path / "policy").noise_scale == 1.0
+
+
+def test_number_of_evaluations_travels_along(tmp_path: Path) -> None:
+    """A policy trained for 10 evaluations is deployed with 10."""
+    _policy(sampler="diagonal", nfe=10).save_pretrained(tmp_path / "policy")
+    loaded = ConsistencyPolicy.from_pretrained(tmp_path / "policy")
+    assert loaded.nfe == 10
+    obs = {key: torch.rand(1, 2, *shape) for key, shape in loaded.spec.obs.items()}
+    noise = torch.randn(1, 8, 2)
+    ten = loaded.predict_action_chunk(obs, noise=noise, nfe=10)
+    assert torch.equal(loaded.predict_action_chunk(obs, noise=noise), ten)
+
+
+def test_bundles_of_format_1_still_load() -> None:
+    """Written by the code of that format: the encoder inside the network, no nfe of its own."""
+    folder = Path(__file__).parents[1] / "golden" / "bundle_format1"
+    policy = ConsistencyPolicy.from_pretrained(folder)
+    assert (policy.nfe, policy.noise_scale, policy.control_hz) == (2, 0.85, 10.0)
+    assert (policy.encoder_config, policy.sampler) == (StateEncoderConfig(6), "diagonal")
+    assert policy.spec.action_rotations == ()
+    assert read_metadata(folder)["config"]["examples"] == read_metadata(folder)["examples"] == 64
+    rng = np.random.default_rng(1)
+    obs = {k: (rng.random((2, 2, *s)) * 500).astype("f4") for k, s in policy.spec.obs.items()}
+    noise = rng.standard_normal((2, 8, 2)).astype("f4")
+    expected = np.array(json.loads((folder / "plan.json").read_text()))
+    np.testing.assert_allclose(policy.infer_plan(obs, noise), expected, rtol=0, atol=5e-3)  # of 500
 
 
 def test_control_rate_travels_along_and_is_checked(tmp_path: Path) -> None:
@@ -198,7 +225,7 @@ def test_refuses_weights_that_are_not_finite(bundle: Path) -> None:
     broken = _policy(1)
     with torch.no_grad():
         broken.net.head[-1].bias[0] = torch.nan  # type: ignore[index]
-    with pytest.raises(BundleError, match=r"refusing.*'head\.3\.bias' is not finite"):
+    with pytest.raises(BundleError, match=r"refusing.*'net\.head\.3\.bias' is not finite"):
         broken.save_pretrained(bundle)
     big = _policy(1)
     with torch.no_grad():
@@ -316,10 +343,12 @@ def _other_weights(directory: Path) -> None:
         (_edit(format_version=None), ["format version None"]),
         (_edit(sha256=None), ["damaged", "hashes"]),
         (_edit(sha256=[1]), ["damaged", "hashes"]),
-        (_edit(spec=None), ["config.json lacks 'spec'"]),
-        (_edit(spec={"obs": {}}), ["do not fit together", "incomplete"]),
-        (_edit(net={"width": 3}), ["do not fit together", "width"]),
-        (_edit(net=3), ["do not fit together"]),
+        (_edit(spec=None), ["config.json is damaged: it lacks 'spec'"]),
+        (_edit(spec={"obs": {}}), ["is damaged", "incomplete"]),
+        (_edit(net={"kind": "unet1d", "width": 3}), ["is damaged", "net.width"]),
+        (_edit(net=3), ["is damaged", "net must be a group"]),
+        (_edit(encoder={"kind": "cnn"}), ["is damaged", "unknown encoder.kind 'cnn'"]),
+        (_edit(nfe=0), ["nfe=0"]),
         (_edit(path="cubic"), ["unknown path 'cubic'"]),
         (_edit(sampler="ddim"), ["unknown sampler 'ddim'"]),
         (_wider_net, ["do not fit together", "size mismatch", "copy the whole directory"]),

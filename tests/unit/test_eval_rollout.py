@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import cloudpickle
@@ -84,7 +85,7 @@ class Noisy:
 
     n_obs_steps: int = 1
     n_action_steps: int = 2
-    noise_shape: tuple[int, int] = (4, 1)
+    spec = SimpleNamespace(obs={"x": (1,)}, action_dim=1, noise_shape=(4, 1))
 
     def infer(self, obs: Mapping[str, np.ndarray], noise: np.ndarray | None = None) -> np.ndarray:
         assert noise is not None
@@ -180,7 +181,7 @@ def test_processes_change_nothing_on_push_t() -> None:
     class Chase:
         n_obs_steps: int = 2
         n_action_steps: int = 8
-        noise_shape: tuple[int, int] = (16, 2)
+        spec = SimpleNamespace(obs={"keypoint": (9, 2)}, action_dim=2, noise_shape=(16, 2))
 
         def infer(
             self, obs: Mapping[str, np.ndarray], noise: np.ndarray | None = None

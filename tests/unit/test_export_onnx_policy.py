@@ -31,7 +31,7 @@ SPEC = PolicySpec({"state": (3,)}, action_dim=2, horizon=4, n_obs_steps=2, n_act
 def policy() -> ConsistencyPolicy:
     """A tiny one."""
     torch.manual_seed(0)
-    net = UNet1DConfig((8,), kernel_size=3, n_groups=4, time_dim=8, obs_dim=8)
+    net = UNet1DConfig((8,), kernel_size=3, n_groups=4, time_dim=8)
     normalizer = Normalizer.identity({**SPEC.obs, "action": (2,)})
     made = ConsistencyPolicy(SPEC, net, normalizer).eval().requires_grad_(False)
     nn.init.normal_(made.net.head[-1].weight, std=0.3)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from cmpolicy.flow.health import flow_health
 from cmpolicy.flow.path import PATHS
 
 
-def _zero(x: Tensor, t: Tensor, s: Tensor, cond: Tensor | None) -> Tensor:
+def _zero(x: Tensor, t: Tensor, s: Tensor, features: Tensor | None) -> Tensor:
     return torch.zeros_like(x)
 
 
@@ -28,10 +28,10 @@ def test_fresh_network_has_finite_health(path: str, dtype: torch.dtype) -> None:
 
 def test_reproducible_and_without_gradient() -> None:
     net = torch.nn.Linear(4, 4)
-    flow_map = FlowMap(lambda x, t, s, cond: net(x), PATHS["linear"])
-    x, cond = torch.randn(2, 16, 4)
+    flow_map = FlowMap(lambda x, t, s, features: net(x), PATHS["linear"])
+    x, features = torch.randn(2, 16, 4)
     first, again = (
-        flow_health(flow_map, x, cond, torch.Generator().manual_seed(1)) for _ in range(2)
+        flow_health(flow_map, x, features, torch.Generator().manual_seed(1)) for _ in range(2)
     )
     assert first == again
     assert not first.tangent.requires_grad
@@ -40,9 +40,9 @@ def test_reproducible_and_without_gradient() -> None:
 def test_variance_is_within_one_condition() -> None:
     """A map that answers each condition with one sample has no variance, however they differ."""
 
-    def to_cond(x: Tensor, t: Tensor, s: Tensor, cond: Tensor | None) -> Tensor:
-        assert cond is not None
-        return (x - cond) / t[:, None]
+    def to_cond(x: Tensor, t: Tensor, s: Tensor, features: Tensor | None) -> Tensor:
+        assert features is not None
+        return (x - features) / t[:, None]
 
     x = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
     health = flow_health(FlowMap(to_cond, PATHS["linear"]), x, x, torch.Generator().manual_seed(1))
@@ -60,7 +60,7 @@ def test_diagonal_sampler_is_given_steps() -> None:
     """One Euler step gives the mean of the data; a velocity is judged over several."""
     asked = []
 
-    def net(x: Tensor, t: Tensor, s: Tensor, cond: Tensor | None) -> Tensor:
+    def net(x: Tensor, t: Tensor, s: Tensor, features: Tensor | None) -> Tensor:
         asked.append(t[0].item())
         return torch.zeros_like(x)
 

@@ -12,7 +12,7 @@ from cmpolicy.cli.parse import compose_settings
 from cmpolicy.experiment.image.config import ImageTrainConfig
 from cmpolicy.experiment.run import read_yaml
 from cmpolicy.image.net import DiTConfig, UNetConfig
-from cmpolicy.train.schema import ConfigError
+from cmpolicy.schema import ConfigError
 
 
 def build(*words: str) -> ImageTrainConfig:
@@ -84,7 +84,7 @@ def test_help_names_every_choice() -> None:
         (["guidence=2"], "did you mean 'guidance'"),
         (["guidance=0"], "guidance=0.0 makes no sense"),
         (["guidance=strong"], "guidance must be a number"),
-        (["guidance=2", "label_dropout=0"], "needs examples without a label"),
+        (["guidance=2", "label_dropout=0"], "needs samples without a label"),
         (["label_dropout=1"], "label_dropout=1.0 must be in [0, 1)"),
         (["dataset.image_size=12"], "dataset: image_size=12: digits are 8x8 and are enlarged"),
         (["net.kind=resnet"], "net.kind='resnet' is not one of dit, unet"),

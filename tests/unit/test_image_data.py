@@ -9,7 +9,7 @@ from PIL import Image
 
 from cmpolicy.image.datasets import ImageDataConfig, ImageDataError, ImageSet, load_images
 from cmpolicy.image.datasets.split import stratified_test_rows
-from cmpolicy.train.schema import ConfigError, from_mapping
+from cmpolicy.schema import ConfigError, from_mapping
 
 RNG = np.random.default_rng(0)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cmpolicy.flow.flow_map import FlowMap
-from cmpolicy.flow.objective import Draws, build_objective
+from cmpolicy.flow.objectives import Draws, build_objective
 from cmpolicy.flow.path import PathSample, expand_time, get_path
 from cmpolicy.image.guidance import Guidance, LabelDraws
 

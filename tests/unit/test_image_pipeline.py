@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import cmpolicy
-from cmpolicy.flow.objective import build_objective
+from cmpolicy.flow.objectives import build_objective
 from cmpolicy.image.guidance import Guidance
 from cmpolicy.image.model import ImageFlowModel
 from cmpolicy.image.net import ImageNet, UNetConfig, build_net

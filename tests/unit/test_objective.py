@@ -9,32 +9,38 @@ import torch
 from torch import Tensor, nn
 
 from cmpolicy.flow.flow_map import FlowMap
-from cmpolicy.flow.objective import OBJECTIVES, Draws, Isd, build_objective
+from cmpolicy.flow.objectives import OBJECTIVES, Draws, Isd, build_objective
 from cmpolicy.flow.path import PATHS
 
 CPU = torch.device("cpu")
 D = 3
 
 
+def _isd(**settings: Any) -> Any:
+    """The paper's iSD, unless told otherwise."""
+    paper = {"sd_begin": 0.0, "zero_share": 0.0, "epsilon": 0.005}
+    return build_objective("isd", **(paper | settings))
+
+
 class Net(nn.Module):
-    """A smooth F(x, t, s, cond) on (B, D)."""
+    """A smooth F(x, t, s, features) on (B, D)."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.layers = nn.Sequential(nn.Linear(2 * D + 2, 16), nn.Tanh(), nn.Linear(16, D)).double()
 
-    def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Tensor | None) -> Tensor:
-        c = torch.zeros_like(x) if cond is None else cond
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, features: Tensor | None) -> Tensor:
+        c = torch.zeros_like(x) if features is None else features
         f: Tensor = self.layers(torch.cat([x, c, t[:, None], s[:, None]], dim=1))
         return f
 
 
 def _problem(n: int = 8, path: str = "linear") -> tuple[FlowMap, Tensor, Tensor, Draws]:
     generator = torch.Generator().manual_seed(1)
-    x, cond, z = torch.randn(3, n, D, generator=generator, dtype=torch.float64)
+    x, features, z = torch.randn(3, n, D, generator=generator, dtype=torch.float64)
     times = torch.rand(2, n, generator=generator, dtype=torch.float64) * 0.9 + 0.05
-    return FlowMap(Net(), PATHS[path]), x, cond, Draws(z, times.amax(0), times.amin(0))
+    return FlowMap(Net(), PATHS[path]), x, features, Draws(z, times.amax(0), times.amin(0))
 
 
 def _gradients(flow_map: FlowMap, loss: Tensor) -> tuple[Tensor, ...]:
@@ -68,21 +74,21 @@ def _derivative(
 @pytest.mark.parametrize("path", ["linear", "trigonometric"])
 def test_loss_and_gradient_by_hand(path: str, derivative: str, power: float) -> None:
     """Steps 2 to 6 of the method, u_hat and D from a frozen copy: no gradient through either."""
-    flow_map, x, cond, draws = _problem(path=path)
+    flow_map, x, features, draws = _problem(path=path)
     settings = {"derivative": derivative, "weight_power": power, "sd_share": 1.0, "epsilon": 1e-4}
-    output = build_objective("isd", **settings)(flow_map, x, cond, draws)
+    output = _isd(**settings)(flow_map, x, features, draws)
 
     t, s, net, frozen = draws.t, draws.s, flow_map.net, _frozen(flow_map)
     point = flow_map.path.sample(x, draws.z, t)
-    u_hat = frozen(point.x_t, t, t, cond)
-    d = _derivative(frozen, point.x_t, t, s, cond, u_hat, flow_map.path.rate)
-    loss_fm = (net(point.x_t, t, t, cond) - point.velocity).square().mean(1)
-    f = net(point.x_t, t, s, cond)
+    u_hat = frozen(point.x_t, t, t, features)
+    d = _derivative(frozen, point.x_t, t, s, features, u_hat, flow_map.path.rate)
+    loss_fm = (net(point.x_t, t, t, features) - point.velocity).square().mean(1)
+    f = net(point.x_t, t, s, features)
     if path == "linear":
         target = u_hat - (t - s)[:, None] * d  # the paper's own form
     else:
         delta = (t - s)[:, None] * flow_map.path.rate
-        still = frozen(point.x_t, t, s, cond)
+        still = frozen(point.x_t, t, s, features)
         target = still + torch.cos(delta) * (u_hat - still) - torch.sin(delta) * (point.x_t + d)
     loss_sd = (f - target).square().mean(1)
     total = loss_fm + loss_sd
@@ -99,10 +105,10 @@ def test_loss_and_gradient_by_hand(path: str, derivative: str, power: float) -> 
 
 
 def test_flow_matching_by_hand() -> None:
-    flow_map, x, cond, draws = _problem()
-    output = build_objective("fm")(flow_map, x, cond, draws)
+    flow_map, x, features, draws = _problem()
+    output = build_objective("fm")(flow_map, x, features, draws)
     x_t = (1 - draws.t)[:, None] * x + draws.t[:, None] * draws.z
-    error = flow_map.net(x_t, draws.t, draws.t, cond) - (draws.z - x)
+    error = flow_map.net(x_t, draws.t, draws.t, features) - (draws.z - x)
     torch.testing.assert_close(output.per_example, error.square().mean(1))
     assert set(output.metrics) == {"loss_fm"}
 
@@ -111,9 +117,9 @@ def test_flow_matching_by_hand() -> None:
 
 
 def _loss(settings: dict[str, Any], *, progress: float = 0.0, ema: FlowMap | None = None) -> Tensor:
-    flow_map, x, cond, draws = _problem()
-    isd = build_objective("isd", weight_power=0.0, **settings)
-    return isd(flow_map, x, cond, draws, progress=progress, ema=ema).per_example.detach()
+    flow_map, x, features, draws = _problem()
+    isd = _isd(weight_power=0.0, **settings)
+    return isd(flow_map, x, features, draws, progress=progress, ema=ema).per_example.detach()
 
 
 def test_schedule_goes_from_data_to_self() -> None:
@@ -140,29 +146,27 @@ def test_tangent_mix() -> None:
 
 def test_self_distillation_joins_in_later() -> None:
     """Before its share of the run the loss is flow matching's, afterwards the whole."""
-    flow_map, x, cond, draws = _problem()
-    late = build_objective("isd", sd_begin=0.5, weight_power=1.0)
-    before = late(flow_map, x, cond, draws, progress=0.49)
-    fm = build_objective("fm")(flow_map, x, cond, draws).per_example
+    flow_map, x, features, draws = _problem()
+    late = _isd(sd_begin=0.5, weight_power=1.0)
+    before = late(flow_map, x, features, draws, progress=0.49)
+    fm = build_objective("fm")(flow_map, x, features, draws).per_example
     torch.testing.assert_close(before.per_example, fm / (fm.detach() + 0.01))
     assert before.metrics["loss_sd"] == 0
-    after = late(flow_map, x, cond, draws, progress=0.5)
-    expected = build_objective("isd")(flow_map, x, cond, draws)
+    after = late(flow_map, x, features, draws, progress=0.5)
+    expected = _isd()(flow_map, x, features, draws)
     torch.testing.assert_close(after.per_example, expected.per_example)
 
 
 def test_data_tangent_is_the_conditional_velocity() -> None:
-    flow_map, x, cond, draws = _problem()
-    isd = build_objective(
-        "isd", tangent="data", derivative="jvp", weight_power=0.0, sd_share=1.0, sd_weight=2.0
-    )
-    found = isd(flow_map, x, cond, draws).per_example
+    flow_map, x, features, draws = _problem()
+    isd = _isd(tangent="data", derivative="jvp", weight_power=0.0, sd_share=1.0, sd_weight=2.0)
+    found = isd(flow_map, x, features, draws).per_example
     point = flow_map.path.sample(x, draws.z, draws.t)
     frozen, v = _frozen(flow_map), draws.z - x
-    d = _derivative(frozen, point.x_t, draws.t, draws.s, cond, v, 1.0)
+    d = _derivative(frozen, point.x_t, draws.t, draws.s, features, v, 1.0)
     target = v - (draws.t - draws.s)[:, None] * d
-    loss_sd = (frozen(point.x_t, draws.t, draws.s, cond) - target).square().mean(1)
-    loss_fm = (frozen(point.x_t, draws.t, draws.t, cond) - v).square().mean(1)
+    loss_sd = (frozen(point.x_t, draws.t, draws.s, features) - target).square().mean(1)
+    loss_fm = (frozen(point.x_t, draws.t, draws.t, features) - v).square().mean(1)
     torch.testing.assert_close(found, loss_fm + 2.0 * loss_sd)
 
 
@@ -182,10 +186,10 @@ def test_tangent_from_ema_weights() -> None:
 
 
 def test_no_gradient_reaches_the_ema_weights() -> None:
-    flow_map, x, cond, draws = _problem()
+    flow_map, x, features, draws = _problem()
     ema = FlowMap(Net(5), PATHS["linear"])
-    isd = build_objective("isd", tangent_weights="ema")
-    isd(flow_map, x, cond, draws, ema=ema).per_example.sum().backward()
+    isd = _isd(tangent_weights="ema")
+    isd(flow_map, x, features, draws, ema=ema).per_example.sum().backward()
     assert all(p.grad is None for p in ema.parameters())
     assert all(p.grad is not None and p.grad.any() for p in flow_map.parameters())
 
@@ -193,17 +197,36 @@ def test_no_gradient_reaches_the_ema_weights() -> None:
 # -- shares -------------------------------------------------------------------------------------
 
 
+def test_masked_entries_count_for_nothing() -> None:
+    """Neither in the loss nor in its gradient; the others are averaged over what is left."""
+    flow_map, x, features, draws = _problem()
+    mask = torch.ones(8, D, dtype=torch.bool)
+    mask[2, 1:] = False
+    for objective in (_isd(sd_share=1.0, weight_power=0.0), build_objective("fm")):
+        masked = objective(flow_map, x, features, draws, mask=mask).per_example
+        whole = objective(flow_map, x, features, draws).per_example
+        differs = ~torch.isclose(masked, whole, rtol=0, atol=1e-12)
+        assert differs.nonzero().flatten().tolist() == [2]
+        every = objective(flow_map, x, features, draws, mask=torch.ones(8, 1)).per_example
+        torch.testing.assert_close(every, whole)
+    fm = build_objective("fm")
+    masked = fm(flow_map, x, features, draws, mask=mask).per_example[2]
+    x_t = (1 - draws.t)[:, None] * x + draws.t[:, None] * draws.z
+    error = flow_map.net(x_t, draws.t, draws.t, features) - (draws.z - x)
+    torch.testing.assert_close(masked, error[2, 0].square())
+
+
 @pytest.mark.parametrize(
     ("n", "share", "count"), [(8, 0.5, 4), (8, 1.0, 8), (7, 0.3, 2), (4, 0.01, 1)]
 )
 def test_share_of_samples_with_self_distillation(n: int, share: float, count: int) -> None:
-    flow_map, x, cond, draws = _problem(n)
+    flow_map, x, features, draws = _problem(n)
     settings = {"weight_power": 0.0}
-    plain = build_objective("fm")(flow_map, x, cond, draws).per_example
-    whole = build_objective("isd", sd_share=share, **settings)(flow_map, x, cond, draws)
+    plain = build_objective("fm")(flow_map, x, features, draws).per_example
+    whole = _isd(sd_share=share, **settings)(flow_map, x, features, draws)
     carries = ~torch.isclose(whole.per_example, plain, rtol=0, atol=1e-12)
     assert int(carries.sum()) == count
-    every = build_objective("isd", sd_share=1.0, **settings)(flow_map, x, cond, draws)
+    every = _isd(sd_share=1.0, **settings)(flow_map, x, features, draws)
     torch.testing.assert_close(whole.per_example[carries], every.per_example[carries])
 
 
@@ -212,12 +235,12 @@ def test_share_of_samples_with_self_distillation(n: int, share: float, count: in
 def test_slices_of_a_global_draw_give_the_losses_of_the_whole(share: float, parts: int) -> None:
     """What makes N processes with batch B/N the same training as one with batch B."""
     n = 16
-    flow_map, x, cond, draws = _problem(n)
-    isd = build_objective("isd", sd_share=share)
-    whole = isd(flow_map, x, cond, draws)
+    flow_map, x, features, draws = _problem(n)
+    isd = _isd(sd_share=share)
+    whole = isd(flow_map, x, features, draws)
     size = n // parts
     sliced = [
-        isd(flow_map, x[i : i + size], cond[i : i + size], draws.slice(i, i + size))
+        isd(flow_map, x[i : i + size], features[i : i + size], draws.slice(i, i + size))
         for i in range(0, n, size)
     ]
     joined = torch.cat([output.per_example for output in sliced])
@@ -229,17 +252,15 @@ def test_slices_of_a_global_draw_give_the_losses_of_the_whole(share: float, part
 
 def test_zero_share() -> None:
     for share in (0.0, 0.3, 1.0):
-        draws = build_objective("isd", zero_share=share).draw(
-            4000, (2,), torch.Generator().manual_seed(0), CPU
-        )
+        draws = _isd(zero_share=share).draw(4000, (2,), torch.Generator().manual_seed(0), CPU)
         assert (draws.s == 0).double().mean().item() == pytest.approx(share, abs=0.03)
 
 
 def test_condition_of_one_sample_is_its_own_affair() -> None:
-    flow_map, x, cond, draws = _problem()
-    isd = build_objective("isd", sd_share=1.0)
-    before = isd(flow_map, x, cond, draws).per_example
-    changed = cond.clone()
+    flow_map, x, features, draws = _problem()
+    isd = _isd(sd_share=1.0)
+    before = isd(flow_map, x, features, draws).per_example
+    changed = features.clone()
     changed[3] += 1.0
     after = isd(flow_map, x, changed, draws).per_example
     differs = ~torch.isclose(before, after, rtol=0, atol=1e-12)
@@ -280,9 +301,7 @@ def test_flow_matching_draws_the_diagonal() -> None:
 
 def test_larger_of_two_is_t() -> None:
     """t of Beta(1, 1) draws is the maximum of two uniforms: E t = 2/3, E s = 1/3."""
-    draws = build_objective("isd", time_a=1.0).draw(
-        20_000, (1,), torch.Generator().manual_seed(0), CPU
-    )
+    draws = _isd(time_a=1.0).draw(20_000, (1,), torch.Generator().manual_seed(0), CPU)
     assert draws.t.mean().item() == pytest.approx(2 / 3, abs=0.01)
     assert draws.s.mean().item() == pytest.approx(1 / 3, abs=0.01)
 
@@ -293,12 +312,20 @@ def test_larger_of_two_is_t() -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "words"),
     [
-        ("isdd", {}, ["unknown objective 'isdd'", "['fm', 'isd']"]),
-        ("isd", {"wieght_power": 1}, ["'wieght_power'", "did you mean 'weight_power'?", "epsilon"]),
-        ("fm", {"zzz": 1}, ["'fm' has no setting 'zzz'; it has ['time_a', 'time_b']"]),
-        ("isd", {"tangent": "teacher"}, ["tangent='teacher'", "['self', 'data', 'schedule']"]),
-        ("isd", {"tangent_weights": "best"}, ["'best'", "['online', 'ema']"]),
-        ("isd", {"derivative": "vjp"}, ["'vjp'", "['jvp', 'difference']"]),
+        ("isdd", {}, ["unknown objective 'isdd'; did you mean 'isd'?", "known: fm, isd"]),
+        (
+            "isd",
+            {"wieght_power": 1},
+            ["'objective.wieght_power'; did you", "weight_power", "epsilon"],
+        ),
+        (
+            "fm",
+            {"zzz": 1},
+            ["setting 'objective.zzz'", "objective.time_a, objective.time_b"],
+        ),
+        ("isd", {"tangent": "teacher"}, ["objective.tangent='teacher'", "self, data, schedule"]),
+        ("isd", {"tangent_weights": "best"}, ["'best'", "online, ema"]),
+        ("isd", {"derivative": "vjp"}, ["'vjp'", "jvp, difference"]),
         ("isd", {"sd_share": 0.0}, ["sd_share=0.0", "use fm"]),
         ("isd", {"sd_share": 1.5}, ["sd_share=1.5", "(0, 1]"]),
         ("isd", {"sd_begin": 1.0}, ["sd_begin=1.0", "[0, 1)"]),
@@ -306,10 +333,10 @@ def test_larger_of_two_is_t() -> None:
         ("isd", {"time_floor": 1.0}, ["time_floor=1.0", "[0, 1)"]),
         ("isd", {"tangent_begin": 0.8, "tangent_end": 0.2}, ["0.8", "0.2", "in order"]),
         ("isd", {"epsilon": 0.0}, ["epsilon=0.0", "(0, 0.5)"]),
-        ("isd", {"weight_power": -1}, ["weight_power=-1", "negative"]),
+        ("isd", {"weight_power": -1}, ["weight_power=-1.0", "negative"]),
         ("isd", {"sd_weight": float("nan")}, ["sd_weight=nan"]),
         ("isd", {"time_a": 0.0}, ["Beta(0.0, 1.0)", "positive"]),
-        ("isd", {"sd_share": "half"}, ["'isd'", "half"]),
+        ("isd", {"sd_share": "half"}, ["objective.sd_share must be a number", "half"]),
     ],
 )
 def test_bad_settings(name: str, settings: dict[str, Any], words: list[str]) -> None:

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from cmpolicy import ConsistencyPolicy
-from cmpolicy.flow.objective import build_objective
+from cmpolicy.flow.objectives import build_objective
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
 from cmpolicy.policy.policy import Batch
 from cmpolicy.spec import PolicySpec, SpecError
 
-NET = UNet1DConfig((16, 32), kernel_size=3, n_groups=4, time_dim=16, obs_dim=16)
+NET = UNet1DConfig((16, 32), kernel_size=3, n_groups=4, time_dim=16)
 
 
 def _policy(
@@ -43,7 +43,7 @@ def _obs(policy: ConsistencyPolicy, batch: int, seed: int = 1) -> dict[str, Tens
 
 
 def _noise(policy: ConsistencyPolicy, batch: int) -> Tensor:
-    return torch.randn(batch, *policy.noise_shape, generator=torch.Generator().manual_seed(2))
+    return torch.randn(batch, *policy.spec.noise_shape, generator=torch.Generator().manual_seed(2))
 
 
 def _batch(policy: ConsistencyPolicy, batch: int) -> Batch:
@@ -65,7 +65,7 @@ def _numpy(obs: dict[str, Tensor]) -> dict[str, Any]:
 def test_shapes(batch: int, to: int, horizon: int, ta: int) -> None:
     policy = _policy(n_obs_steps=to, horizon=horizon, n_action_steps=ta, action_dim=3)
     obs = _obs(policy, batch)
-    assert policy.noise_shape == (horizon, 3)
+    assert policy.spec.noise_shape == (horizon, 3)
     assert policy.predict_trajectory(obs).shape == (batch, horizon, 3)
     assert policy.predict_action_chunk(obs).shape == (batch, ta, 3)
     chunk = policy.infer(_numpy(obs))
@@ -100,13 +100,25 @@ def test_actions_are_in_env_units() -> None:
     assert trajectory.abs().max() > 50
 
 
-def test_condition_is_all_steps_in_the_order_of_the_spec() -> None:
+def test_features_are_of_the_normalised_observations() -> None:
     policy = _policy()
     obs = _obs(policy, 2)
     swapped = dict(reversed(obs.items()))
-    expected = [policy.normalizer.normalize(key, obs[key]).flatten(2) for key in policy.spec.obs]
-    assert torch.equal(policy.encode(obs), torch.cat(expected, dim=2).flatten(1))
+    normal = {key: policy.normalizer.normalize(key, obs[key]) for key in policy.spec.obs}
+    assert policy.encode(obs).shape == (2, policy.encoder_config.feature_dim)
+    assert torch.equal(policy.encode(obs), policy.encoder(normal))
     assert torch.equal(policy.encode(swapped), policy.encode(obs))
+
+
+def test_observations_are_encoded_once() -> None:
+    """Per training step and per decision, however many evaluations share the features."""
+    policy = _policy(objective=build_objective("isd"))
+    calls: list[int] = []
+    policy.encoder.register_forward_hook(lambda module, inputs, output: calls.append(1))
+    policy.compute_loss(_batch(policy, 4), progress=1.0)
+    assert len(calls) == 1
+    policy.predict_action_chunk(_obs(policy, 2), nfe=5)
+    assert len(calls) == 2
 
 
 # -- inference ----------------------------------------------------------------------------------
@@ -134,10 +146,32 @@ def test_infer_is_the_chunk_in_numpy() -> None:
     obs, noise = _obs(policy, 3), _noise(policy, 3)
     found = policy.infer(_numpy(obs), noise.numpy())
     assert np.array_equal(found, policy.predict_action_chunk(obs, noise=noise).numpy())
-    policy.nfe = 3
-    again = policy.infer(_numpy(obs), noise.numpy())
-    assert np.array_equal(again, policy.predict_action_chunk(obs, noise=noise, nfe=3).numpy())
-    assert not np.array_equal(found, again)
+
+
+def test_the_policys_own_number_of_evaluations() -> None:
+    """One meaning, one name: what arrays and tensors take where no other is given."""
+    policy = _policy(nfe=3)
+    obs, noise = _obs(policy, 3), _noise(policy, 3)
+    three = policy.predict_action_chunk(obs, noise=noise, nfe=3).numpy()
+    assert np.array_equal(policy.predict_action_chunk(obs, noise=noise).numpy(), three)
+    assert np.array_equal(policy.infer(_numpy(obs), noise.numpy()), three)
+    assert np.array_equal(policy.infer_plan(_numpy(obs), noise.numpy())[:, :4], three)
+    one = policy.infer(_numpy(obs), noise.numpy(), nfe=1)
+    assert np.array_equal(policy.predict_action_chunk(obs, noise=noise, nfe=1).numpy(), one)
+    assert not np.array_equal(one, three)
+    with pytest.raises(ValueError, match="nfe=0"):
+        _policy(nfe=0)
+
+
+def test_unknown_observations_are_ignored_with_one_warning() -> None:
+    policy = _policy()
+    obs, noise = _numpy(_obs(policy, 1)), _noise(policy, 1).numpy()
+    expected = policy.infer(obs, noise)
+    more = {**obs, "prompt": "push the T", "stranger": np.full(3, np.nan)}
+    with pytest.warns(UserWarning, match=r"\['prompt', 'stranger'\] are ignored") as caught:
+        found = [policy.infer(more, noise) for _ in range(3)]
+    assert len(caught) == 1
+    assert all(np.array_equal(chunk, expected) for chunk in found)
 
 
 def test_infer_takes_any_number_type_and_lists() -> None:
@@ -196,8 +230,7 @@ def test_double_precision_policy() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"keypoint": None}, ["missing ['keypoint']", "['agent_pos', 'keypoint']"]),
-        ({"image": (1, 2, 8)}, ["unknown ['image']"]),
+        ({"keypoint": None}, ["missing: ['keypoint']", "['agent_pos', 'keypoint']"]),
         ({"keypoint": (1, 2, 4, 2)}, ["'keypoint'", "(1, 2, 4, 2)", "(batch, 2, 3, 2)"]),
         ({"agent_pos": (2, 2)}, ["'agent_pos'", "(2, 2)", "(batch, 2, 2)", "n_obs_steps=2"]),
     ],
@@ -329,6 +362,31 @@ def test_loss_under_autocast() -> None:
     assert found.loss.dtype == torch.float32
     torch.testing.assert_close(found.loss, expected.loss, rtol=0.05, atol=0)
     found.loss.backward()
+
+
+def test_padded_actions_are_trained_on_or_not() -> None:
+    policy = _policy(objective=build_objective("fm")).double()
+    batch, draws = _batch(policy, 4), policy.draw(4, torch.Generator().manual_seed(0))
+    batch["action_is_pad"][1, 5:] = True
+    whole = policy.compute_loss(batch, draws=draws).per_example
+    policy.pad_loss = False
+    masked = policy.compute_loss(batch, draws=draws).per_example
+    assert (masked != whole).tolist() == [False, True, False, False]
+    batch["action"][1, 5:] += 100.0  # still seen by the network, but no target
+    x_t_alone = policy.compute_loss(batch, draws=draws).per_example
+    assert (x_t_alone != masked).tolist() == [False, True, False, False]
+
+
+def test_ema_weights_encode_for_themselves() -> None:
+    """u_hat of the EMA weights is made of the EMA encoder's features."""
+    settings = {"tangent_weights": "ema", "sd_begin": 0.0, "weight_power": 0.0}
+    policy = _policy(objective=build_objective("isd", **settings)).double()
+    batch, draws = _batch(policy, 4), policy.draw(4, torch.Generator().manual_seed(0))
+    same = policy.compute_loss(batch, draws=draws, ema=policy).per_example
+    ema = _policy().double()
+    torch.nn.init.zeros_(ema.encoder.mlp[-1].weight)  # type: ignore[union-attr, index, arg-type]
+    other = policy.compute_loss(batch, draws=draws, ema=ema).per_example
+    assert not torch.allclose(same, other)
 
 
 def test_training_without_objective() -> None:

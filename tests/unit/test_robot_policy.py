@@ -13,6 +13,6 @@ def test_consistency_policy_is_a_chunk_policy() -> None:
     spec = PolicySpec({"state": (3,)}, action_dim=2, horizon=8, n_obs_steps=2, n_action_steps=4)
     rng = np.random.default_rng(0)
     normalizer = Normalizer.fit({"state": rng.random((8, 3)), "action": rng.random((8, 2))})
-    net = UNet1DConfig((8, 16), kernel_size=3, n_groups=4, time_dim=8, obs_dim=8)
+    net = UNet1DConfig((8, 16), kernel_size=3, n_groups=4, time_dim=8)
     assert isinstance(ConsistencyPolicy(spec, net, normalizer), ChunkPolicy)
     assert not isinstance(spec, ChunkPolicy)

@@ -12,15 +12,15 @@ from cmpolicy.flow.sampler import SamplerKind, sample, time_grid, trajectory
 
 
 class Recorder:
-    """F = -cond, and what it was asked."""
+    """F = -features, and what it was asked."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[float, float]] = []
 
-    def __call__(self, x: Tensor, t: Tensor, s: Tensor, cond: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, s: Tensor, features: Tensor | None) -> Tensor:
         assert t.shape == s.shape == (len(x),)
         self.calls.append((t[0].item(), s[0].item()))
-        return torch.zeros_like(x) if cond is None else -cond
+        return torch.zeros_like(x) if features is None else -features
 
 
 def test_time_grid() -> None:
@@ -52,10 +52,10 @@ def test_flow_map_sampler_asks_for_each_jump_once(steps: int) -> None:
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_diagonal_sampler_asks_for_velocities(steps: int) -> None:
     net = Recorder()
-    z, cond = torch.randn(2, 3, 16, 2)
-    found = sample(FlowMap(net, PATHS["linear"]), z, cond, nfe=steps, kind="diagonal")
+    z, features = torch.randn(2, 3, 16, 2)
+    found = sample(FlowMap(net, PATHS["linear"]), z, features, nfe=steps, kind="diagonal")
     assert net.calls == [(t, t) for t in time_grid(steps).tolist()[:-1]]
-    torch.testing.assert_close(found, z + cond)
+    torch.testing.assert_close(found, z + features)
 
 
 @pytest.mark.parametrize("kind", ["flow_map", "diagonal"])
@@ -78,7 +78,7 @@ def test_bad_arguments() -> None:
 def test_a_trajectory_starts_at_the_noise_and_ends_at_the_sample(kind: SamplerKind) -> None:
     z = torch.randn(5, 3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
-    def net(x: Tensor, t: Tensor, s: Tensor, cond: Tensor | None) -> Tensor:
+    def net(x: Tensor, t: Tensor, s: Tensor, features: Tensor | None) -> Tensor:
         return 0.3 * x + (t + s)[:, None, None]
 
     flow_map = FlowMap(net, PATHS["linear"])

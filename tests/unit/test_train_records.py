@@ -103,10 +103,10 @@ def test_states_come_back_exactly(tmp_path: Path) -> None:
 def test_a_state_of_a_newer_version_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cmpolicy.train.checkpoint.FORMAT_VERSION", 2)
+    monkeypatch.setattr("cmpolicy.train.checkpoint.FORMAT_VERSION", 3)
     save_state(tmp_path, TrainingState({"a": torch.zeros(1)}, {}))
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match=r"has format version 2, this cmpolicy reads 1"):
+    with pytest.raises(CheckpointError, match=r"has format version 3, this cmpolicy reads 2"):
         load_state(tmp_path)
 
 

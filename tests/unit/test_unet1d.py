@@ -8,17 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from cmpolicy.cli.parse import compose_settings
 from cmpolicy.nn.embeddings import MAX_FREQUENCY_DELTA, MAX_FREQUENCY_T, TwoTimeEmbedding
-from cmpolicy.nn.unet1d import NET_PRESETS, UNet1D, UNet1DConfig, net_config
+from cmpolicy.nn.registry import encoder_config, net_config, to_mapping
+from cmpolicy.nn.unet1d import UNet1D, UNet1DConfig
 from cmpolicy.policy.bundle import FORMAT_VERSION
 
-TINY = UNet1DConfig((16, 32, 64), kernel_size=3, n_groups=4, time_dim=16, obs_dim=16)
+TINY = UNet1DConfig((16, 32, 64), kernel_size=3, n_groups=4, time_dim=16)
 
 
 def _net(config: UNet1DConfig = TINY, *, action_dim: int = 2, seed: int = 0) -> UNet1D:
     """A network whose last layer is not zero, as after some training."""
     torch.manual_seed(seed)
-    net = UNet1D(config, action_dim=action_dim, obs_input_dim=6)
+    net = UNet1D(config, action_dim=action_dim, feature_dim=6)
     torch.nn.init.normal_(net.head[-1].weight, std=0.1)  # type: ignore[arg-type]
     return net
 
@@ -31,7 +33,7 @@ def _inputs(batch: int = 3, horizon: int = 16, action_dim: int = 2) -> tuple[Ten
 
 
 @pytest.mark.parametrize(
-    ("preset", "low", "high"),
+    ("size", "low", "high"),
     [
         ("tiny", 0.8e6, 1.5e6),
         ("small", 3.5e6, 4.19e6),
@@ -39,17 +41,16 @@ def _inputs(batch: int = 3, horizon: int = 16, action_dim: int = 2) -> tuple[Ten
         ("large", 63e6, 68e6),
     ],
 )
-def test_presets(preset: str, low: float, high: float) -> None:
+def test_sizes(size: str, low: float, high: float) -> None:
+    """``net=<size>``; small fits a bundled policy: 8 MB in half precision."""
+    settings = compose_settings("train", [f"net={size}"])
+    encoder = encoder_config(settings["encoder"])
     with torch.device("meta"):  # shapes alone: nothing is allocated
-        net = UNet1D(NET_PRESETS[preset], action_dim=2, obs_input_dim=40)
-    assert low <= sum(p.numel() for p in net.parameters()) <= high
-
-
-def test_small_preset_fits_a_bundled_policy() -> None:
-    """8 MB in half precision, the limit of a bundled policy's weights."""
-    with torch.device("meta"):
-        net = UNet1D(NET_PRESETS["small"], action_dim=2, obs_input_dim=40)
-    assert 2 * sum(p.numel() for p in net.parameters()) < 8e6
+        net = net_config(settings["net"]).build(action_dim=2, feature_dim=encoder.feature_dim)
+        first = encoder.build({"state": (20,)}, 2)
+    count = sum(p.numel() for module in (net, first) for p in module.parameters())
+    assert low <= count <= high
+    assert size != "small" or 2 * count < 8e6
 
 
 @pytest.mark.parametrize("horizon", [4, 8, 12, 16, 20, 64])
@@ -61,8 +62,7 @@ def test_any_horizon_that_the_depth_divides(horizon: int, action_dim: int) -> No
 
 @pytest.mark.parametrize("levels", [1, 2, 3, 4])
 def test_depths(levels: int) -> None:
-    config = UNet1DConfig((16,) * levels, kernel_size=3, n_groups=4, time_dim=16, obs_dim=16)
-    assert config.horizon_factor == 2 ** (levels - 1)
+    config = UNet1DConfig((16,) * levels, kernel_size=3, n_groups=4, time_dim=16)
     x, t, s, obs = _inputs(horizon=8)
     assert _net(config)(x, t, s, obs).shape == x.shape
 
@@ -84,12 +84,12 @@ def test_horizon_that_it_does_not_divide(horizon: int, words: list[str]) -> None
 
 def test_observation_is_required() -> None:
     x, t, s, _ = _inputs()
-    with pytest.raises(ValueError, match=r"needs the observation history.*None"):
+    with pytest.raises(ValueError, match=r"needs the features.*None"):
         _net()(x, t, s, None)
 
 
 def test_fresh_network_is_zero() -> None:
-    net = UNet1D(TINY, action_dim=2, obs_input_dim=6)
+    net = UNet1D(TINY, action_dim=2, feature_dim=6)
     assert not net(*_inputs()).any()
 
 
@@ -162,8 +162,10 @@ def test_layout_for_inference_keeps_the_numbers() -> None:
 
 
 def test_config_round_trip() -> None:
-    data = json.loads(json.dumps(TINY.to_dict()))
-    assert UNet1DConfig(**data) == TINY
+    data = json.loads(json.dumps(to_mapping(TINY)))
+    assert data["kind"] == "unet1d"
+    assert net_config(data) == TINY
+    assert net_config(TINY) is TINY
 
 
 @pytest.mark.parametrize(
@@ -175,22 +177,15 @@ def test_config_round_trip() -> None:
         ({"kernel_size": -1}, ["kernel_size", "at least 1", "-1"]),
         ({"n_groups": 0}, ["n_groups", "at least 1", "0"]),
         ({"time_dim": 6}, ["time_dim=6", "multiple of 4"]),
-        ({"obs_dim": 2.5}, ["obs_dim", "whole number", "2.5"]),
+        ({"time_dim": 10.5}, ["net.time_dim", "whole number", "10.5"]),
+        ({"width": 3}, ["unknown setting 'net.width'", "net.down_dims"]),
     ],
 )
 def test_impossible_configs(changes: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ValueError, match=re.escape(words[0])) as caught:
-        UNet1DConfig(**changes)
+        net_config({"kind": "unet1d", **changes})
     for word in words:
         assert word in str(caught.value)
-
-
-def test_net_config() -> None:
-    assert net_config("small", kernel_size=5).kernel_size == 5
-    with pytest.raises(ValueError, match=r"'huge'.*\['base', 'large', 'small', 'tiny'\]"):
-        net_config("huge")
-    with pytest.raises(ValueError, match=r"'width'.*known.*down_dims"):
-        net_config("small", width=3)
 
 
 # -- time embedding -------------------------------------------------------------------------------
@@ -235,4 +230,4 @@ def test_frequencies_are_part_of_the_bundle_format() -> None:
     quarter_turns = TwoTimeEmbedding(16).frequencies / (torch.pi / 2)
     expected = [[0.5, 1.5874, 5.0397, 16.0], [0.5, 1.0, 2.0, 4.0]]
     torch.testing.assert_close(quarter_turns, torch.tensor(expected), rtol=1e-4, atol=0)
-    assert FORMAT_VERSION == 1
+    assert FORMAT_VERSION == 2

@@ -10,8 +10,8 @@ from cmpolicy.image.datasets.data import ImageDataConfig
 from cmpolicy.image.guidance import USUAL_DROPOUT, Guidance
 from cmpolicy.image.model import check_derivative
 from cmpolicy.image.net import KINDS, ImageNetConfig
+from cmpolicy.schema import ConfigError, from_mapping
 from cmpolicy.train.config import EvalSchedule, LoopConfig, ObjectiveConfig, at_least
-from cmpolicy.train.schema import ConfigError, from_mapping
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from cmpolicy.image.metrics.fidelity import FidelityScores
 from cmpolicy.image.metrics.scores import ImageScores
-from cmpolicy.train.schema import ConfigError, from_mapping
+from cmpolicy.schema import ConfigError, from_mapping
 from cmpolicy_eval.evaluate import git_commit, versions
 from cmpolicy_eval.metrics import wilson_interval
 from cmpolicy_eval.result import write_atomically

@@ -20,7 +20,7 @@ from cmpolicy.flow.sampler import SamplerKind
 from cmpolicy.image.pictures import paths_picture, save_picture
 from cmpolicy.image.pipeline import INDEX, ConsistencyImagePipeline
 from cmpolicy.image.pixels import as_pictures
-from cmpolicy.train.schema import ConfigError
+from cmpolicy.schema import ConfigError
 
 Device = Literal["auto", "cpu", "cuda"]
 PATH_STEPS = (1, 2, 4)

@@ -40,6 +40,24 @@ def unknown_key_message(key: str, known: Iterable[str], *, how: str = "") -> str
     return "\n".join([*lines, how] if how else lines)
 
 
+def choose(known: Mapping[str, T], name: str, what: str) -> T:
+    """The entry of a registry.
+
+    Args:
+        known: the registry.
+        name: of the entry.
+        what: one entry of the registry, for messages, e.g. ``objective``.
+
+    Raises:
+        ConfigError: an unknown name, with the nearest known one.
+    """
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"unknown {what} {name!r}{hint}\nknown: {', '.join(sorted(known))}")
+
+
 def from_mapping(cls: type[T], data: Mapping[str, Any], *, where: str = "") -> T:
     """Build dataclass ``cls`` from ``data``, recursively.
 
@@ -54,6 +72,8 @@ def from_mapping(cls: type[T], data: Mapping[str, Any], *, where: str = "") -> T
             itself objects to.
     """
     prefix = f"{where}." if where else ""
+    if isinstance(data, cls):
+        return data
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where!r} must be a group of settings, got {data!r}")
     known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
@@ -71,12 +91,14 @@ def from_mapping(cls: type[T], data: Mapping[str, Any], *, where: str = "") -> T
         return cls(**values)
     except ConfigError:
         raise
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # TypeError: a comparison of different kinds
         raise ConfigError(f"{where}: {error}" if where else str(error)) from error
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
     """``value`` as ``kind``, a type hint out of the few that settings use."""
+    if is_dataclass(value):
+        return value  # read already
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:

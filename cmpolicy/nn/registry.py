@@ -1,0 +1,96 @@
+"""Networks F(x, t, s, features) and observation encoders by kind.
+
+To add one: write a frozen dataclass of its settings with what :class:`NetConfig` or
+:class:`EncoderConfig` asks for, decorate it with ``@register_net`` or ``@register_encoder``, and
+add a YAML to ``conf/cmpolicy_conf/net/`` or ``.../encoder/``. Nothing else names it.
+
+Legend: B batch, To observation steps, T horizon, A action size, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any, ClassVar, Protocol, TypeVar, cast
+
+from torch import nn
+
+from cmpolicy.schema import ConfigError, choose, from_mapping
+
+
+class NetConfig(Protocol):
+    """Settings of a network over action trajectories."""
+
+    kind: ClassVar[str]
+
+    def check_horizon(self, horizon: int) -> None:
+        """Raise ValueError unless the network takes trajectories of this length."""
+
+    def build(self, *, action_dim: int, feature_dim: int) -> nn.Module:
+        """A fresh network: forward(x (B, T, A), t (B,), s (B,), features (B, D)) -> (B, T, A)."""
+
+
+class EncoderConfig(Protocol):
+    """Settings of an observation encoder."""
+
+    kind: ClassVar[str]
+
+    @property
+    def feature_dim(self) -> int:
+        """D."""
+
+    def build(self, obs: Mapping[str, tuple[int, ...]], n_obs_steps: int) -> nn.Module:
+        """A fresh encoder: forward(normalised obs (B, To, ...) per key) -> features (B, D)."""
+
+
+NETS: dict[str, type[NetConfig]] = {}
+ENCODERS: dict[str, type[EncoderConfig]] = {}
+#: The modules that register what comes with cmpolicy.
+_BUILT_IN = ("cmpolicy.nn.unet1d", "cmpolicy.nn.encoders.state")
+
+C = TypeVar("C")
+
+
+def register_net(cls: type[C]) -> type[C]:
+    """Make a network's settings known under ``cls.kind``."""
+    NETS[cast(type[NetConfig], cls).kind] = cast(type[NetConfig], cls)
+    return cls
+
+
+def register_encoder(cls: type[C]) -> type[C]:
+    """Make an encoder's settings known under ``cls.kind``."""
+    ENCODERS[cast(type[EncoderConfig], cls).kind] = cast(type[EncoderConfig], cls)
+    return cls
+
+
+def net_config(settings: Mapping[str, Any], where: str = "net") -> NetConfig:
+    """A network's settings from a mapping with ``kind``, such as a bundle's or a YAML file's.
+
+    Raises:
+        ConfigError: an unknown kind or setting (with the nearest known one), or a bad value.
+    """
+    return cast(NetConfig, _read(cast(dict[str, type[Any]], NETS), settings, where))
+
+
+def encoder_config(settings: Mapping[str, Any], where: str = "encoder") -> EncoderConfig:
+    """As :func:`net_config`, for an encoder."""
+    return cast(EncoderConfig, _read(cast(dict[str, type[Any]], ENCODERS), settings, where))
+
+
+def to_mapping(config: NetConfig | EncoderConfig) -> dict[str, Any]:
+    """Plain values with ``kind``: what JSON and YAML hold; the inverse of the readers above."""
+    values = {name: getattr(config, name) for name in cast(Any, config).__dataclass_fields__}
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return {"kind": config.kind, **plain}
+
+
+def _read(known: dict[str, type[Any]], settings: Mapping[str, Any], where: str) -> Any:
+    for module in _BUILT_IN:
+        import_module(module)
+    if isinstance(settings, tuple(known.values())):
+        return settings
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"{where} must be a group of settings with `kind`, got {settings!r}")
+    rest = {key: value for key, value in settings.items() if key != "kind"}
+    cls = choose(known, str(settings.get("kind")), f"{where}.kind")
+    return from_mapping(cls, rest, where=where)
