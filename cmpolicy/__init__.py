@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cmpolicy.export.onnx_policy import OnnxPolicy
+    from cmpolicy.export.onnx import OnnxPolicy
     from cmpolicy.image.pipeline import ConsistencyImagePipeline
     from cmpolicy.policy.policy import ConsistencyPolicy
     from cmpolicy.robot.chunking import ActionChunker
@@ -33,7 +33,7 @@ _MODULES = {
     "ConsistencyImagePipeline": "cmpolicy.image.pipeline",
     "ConsistencyPolicy": "cmpolicy.policy.policy",
     "ControlLoop": "cmpolicy.robot.loop",
-    "OnnxPolicy": "cmpolicy.export.onnx_policy",
+    "OnnxPolicy": "cmpolicy.export.onnx",
     "PolicyServer": "cmpolicy.serve.server",
     "RemotePolicy": "cmpolicy.serve.client",
 }

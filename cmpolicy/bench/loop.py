@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cmpolicy.bench.latency import available_device
 from cmpolicy.bench.report import Report, describe_device
-from cmpolicy.export.load import is_exported, open_exported
+from cmpolicy.export.runtime import is_exported, open_exported
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.robot.engine import Tick
 from cmpolicy.robot.loop import ControlLoop

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from cmpolicy.export.kernels import prepare
-from cmpolicy.export.load import open_exported
-from cmpolicy.export.onnx_policy import open_session
+from cmpolicy.export.onnx import open_session
+from cmpolicy.export.pt2 import Pt2Policy
+from cmpolicy.export.runtime import open_exported
 from cmpolicy.export.write import Format, export_policy, quiet
 from cmpolicy.flow.flow_map import FlowMap, Network
 from cmpolicy.nn.conv import by_product
@@ -87,6 +88,8 @@ class ExportedRuntimes:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"policy.{self._format}"
             export_policy(self._policy, file, format=self._format, nfe=nfe)
+            if self._format == "pt2":
+                return Pt2Policy(file, trust=True).infer
             return open_exported(file, self._threads).infer
 
     def network(self) -> Network:

@@ -25,7 +25,7 @@ from cmpolicy.experiment.protocols import (
     read_env_args,
     require_protocol,
 )
-from cmpolicy.export.load import is_exported, open_exported
+from cmpolicy.export.runtime import is_exported, open_exported
 from cmpolicy.schema import ConfigError, from_mapping, unknown_key_message
 from cmpolicy_eval.evaluate import Evaluation, evaluate
 from cmpolicy_eval.policy import ActionChunkPolicy

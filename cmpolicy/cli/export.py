@@ -14,11 +14,12 @@ from typing import Literal
 from cmpolicy.cli.parse import read
 
 _USAGE = """\
-usage: cmpolicy export policy=BUNDLE out=FILE.onnx|FILE.pt2 [format=onnx|pt2] [nfe=1]
+usage: cmpolicy export policy=BUNDLE out=FILE.onnx|FILE.pt2 [format=onnx|pt2] [nfe=N]
 
 Write the whole map from observations and noise to actions as one file: normalisation inside, any
-batch size, nfe network evaluations unrolled. The file is compared with the policy before it is
-moved into place. `format` is told by the end of `out` where it is not given.
+batch size, nfe network evaluations unrolled (the policy's own number unless given). The file is
+compared with the policy before it is moved into place. `format` is told by the end of `out` where
+it is not given.
 
   cmpolicy export policy=pusht format=onnx out=pusht.onnx   # runs with numpy and onnxruntime alone
   cmpolicy export policy=outputs/my-run/policy out=my.pt2   # runs with torch alone
@@ -32,7 +33,7 @@ class ExportSettings:
     policy: str
     out: str
     format: Literal["onnx", "pt2"] | None = None
-    nfe: int = 1
+    nfe: int | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,19 +66,24 @@ def export(settings: ExportSettings) -> str:
     out = Path(settings.out).expanduser()
     format_ = settings.format or ("pt2" if out.suffix == ".pt2" else "onnx")
     check_request(out, format_, settings.nfe)
+    policy = ConsistencyPolicy.from_pretrained(settings.policy)
     written = export_policy(
-        ConsistencyPolicy.from_pretrained(settings.policy),
+        policy,
         out,
         format=format_,
         nfe=settings.nfe,
         bundle_sha256=read_hashes(settings.policy),
         metadata=read_metadata(settings.policy),
     )
-    nfe = "" if settings.nfe == 1 else f" nfe={settings.nfe}"
+    nfe = policy.nfe if settings.nfe is None else settings.nfe
+    usage = (
+        f"cmpolicy eval policy={settings.out} nfe={nfe} out=outputs/exported"
+        if format_ == "onnx"
+        else f"cmpolicy.export.pt2.Pt2Policy({settings.out!r}, trust=True)"
+    )
     return (
         f"written to {written.path}: {written.size / 1e6:.1f} MB, differs from the policy by at "
-        f"most {written.difference:.1e} of the normalised range\n"
-        f"next: cmpolicy eval policy={settings.out}{nfe} out=outputs/exported"
+        f"most {written.difference:.1e} of the normalised range\nnext: {usage}"
     )
 
 

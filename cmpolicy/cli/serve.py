@@ -142,13 +142,13 @@ def _token(settings: ServeSettings) -> str | None:
 
 def _load(settings: ServeSettings) -> tuple[ChunkPolicy, int]:
     """The policy and its network evaluations per chunk."""
-    from cmpolicy.export.load import is_exported
+    from cmpolicy.export.runtime import is_exported
 
     return _load_exported(settings) if is_exported(settings.policy) else _load_bundle(settings)
 
 
 def _load_exported(settings: ServeSettings) -> tuple[ChunkPolicy, int]:
-    from cmpolicy.export.load import open_exported
+    from cmpolicy.export.runtime import open_exported
 
     if settings.device != "cpu":
         raise ConfigError(

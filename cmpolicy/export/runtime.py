@@ -1,20 +1,119 @@
-"""What running an exported policy has in common, whatever runs it: checks, noise, the protocol.
+"""Running an exported policy: what its file says of itself, checks, noise. No torch here.
 
-No torch here. Legend: B batch, To observation steps, T horizon, Ta executed and P planned actions,
-A action size.
+Legend: B batch, To observation steps, T horizon, Ta executed and P planned actions, A action size.
 """
 
 from __future__ import annotations
 
+import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cmpolicy.export.facts import ExportFacts
 from cmpolicy.spec import PolicySpec, SpecError
+
+FORMAT = "cmpolicy export"
+FORMAT_VERSION = 1
+#: Where the text stands: a metadata property of an ONNX model, an extra file of a .pt2.
+KEY = "cmpolicy"
+#: Names of the inputs that are no observation, and of the outputs.
+NOISE, ACTIONS, PLAN = "noise", "actions", "plan"
+
+
+class ExportError(ValueError):
+    """An exported file that cannot be written, or was not written by cmpolicy, or is damaged."""
+
+
+@dataclass(frozen=True)
+class ExportFacts:
+    """Of one exported policy.
+
+    Attributes:
+        spec: keys, shapes and window; the inputs of the file are in the order of ``spec.obs``.
+        nfe: network evaluations per plan, unrolled in the file.
+        path: of the flow map, ``linear`` or ``trigonometric``.
+        sampler: ``flow_map`` or ``diagonal``.
+        noise_scale: what the file multiplies its standard normal noise by.
+        bundle_sha256: of the bundle's weights and normaliser, by file name.
+        data: name of the data set that the policy was trained on, where the bundle says it.
+        control_hz: rate of the actions, where the bundle says it.
+        cmpolicy: version that wrote the file.
+        protocol: that the policy is scored under, where the bundle says it.
+        simulator: what the bundle says of the simulator of its data; empty if nothing.
+    """
+
+    spec: PolicySpec
+    nfe: int
+    path: str
+    sampler: str
+    noise_scale: float
+    bundle_sha256: dict[str, str]
+    data: str | None
+    control_hz: float | None
+    cmpolicy: str
+    protocol: str | None = None
+    simulator: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        head = {"format": FORMAT, "format_version": FORMAT_VERSION}
+        return json.dumps(head | asdict(self) | {"spec": self.spec.to_dict()})
+
+    @classmethod
+    def from_json(cls, text: str | None, file: str) -> ExportFacts:
+        """The inverse of :meth:`to_json`; ``file`` is named in the errors.
+
+        Raises:
+            ExportError: no such text, a foreign or a newer one, or one that is incomplete.
+        """
+        remedy = "make one with `cmpolicy export policy=<bundle> out=<file>`"
+        try:
+            data: Any = json.loads(text or "null")
+        except ValueError:
+            data = None
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ExportError(
+                f"{file} was not exported by cmpolicy, or is cut short: it holds no {KEY!r} "
+                f"metadata of format {FORMAT!r}; {remedy}"
+            )
+        version = data.get("format_version")
+        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+            raise ExportError(
+                f"{file} has export format version {version}, written by cmpolicy "
+                f"{data.get('cmpolicy')}; this cmpolicy reads up to {FORMAT_VERSION}: upgrade "
+                "cmpolicy, or export the policy again"
+            )
+        try:
+            source, rate = data["data"], data["control_hz"]
+            return cls(
+                spec=PolicySpec.from_dict(data["spec"]),
+                nfe=int(data["nfe"]),
+                path=str(data["path"]),
+                sampler=str(data["sampler"]),
+                noise_scale=float(data["noise_scale"]),
+                bundle_sha256={str(k): str(v) for k, v in data["bundle_sha256"].items()},
+                data=None if source is None else str(source),
+                control_hz=None if rate is None else float(rate),
+                cmpolicy=str(data["cmpolicy"]),
+                protocol=None if data.get("protocol") is None else str(data["protocol"]),
+                simulator={str(k): str(v) for k, v in data.get("simulator", {}).items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, SpecError) as error:
+            raise ExportError(
+                f"{file} is damaged: its {KEY!r} metadata is incomplete ({error!r}); {remedy}"
+            ) from error
+
+
+def input_name(key: str) -> str:
+    """Name of the input for an observation key: no other value of a graph has a slash in it."""
+    return f"obs/{key}"
+
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -120,3 +219,30 @@ def _floats(value: Array, what: str) -> Floats:
     if bad:
         raise SpecError(f"{what} holds {bad} NaN or infinite numbers, expected none")
     return floats
+
+
+def is_exported(path: str | os.PathLike[str]) -> bool:
+    """Whether the name is that of an exported policy, not of a bundle."""
+    return Path(path).suffix in (".onnx", ".pt2")
+
+
+def open_exported(path: str | os.PathLike[str], threads: int = 1) -> ExportedRuntime:
+    """The policy in an ``.onnx`` file, run with that many threads.
+
+    Raises:
+        ExportError: another kind of file. A ``.pt2`` file is refused here, for loading one can run
+            code that its author put into it; ``Pt2Policy`` opens one that you made yourself.
+    """
+    file = Path(path)
+    if file.suffix == ".onnx":
+        from cmpolicy.export.onnx import OnnxPolicy
+
+        return OnnxPolicy(file, threads)
+    if file.suffix == ".pt2":
+        raise ExportError(
+            f"{file} is not opened: torch reads parts of a .pt2 file by unpickling and by "
+            "evaluating text, so a file from someone else can run any code (CVE-2026-4538). Give "
+            "the policy bundle, or the policy as .onnx, which holds numbers and operations alone. "
+            "For a file that you made yourself: cmpolicy.export.pt2.Pt2Policy(path, trust=True)"
+        )
+    raise ExportError(f"{file} is no exported policy: expected a name ending in .onnx")

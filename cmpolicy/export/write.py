@@ -17,19 +17,19 @@ import torch
 from torch import Tensor
 
 import cmpolicy
-from cmpolicy.export.facts import (
+from cmpolicy.export.onnx import BLANK, SEAL, OnnxPolicy, seal
+from cmpolicy.export.plan_map import PlanMap, Target, example_inputs
+from cmpolicy.export.pt2 import Pt2Policy
+from cmpolicy.export.runtime import (
     ACTIONS,
     KEY,
     NOISE,
     PLAN,
+    ExportedRuntime,
     ExportError,
     ExportFacts,
     input_name,
 )
-from cmpolicy.export.load import open_exported
-from cmpolicy.export.plan_map import PlanMap, Target, example_inputs
-from cmpolicy.export.runtime import ExportedRuntime
-from cmpolicy.export.seal import BLANK, SEAL, seal
 from cmpolicy.nn.conv import MAX_BATCH
 from cmpolicy.policy.policy import ConsistencyPolicy
 
@@ -56,7 +56,7 @@ def export_policy(
     out: str | os.PathLike[str],
     *,
     format: Format,
-    nfe: int = 1,
+    nfe: int | None = None,
     bundle_sha256: Mapping[str, str] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> Exported:
@@ -66,7 +66,7 @@ def export_policy(
         policy: with the ``sampler`` and ``noise_scale`` to export.
         out: the file, ending in ``.onnx`` or ``.pt2``.
         format: ``onnx`` or ``pt2``.
-        nfe: network evaluations per plan.
+        nfe: network evaluations per plan; None takes the policy's own.
         bundle_sha256: of the files of the bundle it comes from.
         metadata: of the bundle: its data, protocol and simulator are kept.
 
@@ -76,6 +76,7 @@ def export_policy(
         OSError: the disk is full or not writable.
     """
     target = Path(out).expanduser().absolute()
+    nfe = policy.nfe if nfe is None else nfe
     check_request(target, format, nfe)
     known = metadata or {}
     facts = ExportFacts(
@@ -97,7 +98,8 @@ def export_policy(
         new = Path(folder) / target.name
         with quiet():
             (_write_onnx if format == "onnx" else _write_program)(module, policy, facts, new)
-        difference = largest_difference(open_exported(new), policy, nfe)
+        written = OnnxPolicy(new) if format == "onnx" else Pt2Policy(new, trust=True)
+        difference = largest_difference(written, policy, nfe)
         if not difference <= TOLERANCE:
             raise ExportError(
                 f"the exported policy differs from the policy by {difference:.2g} of the "
@@ -111,7 +113,7 @@ def export_policy(
     return Exported(target, target.stat().st_size, difference)
 
 
-def check_request(target: Path, format: str, nfe: int) -> None:
+def check_request(target: Path, format: str, nfe: int | None = None) -> None:
     """Find what is quick to find before a policy is loaded.
 
     Raises:
@@ -124,7 +126,7 @@ def check_request(target: Path, format: str, nfe: int) -> None:
         )
     if target.is_dir():
         raise ExportError(f"{target} is a directory; give out= the name of a file")
-    if not 1 <= nfe <= MAX_NFE:
+    if nfe is not None and not 1 <= nfe <= MAX_NFE:
         raise ExportError(
             f"nfe={nfe} must be between 1 and {MAX_NFE}: the evaluations are unrolled in the file"
         )

@@ -10,7 +10,7 @@ import pytest
 
 from cmpolicy.cli.eval import main as evaluate
 from cmpolicy.cli.export import main
-from cmpolicy.export.load import open_exported
+from cmpolicy.export.runtime import open_exported
 from cmpolicy.policy.bundle import read_hashes
 from cmpolicy.policy.policy import ConsistencyPolicy
 
@@ -37,7 +37,7 @@ def _episodes(folder: Path, nfe: int) -> list[dict[str, Any]]:
     return episodes
 
 
-@pytest.mark.parametrize(("name", "nfe"), [("mine.onnx", 1), ("mine.pt2", 2)])
+@pytest.mark.parametrize(("name", "nfe"), [("mine.onnx", 1), ("mine.onnx", 2)])
 def test_exported_and_scored(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, nfe: int
 ) -> None:
@@ -66,8 +66,8 @@ def test_exported_and_scored(
 def test_what_was_fixed_at_export_is_not_set_by_eval(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "mine.pt2"
-    assert main([f"policy={bundle}", "format=pt2", f"out={out}"]) == 0
+    out = tmp_path / "mine.onnx"
+    assert main([f"policy={bundle}", f"out={out}"]) == 0
     scored = f"out={tmp_path / 'scored'}"
     for word, message in [
         ("nfe=[1,2]", "makes 1 evaluation(s), not nfe=[1, 2]; give nfe=1"),
@@ -78,6 +78,11 @@ def test_what_was_fixed_at_export_is_not_set_by_eval(
         assert evaluate([f"policy={out}", "seeds=500000", word, scored]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "scored").exists()
+    program = tmp_path / "mine.pt2"
+    assert main([f"policy={bundle}", "format=pt2", f"out={program}"]) == 0
+    assert "Pt2Policy" in capsys.readouterr().out
+    assert evaluate([f"policy={program}", "seeds=500000", scored]) == 2
+    assert "run any code" in capsys.readouterr().err
     (tmp_path / "foreign.onnx").write_bytes(b"not a model")
     assert evaluate([f"policy={tmp_path / 'foreign.onnx'}", "seeds=500000", scored]) == 2
     assert "is not a whole ONNX file of cmpolicy" in capsys.readouterr().err

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from cmpolicy.export import write
-from cmpolicy.export.facts import ExportError
-from cmpolicy.export.load import open_exported
 from cmpolicy.export.plan_map import PlanMap, Target, example_inputs
+from cmpolicy.export.pt2 import Pt2Policy
+from cmpolicy.export.runtime import ExportedRuntime, ExportError, open_exported
 from cmpolicy.export.write import TOLERANCE, Format, export_policy, largest_difference
 from cmpolicy.nn.conv import MAX_BATCH
 from cmpolicy.nn.unet1d import UNet1DConfig
@@ -66,7 +66,10 @@ def inputs(policy: ConsistencyPolicy, batch: int) -> tuple[dict[str, Any], Any]:
 
 
 #: Stateless, so the tests share one per file.
-runtime_of = cache(open_exported)
+@cache
+def runtime_of(file: Path) -> ExportedRuntime:
+    """The runtime of a file that was made here."""
+    return Pt2Policy(file, trust=True) if file.suffix == ".pt2" else open_exported(file)
 
 
 # -- the map, before it is written ----------------------------------------------------------------

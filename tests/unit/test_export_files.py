@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -13,11 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from cmpolicy.export.facts import KEY, ExportError, ExportFacts
-from cmpolicy.export.load import open_exported
-from cmpolicy.export.onnx_policy import OnnxPolicy
-from cmpolicy.export.program import ExportedPolicy
-from cmpolicy.export.seal import BLANK, SEAL, seal
+from cmpolicy.export.onnx import BLANK, SEAL, OnnxPolicy, seal
+from cmpolicy.export.pt2 import Pt2Policy
+from cmpolicy.export.runtime import KEY, ExportError, ExportFacts, open_exported
 from cmpolicy.export.write import export_policy
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
@@ -95,11 +95,12 @@ def test_wrong_places(tmp_path: Path, good: Path) -> None:
     with pytest.raises(FileNotFoundError):
         OnnxPolicy(tmp_path / "none.onnx")
     with pytest.raises(FileNotFoundError):
-        ExportedPolicy(tmp_path / "none.pt2")
-    for runtime in (OnnxPolicy, ExportedPolicy):
-        with pytest.raises(ExportError, match="is a directory, expected"):
-            runtime(tmp_path)
-    with pytest.raises(ExportError, match=r"ending in \.onnx or \.pt2"):
+        Pt2Policy(tmp_path / "none.pt2", trust=True)
+    with pytest.raises(ExportError, match="is a directory, expected"):
+        OnnxPolicy(tmp_path)
+    with pytest.raises(ExportError, match="is a directory, expected"):
+        Pt2Policy(tmp_path, trust=True)
+    with pytest.raises(ExportError, match=r"ending in \.onnx"):
         open_exported(good / "policy.zip")
     with pytest.raises(ValueError, match="threads=0 must be at least 1"):
         OnnxPolicy(good / "policy.onnx", threads=0)
@@ -115,6 +116,54 @@ def test_threads_and_seed(good: Path) -> None:
     assert np.abs(other.infer(obs) - want).max() > 1e-3
 
 
+def _open(file: Path) -> object:
+    return OnnxPolicy(file) if file.suffix == ".onnx" else Pt2Policy(file, trust=True)
+
+
+class _Payload:
+    """What an attacker pickles: code that leaves a mark."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.write_text, (self.mark, "executed")
+
+
+def test_a_program_of_somebody_else_is_not_opened(good: Path, tmp_path: Path) -> None:
+    """The file is a good one but for its example inputs, which torch unpickles while loading."""
+    mark, bad = tmp_path / "mark", tmp_path / "policy.pt2"
+    inputs = io.BytesIO()
+    torch.save(_Payload(mark), inputs)
+    with zipfile.ZipFile(good / "policy.pt2") as old, zipfile.ZipFile(bad, "w") as new:
+        for info in old.infolist():
+            is_input = "sample_inputs" in info.filename
+            new.writestr(info, inputs.getvalue() if is_input else old.read(info))
+    for refused in (lambda: Pt2Policy(bad), lambda: open_exported(bad)):
+        with pytest.raises(ExportError, match=r"run (any )?code.*trust=True"):
+            refused()
+    assert not mark.exists()
+    with contextlib.suppress(ExportError):  # why the question is asked
+        Pt2Policy(bad, trust=True)
+    assert mark.read_text() == "executed"
+
+
+def test_a_model_that_reads_other_files(tmp_path: Path) -> None:
+    """Sealed, and by all else a model of cmpolicy: numbers from outside are refused."""
+    import onnx
+
+    model = onnx.load_model_from_string(_foreign_model({SEAL: BLANK, KEY: _facts()}))
+    outside = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[1])
+    outside.data_location = onnx.TensorProto.EXTERNAL
+    outside.external_data.add(key="location", value="/etc/hostname")
+    model.graph.initializer.append(outside)
+    onnx.helper.set_model_props(model, {SEAL: BLANK, KEY: _facts()})
+    file = tmp_path / "model.onnx"
+    file.write_bytes(seal(model.SerializeToString()))
+    with pytest.raises(ExportError, match="takes numbers from other files"):
+        OnnxPolicy(file)
+
+
 @pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.99, -1])
 @pytest.mark.parametrize("name", ["policy.onnx", "policy.pt2"])
 def test_cut_short(good: Path, tmp_path: Path, name: str, keep: float) -> None:
@@ -122,7 +171,7 @@ def test_cut_short(good: Path, tmp_path: Path, name: str, keep: float) -> None:
     length = int(keep * len(data)) if 0 < keep < 1 else int(keep)
     (tmp_path / name).write_bytes(data[:length])
     with pytest.raises(ExportError, match=r"is not a whole .* copy it again|or is cut short"):
-        open_exported(tmp_path / name)
+        _open(tmp_path / name)
 
 
 @pytest.mark.parametrize("place", [0.1, 0.3, 0.5, 0.7, 0.9])
@@ -142,7 +191,7 @@ def test_a_flipped_bit_of_a_program(good: Path, tmp_path: Path) -> None:
     data[largest.header_offset + 300] ^= 1
     (tmp_path / "policy.pt2").write_bytes(data)
     with pytest.raises(ExportError, match=r"is not a whole \.pt2 file"):
-        ExportedPolicy(tmp_path / "policy.pt2")
+        Pt2Policy(tmp_path / "policy.pt2", trust=True)
 
 
 def _foreign_model(metadata: dict[str, str]) -> bytes:
@@ -204,7 +253,7 @@ def test_foreign_and_newer_programs(tmp_path: Path, text: str | None) -> None:
     torch.export.save(program, file, extra_files={} if text is None else {KEY: text})
     match = "was not exported by cmpolicy" if text is None else "reads up to 1: upgrade"
     with pytest.raises(ExportError, match=match):
-        ExportedPolicy(file)
+        Pt2Policy(file, trust=True)
 
 
 def test_facts_survive_json() -> None:

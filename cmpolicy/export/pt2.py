@@ -12,30 +12,43 @@ from pathlib import Path
 
 import torch
 
-from cmpolicy.export.facts import KEY, ExportError, ExportFacts
-from cmpolicy.export.runtime import ExportedRuntime, Floats
+from cmpolicy.export.runtime import KEY, ExportedRuntime, ExportError, ExportFacts, Floats
 
 
-class ExportedPolicy(ExportedRuntime):
+class Pt2Policy(ExportedRuntime):
     """Runs a file of ``cmpolicy export format=pt2`` on the CPU; no cmpolicy network code is needed.
 
-    Keeps the ``ChunkPolicy`` protocol.
+    Keeps the ``ChunkPolicy`` protocol. torch reads parts of a ``.pt2`` file by unpickling and by
+    evaluating text, so opening a file from someone else can run any code (CVE-2026-4538). To share
+    a policy, use a bundle or an ``.onnx`` file.
 
     Args:
         path: the ``.pt2`` file.
+        trust: has to be true: the caller says that the file is of their own making.
         compiled: let ``torch.compile`` make machine code of the program at its first call: slower
             to start, faster to run; needs a C++ compiler.
         seed: of the noise of calls that bring none.
 
     Raises:
         FileNotFoundError: no such file.
-        ExportError: a foreign, damaged, cut-short or newer file.
+        ExportError: not trusted, or a foreign, damaged, cut-short or newer file.
     """
 
     def __init__(
-        self, path: str | PathLike[str], *, compiled: bool = False, seed: int | None = None
+        self,
+        path: str | PathLike[str],
+        *,
+        trust: bool = False,
+        compiled: bool = False,
+        seed: int | None = None,
     ) -> None:
         file = Path(path).expanduser().absolute()
+        if trust is not True:
+            raise ExportError(
+                f"{file} is not opened: loading a .pt2 file can run code that its author put into "
+                "it. If you made it yourself, say so: Pt2Policy(path, trust=True); else ask for "
+                "the policy bundle or an .onnx file"
+            )
         super().__init__(_read_facts(file), seed)
         try:
             with warnings.catch_warnings():  # that the file is mapped read-only: nobody writes

@@ -1,7 +1,14 @@
-"""An exported policy run by onnxruntime: numpy and onnxruntime alone, no torch."""
+"""An exported policy run by onnxruntime: numpy and onnxruntime alone, no torch.
+
+A file holds a checksum of itself, so that a damaged model is never run: ``cmpolicy-seal:`` and 64
+hexadecimal digits, the SHA-256 of the file with zeros in their place. Reading it back needs neither
+onnx nor protobuf. The checksum finds damage; it does not tell who made a file.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -9,17 +16,26 @@ from typing import Any
 
 import numpy as np
 
-from cmpolicy.export.facts import (
+from cmpolicy.export.runtime import (
     ACTIONS,
     KEY,
     NOISE,
     PLAN,
+    ExportedRuntime,
     ExportError,
     ExportFacts,
+    Floats,
     input_name,
 )
-from cmpolicy.export.runtime import ExportedRuntime, Floats
-from cmpolicy.export.seal import check_seal
+
+#: Name of the metadata property that holds the seal, and what its value begins with.
+SEAL = "cmpolicy-seal"
+_MARK = f"{SEAL}:".encode()
+_DIGITS = 64
+#: The value to serialise with, before the digest is known.
+BLANK = f"{SEAL}:{'0' * _DIGITS}"
+#: How protobuf writes the key of a tensor whose numbers are in another file.
+_EXTERNAL = b"\x0a\x08location\x12"
 
 
 class OnnxPolicy(ExportedRuntime):
@@ -70,6 +86,11 @@ def _open(file: Path, threads: int) -> Any:
     """The session, once the file is known to be whole."""
     data = _read(file)
     check_seal(data, str(file))
+    if _EXTERNAL in data:
+        raise ExportError(
+            f"{file} takes numbers from other files, which no file of `cmpolicy export` does; make "
+            "one with `cmpolicy export policy=<bundle> out=<file>.onnx`"
+        )
     try:
         return open_session(data, threads)
     except ImportError:
@@ -112,3 +133,34 @@ def _read(file: Path) -> bytes:
             "`cmpolicy export policy=<bundle> format=onnx out=<file>.onnx`"
         )
     return file.read_bytes()
+
+
+def seal(data: bytes) -> bytes:
+    """``data``, which holds :data:`BLANK` once, with the digest filled in."""
+    start = data.rindex(BLANK.encode()) + len(_MARK)
+    return data[:start] + _digest(data, start) + data[start + _DIGITS :]
+
+
+def check_seal(data: bytes, file: str) -> None:
+    """Raise ExportError where the file holds no seal, or another one than its content asks for."""
+    start = data.rfind(_MARK) + len(_MARK)
+    found = data[start : start + _DIGITS]
+    if start < len(_MARK) or not re.fullmatch(rb"[0-9a-f]{64}", found):
+        raise ExportError(
+            f"{file} ({len(data)} bytes) is not a whole ONNX file of cmpolicy: it holds no "
+            f"{SEAL!r}, so it was made by something else or is cut short; copy it again, or make "
+            "one with `cmpolicy export policy=<bundle> format=onnx out=<file>.onnx`"
+        )
+    if found != _digest(data, start):
+        raise ExportError(
+            f"{file} is damaged: its SHA-256 is not the one it holds; copy it again, or export the "
+            "policy again"
+        )
+
+
+def _digest(data: bytes, start: int) -> bytes:
+    view = memoryview(data)
+    digest = hashlib.sha256(view[:start])
+    digest.update(b"0" * _DIGITS)
+    digest.update(view[start + _DIGITS :])
+    return digest.hexdigest().encode()
