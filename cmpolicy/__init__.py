@@ -8,6 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cmpolicy.cli.train import compose
+    from cmpolicy.experiment.evaluate import evaluate
+    from cmpolicy.experiment.train import TrainResult, resume, train
     from cmpolicy.export.onnx import OnnxPolicy
     from cmpolicy.image.pipeline import ConsistencyImagePipeline
     from cmpolicy.policy.policy import ConsistencyPolicy
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from cmpolicy.robot.loop import ControlLoop
     from cmpolicy.serve.client import RemotePolicy
     from cmpolicy.serve.server import PolicyServer
+    from cmpolicy.training.config import DataConfig, TaskConfig, TrainConfig
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,10 +26,18 @@ __all__ = [
     "ConsistencyImagePipeline",
     "ConsistencyPolicy",
     "ControlLoop",
+    "DataConfig",
     "OnnxPolicy",
     "PolicyServer",
     "RemotePolicy",
+    "TaskConfig",
+    "TrainConfig",
+    "TrainResult",
     "__version__",
+    "compose",
+    "evaluate",
+    "resume",
+    "train",
 ]
 
 _MODULES = {
@@ -33,9 +45,17 @@ _MODULES = {
     "ConsistencyImagePipeline": "cmpolicy.image.pipeline",
     "ConsistencyPolicy": "cmpolicy.policy.policy",
     "ControlLoop": "cmpolicy.robot.loop",
+    "DataConfig": "cmpolicy.training.config",
     "OnnxPolicy": "cmpolicy.export.onnx",
     "PolicyServer": "cmpolicy.serve.server",
     "RemotePolicy": "cmpolicy.serve.client",
+    "TaskConfig": "cmpolicy.training.config",
+    "TrainConfig": "cmpolicy.training.config",
+    "TrainResult": "cmpolicy.experiment.train",
+    "compose": "cmpolicy.cli.train",
+    "evaluate": "cmpolicy.experiment.evaluate",
+    "resume": "cmpolicy.experiment.train",
+    "train": "cmpolicy.experiment.train",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,12 +11,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-#: A dimension whose range in the data is below this (in its own unit) counts as constant.
-CONSTANT_RANGE = 1e-4
+#: A dimension counts as constant if its range is below this share of its largest magnitude: float32
+#: holds seven digits, so what varies less is rounding.
+CONSTANT_SHARE = 1e-6
 
 
 class Normalizer(nn.Module):
     """Per-dimension affine map ``y = x * scale + offset``, one pair of buffers per key.
+
+    A scale of 0 says that the dimension is constant: it is 0 for the network, and comes back as the
+    value that is stored in its offset, whatever the network says.
 
     Build it with :meth:`fit` from data. A policy bundle stores :meth:`to_arrays`. Buffers are named
     after their key, so a state dict fits whatever the order of the keys was.
@@ -27,6 +32,16 @@ class Normalizer(nn.Module):
         for key, (scale, offset) in affine.items():
             self.register_buffer(_buffer("scale", key), scale.clone())
             self.register_buffer(_buffer("offset", key), offset.clone())
+        self._find_constants()
+        self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
+            lambda module, keys: module._find_constants()
+        )
+
+    def _find_constants(self) -> None:
+        """Which keys have constant dimensions: known once, so that no call asks the device."""
+        self._with_constants = {
+            key for key in self._keys if bool((self._affine(key)[0] == 0).any())
+        }
 
     @classmethod
     def fit(
@@ -36,8 +51,8 @@ class Normalizer(nn.Module):
     ) -> Normalizer:
         """Map each dimension's minimum to -1 and maximum to 1.
 
-        A constant dimension (range below :data:`CONSTANT_RANGE`) is only centred, so that it never
-        divides by zero and comes back exactly.
+        A dimension is constant where its range is below :data:`CONSTANT_SHARE` of its largest
+        magnitude, in whatever unit; a warning names those that are not exactly constant.
 
         Args:
             data: (N, ...) finite values per key, in env units.
@@ -58,9 +73,13 @@ class Normalizer(nn.Module):
                     f"cannot fit the normaliser: {key!r} holds NaN or inf; "
                     "`cmpolicy data validate <path>` names the steps"
                 )
-            span = high - low
-            scale = np.where(span < CONSTANT_RANGE, 1.0, 2.0 / np.maximum(span, CONSTANT_RANGE))
-            offset = -scale * (low + high) / 2
+            span, middle = high - low, (low + high) / 2
+            constant = span <= CONSTANT_SHARE * np.maximum(np.abs(low), np.abs(high))
+            if unchanged is not None and key in unchanged:
+                constant &= ~unchanged[key]
+            _warn_of_rounding(key, constant & (span > 0), span, middle)
+            scale = np.where(constant, 0.0, 2.0 / np.where(constant, 1.0, span))
+            offset = np.where(constant, middle, -scale * middle)
             if unchanged is not None and key in unchanged:
                 scale = np.where(unchanged[key], 1.0, scale)
                 offset = np.where(unchanged[key], 0.0, offset)
@@ -87,14 +106,18 @@ class Normalizer(nn.Module):
         return getattr(self, _buffer("scale", key)), getattr(self, _buffer("offset", key))
 
     def normalize(self, key: str, x: Tensor) -> Tensor:
-        """(..., *shape) in env units to [-1, 1]."""
+        """(..., *shape) in env units to [-1, 1]; constant dimensions to 0."""
         scale, offset = self._affine(key)
-        return x * scale + offset
+        y = x * scale + offset
+        return y.masked_fill(scale == 0, 0.0) if key in self._with_constants else y
 
     def unnormalize(self, key: str, y: Tensor) -> Tensor:
-        """The inverse of :meth:`normalize`."""
+        """The inverse of :meth:`normalize`; constant dimensions to their value, exactly."""
         scale, offset = self._affine(key)
-        return (y - offset) / scale
+        if key not in self._with_constants:
+            return (y - offset) / scale
+        constant = scale == 0
+        return torch.where(constant, offset, (y - offset) / scale.masked_fill(constant, 1.0))
 
     def to_arrays(self) -> dict[str, Tensor]:
         """``{"<key>.scale": ..., "<key>.offset": ...}``, what a bundle stores."""
@@ -108,7 +131,7 @@ class Normalizer(nn.Module):
         """The inverse of :meth:`to_arrays`.
 
         Raises:
-            ValueError: a scale without its offset, or a scale that cannot be inverted.
+            ValueError: a scale without its offset, or a number that is not finite.
         """
         affine: dict[str, tuple[Tensor, Tensor]] = {}
         for name, scale in arrays.items():
@@ -118,10 +141,24 @@ class Normalizer(nn.Module):
             offset = arrays.get(f"{key}.offset")
             if offset is None or offset.shape != scale.shape:
                 raise ValueError(f"normaliser entry {key!r} has no offset of its scale's shape")
-            if not (torch.isfinite(scale).all() and (scale != 0).all() and offset.isfinite().all()):
-                raise ValueError(f"normaliser entry {key!r} holds zeros or non-finite numbers")
+            if not (scale.isfinite().all() and offset.isfinite().all()):
+                raise ValueError(f"normaliser entry {key!r} holds non-finite numbers")
             affine[key] = (scale, offset)
         return cls(affine)
+
+
+def _warn_of_rounding(
+    key: str, which: npt.NDArray[np.bool_], span: npt.NDArray[Any], middle: npt.NDArray[Any]
+) -> None:
+    """Name the dimensions that vary by no more than rounding."""
+    for index in zip(*np.nonzero(which), strict=True):
+        place = f"{key}[{', '.join(map(str, index))}]" if index else key
+        warnings.warn(
+            f"{place} is taken for constant: it varies by {span[index]:.3g} around "
+            f"{middle[index]:.6g}, which is within the rounding of float32. If that matters, store "
+            "it relative to a fixed value",
+            stacklevel=3,
+        )
 
 
 def _buffer(kind: str, key: str) -> str:

@@ -95,6 +95,55 @@ def from_mapping(cls: type[T], data: Mapping[str, Any], *, where: str = "") -> T
         raise ConfigError(f"{where}: {error}" if where else str(error)) from error
 
 
+def complete(cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """``data`` with the defaults of the dataclass ``cls`` for what it leaves out, recursively.
+
+    What has no default is None, so that every setting has its place. Keys that the class does not
+    know are kept, for :func:`from_mapping` to complain about. A class with a ``complete``
+    classmethod of its own is asked to do its part itself.
+    """
+    hints = get_type_hints(cls)
+    filled: dict[str, Any] = {}
+    for item in fields(cls):
+        kind, given = hints[item.name], data.get(item.name)
+        if item.default_factory is not MISSING and is_dataclass(kind):
+            base = plain(item.default_factory())
+            given = merge(base, given) if isinstance(given, Mapping | None) else given
+        elif item.name not in data:
+            if item.default is not MISSING:
+                given = item.default
+            elif item.default_factory is not MISSING:
+                given = item.default_factory()
+        inner = next((a for a in get_args(kind) if is_dataclass(a)), None)
+        if inner is not None and isinstance(given, Mapping):
+            kind = inner
+        if is_dataclass(kind) and isinstance(given, Mapping | None):
+            reader = getattr(kind, "complete", None)
+            given = reader(given or {}) if reader else complete(kind, given or {})  # type: ignore[arg-type]
+        filled[item.name] = plain(given)
+    return filled | {key: value for key, value in data.items() if key not in filled}
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any] | None) -> dict[str, Any]:
+    """``base`` with the values of ``over``, groups within groups."""
+    merged = dict(base)
+    for key, value in (over or {}).items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses and mappings to dicts, tuples to lists: what YAML and JSON hold."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
 def _convert(kind: Any, value: Any, where: str) -> Any:
     """``value`` as ``kind``, a type hint out of the few that settings use."""
     if is_dataclass(value):
@@ -109,6 +158,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"{where}={value!r} is not one of {', '.join(map(str, args))}")
         return value
     if origin is tuple:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            value = [value]  # nfe=1 is what one writes for nfe=[1]
         if isinstance(value, str) or not isinstance(value, Iterable):
             raise ConfigError(f"{where} must be a list such as [1, 2], got {value!r}")
         return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))

@@ -11,12 +11,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from cmpolicy.bench.delayed import BATCH_SIZE, delayed_rollout
-from cmpolicy.bench.latency import available_device
-from cmpolicy.bench.report import Report, describe_device
+from cmpolicy.bench.report import Report
 from cmpolicy.policy.bundle import read_metadata
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.robot.schedule import Asynchronous, Schedule, Synchronous
 from cmpolicy.schema import ConfigError
+from cmpolicy.training.config import at_least
+from cmpolicy.training.device import choose_device, describe_device
 from cmpolicy_envs.realtime_pusht import PHYSICS_HZ
 from cmpolicy_eval.evaluate import git_commit, versions
 from cmpolicy_eval.protocol import get_protocol
@@ -43,7 +44,7 @@ class DelaySettings:
         delays_ms: from an observation to its plan, in steps of 10 ms.
         modes: schedules of the control loop, with their default settings.
         seeds: of the episodes, as for ``cmpolicy eval``.
-        nfe: network evaluations per plan.
+        nfe: network evaluations per plan; null: the policy's own.
         workers: simulator processes.
         device: where the policy runs.
         out: JSON file; the plot lies beside it, the results of every row in a folder of its name.
@@ -53,12 +54,13 @@ class DelaySettings:
     delays_ms: tuple[int, ...] = (0, 50, 100, 150, 200, 300)
     modes: tuple[Mode, ...] = ("sync", "async")
     seeds: Any = "500000-500099"
-    nfe: int = 1
+    nfe: int | None = None
     workers: int = 2
     device: str = "cpu"
     out: str = "outputs/bench/delay.json"
 
     def __post_init__(self) -> None:
+        at_least("nfe", 1 if self.nfe is None else self.nfe, 1)
         step = 1000 // PHYSICS_HZ
         for delay in self.delays_ms:
             if delay < 0 or delay % step:
@@ -70,7 +72,7 @@ class DelaySettings:
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
                 raise ConfigError(f"{name}={list(values)} must name something, and nothing twice")
-        for name in ("nfe", "workers"):
+        for name in ("workers",):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
 
@@ -93,9 +95,9 @@ def measure_delay(settings: DelaySettings, command: str) -> Report:
     """
     seeds = parse_seeds(settings.seeds)
     protocol = get_protocol(_PROTOCOL)
-    device = available_device(settings.device)
+    device = choose_device(settings.device)
     policy = ConsistencyPolicy.from_pretrained(settings.policy, device=device).eval()
-    policy.nfe = settings.nfe
+    policy.nfe = settings.nfe or policy.nfe
     where = describe_device(device)
     origin = Origin(
         where, versions(), read_metadata(settings.policy).get("data"), command, git_commit()
@@ -117,7 +119,7 @@ def measure_delay(settings: DelaySettings, command: str) -> Report:
                 played.episodes,
                 protocol=_PROTOCOL,
                 policy=f"{settings.policy} [{mode}, {delay_ms} ms delay]",
-                nfe=settings.nfe,
+                nfe=policy.nfe,
                 batch_size=BATCH_SIZE,
                 origin=origin,
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,20 +14,82 @@ from torch import nn
 from cmpolicy.bench.diffusion import SAMPLERS, diffusion_chunk
 from cmpolicy.bench.floor import Floor, measure_floor
 from cmpolicy.bench.networks import Infer, Obs, make_runtime
-from cmpolicy.bench.report import Cell, Report, describe_device
-from cmpolicy.bench.settings import LatencySettings
+from cmpolicy.bench.report import Cell, Report
 from cmpolicy.export.plan_map import example_inputs
 from cmpolicy.nn.registry import EncoderConfig, NetConfig
 from cmpolicy.normalize import Normalizer
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.schema import ConfigError
 from cmpolicy.spec import PolicySpec
+from cmpolicy.training.config import at_least
+from cmpolicy.training.device import choose_device, describe_device
 
 _WARMUP_CALLS, _WARMUP_SECONDS = 5, 1.0
 _FEWEST_CALLS = 20
 _BLOCK_SECONDS = 0.1
 #: Of a network without a policy: Push-T's.
 _SPEC = PolicySpec({"agent_pos": (2,), "keypoint": (9, 2)}, 2, 16, 2, 8)
+
+RuntimeName = Literal["eager", "compiled", "pt2", "onnx"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencySettings:
+    """Of ``latency``.
+
+    Args:
+        policy: bundle directory, bundled name or hub id.
+        net: instead of it a preset such as ``large``, with random weights on Push-T's sizes.
+        runtimes: what runs it; null: eager and, on the CPU, ONNX.
+        nfe: network evaluations per chunk, one row each.
+        diffusion: also DDPM with 100 and DDIM with 10 evaluations of the same network.
+        device: where the policy runs.
+        calls: timed calls per row.
+        seconds: a row ends after so long, but not before 20 calls: 100 evaluations are slow.
+        threads: of torch and onnxruntime on the CPU; null leaves torch's own choice.
+        seed: of the observations and the noise.
+        out: JSON file.
+    """
+
+    policy: str | None = None
+    net: str | None = None
+    runtimes: tuple[RuntimeName, ...] | None = None
+    nfe: tuple[int, ...] = (1, 2, 4, 10, 100)
+    diffusion: bool = True
+    device: str = "cpu"
+    calls: int = 500
+    seconds: float = 30.0
+    threads: int | None = None
+    seed: int = 0
+    out: str = "outputs/bench/latency.json"
+
+    def __post_init__(self) -> None:
+        if (self.policy is None) == (self.net is None):
+            raise ConfigError(
+                "give policy=<bundle>, or net=<preset> for a network with random weights: one of "
+                f"them, got policy={self.policy} and net={self.net}"
+            )
+        if not self.nfe:
+            raise ConfigError("nfe=[] names no number of evaluations; give nfe=[1,2,4,10,100]")
+        for nfe in self.nfe:
+            at_least("nfe", nfe, 1)
+        if self.runtimes == ():
+            raise ConfigError("runtimes=[] names no runtime; give runtimes=[eager,onnx]")
+        exported = sorted({"pt2", "onnx"} & set(self.runtimes or ()))
+        if exported and self.device != "cpu":
+            raise ConfigError(
+                f"runtimes={exported} run on the CPU, not on device={self.device}; give "
+                "runtimes=[eager,compiled]"
+            )
+        at_least("calls", self.calls, 1)
+        at_least("threads", self.threads or 1, 1)
+        at_least("seed", self.seed, 0)
+
+    @property
+    def chosen_runtimes(self) -> tuple[RuntimeName, ...]:
+        """What :attr:`runtimes` says or leaves open; each once."""
+        default: tuple[RuntimeName, ...] = ("eager", "onnx") if self.device == "cpu" else ("eager",)
+        return tuple(dict.fromkeys(self.runtimes or default))
 
 
 @dataclass
@@ -67,7 +130,7 @@ def measure_latency(settings: LatencySettings, networks: Networks | None = None)
         ConfigError: no such device or net, or a runtime that is not for the device.
         ImportError: a runtime's package is not installed.
     """
-    device = available_device(settings.device)
+    device = choose_device(settings.device)
     policy = _policy(settings, networks, device)
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads or before)
@@ -234,18 +297,3 @@ def _by_runtime(contenders: list[Contender]) -> dict[str, list[Contender]]:
         runtime: sorted(rows, key=lambda c: (c.method != "flow map", c.nfe))
         for runtime, rows in found.items()
     }
-
-
-def available_device(name: str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        ConfigError: torch knows no such device, or sees no GPU.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device={name!r} is no device; use cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={name}, but torch sees no GPU; use device=cpu")
-    return device

@@ -11,8 +11,7 @@ import psutil
 import torch
 from numpy.typing import NDArray
 
-from cmpolicy.bench.latency import available_device
-from cmpolicy.bench.report import Report, describe_device
+from cmpolicy.bench.report import Report
 from cmpolicy.export.runtime import is_exported, open_exported
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.robot.engine import Tick
@@ -20,6 +19,8 @@ from cmpolicy.robot.loop import ControlLoop
 from cmpolicy.robot.policy import ChunkPolicy
 from cmpolicy.robot.schedule import Asynchronous, Schedule, Synchronous
 from cmpolicy.schema import ConfigError
+from cmpolicy.training.config import at_least
+from cmpolicy.training.device import choose_device, describe_device
 
 _SETTLED = 5
 """Seconds after which memory is compared: until then libraries fill their caches."""
@@ -34,7 +35,7 @@ class LoopSettings:
         hz: ticks per second.
         seconds: of the run.
         mode: schedule of the loop, with its default settings.
-        nfe: network evaluations per plan.
+        nfe: network evaluations per plan; null: the policy's own.
         threads: of torch on the CPU.
         device: where the policy runs.
         out: JSON file.
@@ -44,16 +45,17 @@ class LoopSettings:
     hz: float = 100.0
     seconds: float = 60.0
     mode: Literal["sync", "async"] = "async"
-    nfe: int = 1
+    nfe: int | None = None
     threads: int = 1
     device: str = "cpu"
     out: str = "outputs/bench/loop.json"
 
     def __post_init__(self) -> None:
+        at_least("nfe", 1 if self.nfe is None else self.nfe, 1)
         for name in ("hz", "seconds"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
-        for name in ("nfe", "threads"):
+        for name in ("threads",):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
 
@@ -109,7 +111,7 @@ def _open(settings: LoopSettings, device: torch.device) -> ChunkPolicy:
     """The policy, at any rate: the robot stands still."""
     if is_exported(settings.policy):
         exported = open_exported(settings.policy, settings.threads)
-        if exported.facts.nfe != settings.nfe or device.type != "cpu":
+        if settings.nfe not in (None, exported.facts.nfe) or device.type != "cpu":
             raise ConfigError(
                 f"{settings.policy} makes {exported.facts.nfe} evaluation(s) on the CPU, got "
                 f"nfe={settings.nfe} and device={settings.device}"
@@ -117,7 +119,7 @@ def _open(settings: LoopSettings, device: torch.device) -> ChunkPolicy:
         exported.facts = replace(exported.facts, control_hz=None)
         return exported
     policy = ConsistencyPolicy.from_pretrained(settings.policy, device=device).eval()
-    policy.nfe = settings.nfe
+    policy.nfe = settings.nfe or policy.nfe
     policy.control_hz = None
     return policy
 
@@ -129,7 +131,7 @@ def measure_loop(settings: LoopSettings) -> Report:
         BundleError: the policy cannot be loaded.
         ConfigError: no such device.
     """
-    device = available_device(settings.device)
+    device = choose_device(settings.device)
     policy = _open(settings, device)
     schedule: Schedule = Asynchronous() if settings.mode == "async" else Synchronous()
     robot = StillRobot({k: np.zeros(s, np.float32) for k, s in policy.spec.obs.items()})

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from cmpolicy_eval.evaluate import git_commit, versions
 from cmpolicy_eval.result import write_atomically
@@ -57,22 +52,6 @@ class Report:
         content |= {"versions": versions(), "command": command, "git_commit": git_commit()}
         write_atomically(target, json.dumps(content, indent=2) + "\n")
         return target
-
-
-def describe_device(device: torch.device) -> str:
-    """Device in words: the processor with torch's threads and the cores, or the GPU's name."""
-    if device.type == "cuda":
-        return f"{device}: {torch.cuda.get_device_name(device)}"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{device}: {_processor()}, {torch.get_num_threads()} torch threads, {cores} cores"
-
-
-def _processor() -> str:
-    with suppress(OSError):  # Linux; elsewhere platform knows at least the architecture
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _aligned(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[str]:

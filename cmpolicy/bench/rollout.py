@@ -13,9 +13,7 @@ from statistics import mean
 
 import numpy as np
 
-from cmpolicy.bench.latency import available_device
-from cmpolicy.bench.report import Report, describe_device
-from cmpolicy.bench.settings import RolloutSettings
+from cmpolicy.bench.report import Report
 from cmpolicy.experiment.protocols import (
     ROBOMIMIC,
     Simulator,
@@ -25,10 +23,50 @@ from cmpolicy.experiment.protocols import (
 )
 from cmpolicy.policy.bundle import read_metadata
 from cmpolicy.policy.policy import ConsistencyPolicy
+from cmpolicy.training.config import at_least
+from cmpolicy.training.device import choose_device, describe_device
 from cmpolicy_eval.evaluate import evaluate
 from cmpolicy_eval.protocol import EvalProtocol
 
 _PATIENCE = 120.0  # seconds for the slowest process to build its environment
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSettings:
+    """Of ``rollout``.
+
+    Args:
+        policy: bundle directory, bundled name or hub id.
+        protocol: of the evaluation; null takes the policy's own.
+        task: of ``robomimic-ph``; null takes the policy's own.
+        bare_steps: of a bare robosuite environment, timed to compare with: one before and after a
+            Robomimic evaluation, then as many at once as there are workers; 0 leaves that out.
+        episodes: how many, from ``first_seed`` on.
+        first_seed: of the initial states; the default is not one of the protocol's own.
+        nfe: network evaluations per chunk; null: the policy's own.
+        workers: simulator processes; null takes one per core.
+        device: where the policy runs.
+        out: JSON file.
+    """
+
+    policy: str
+    protocol: str | None = None
+    task: str | None = None
+    bare_steps: int = 200
+    episodes: int = 50
+    first_seed: int = 500_000
+    nfe: int | None = None
+    workers: int | None = None
+    device: str = "cpu"
+    out: str = "outputs/bench/rollout.json"
+
+    def __post_init__(self) -> None:
+        at_least("nfe", 1 if self.nfe is None else self.nfe, 1)
+        for name in ("episodes",):
+            at_least(name, getattr(self, name), 1)
+        for name in ("first_seed", "bare_steps"):
+            at_least(name, getattr(self, name), 0)
+        at_least("workers", self.workers or 1, 1)
 
 
 def measure_rollout(settings: RolloutSettings) -> Report:
@@ -39,9 +77,9 @@ def measure_rollout(settings: RolloutSettings) -> Report:
         ConfigError: no such device, or nobody says which protocol.
         ValueError: no such protocol, or the policy does not fit its environment.
     """
-    device = available_device(settings.device)
+    device = choose_device(settings.device)
     policy = ConsistencyPolicy.from_pretrained(settings.policy, device=device)
-    policy.nfe = settings.nfe
+    policy.nfe = settings.nfe or policy.nfe
     protocol, bare_env = _protocol(settings)
     workers = settings.workers or os.cpu_count() or 1
     seeds = range(settings.first_seed, settings.first_seed + settings.episodes)
@@ -51,7 +89,7 @@ def measure_rollout(settings: RolloutSettings) -> Report:
         policy,
         protocol,
         seeds,
-        nfe=settings.nfe,
+        nfe=policy.nfe,
         policy_name=settings.policy,
         n_workers=workers,
         progress="rollout",
@@ -60,7 +98,7 @@ def measure_rollout(settings: RolloutSettings) -> Report:
     bare += [bare_env.steps_per_s()] if bare_env else []
     episodes, result = evaluation.episodes, evaluation.result
     steps = sum(episode.length for episode in episodes)
-    row = (len(episodes), workers, settings.nfe, seconds, steps, steps / seconds)
+    row = (len(episodes), workers, policy.nfe, seconds, steps, steps / seconds)
     where = describe_device(device)
     summary = {
         "seconds": seconds,

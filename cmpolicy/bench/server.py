@@ -19,14 +19,49 @@ import torch
 from numpy.typing import NDArray
 
 from cmpolicy.bench.fuzz import fuzz
-from cmpolicy.bench.report import Cell, Report, describe_device
-from cmpolicy.bench.settings import ServerSettings
+from cmpolicy.bench.report import Cell, Report
 from cmpolicy.export.plan_map import example_inputs
 from cmpolicy.policy.policy import ConsistencyPolicy
+from cmpolicy.schema import ConfigError
 from cmpolicy.serve.client import RemotePolicy, RemotePolicyError
+from cmpolicy.training.config import at_least
+from cmpolicy.training.device import describe_device
 
 _WARMUP = 50
 _START_TIMEOUT = 120.0  # s: torch is loaded
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """Of ``server``; policy and server run on one CPU thread each.
+
+    Args:
+        policy: bundle directory, bundled name or hub id.
+        nfe: network evaluations per chunk; null: the policy's own.
+        pairs: measured pairs of one call here and one round trip.
+        clients: at once.
+        seconds: that they ask for.
+        fuzz: messages that no client should send.
+        seed: of observations, noise and messages.
+        out: JSON file.
+    """
+
+    policy: str
+    nfe: int | None = None
+    pairs: int = 2000
+    clients: int = 16
+    seconds: float = 10.0
+    fuzz: int = 10_000
+    seed: int = 0
+    out: str = "outputs/bench/server.json"
+
+    def __post_init__(self) -> None:
+        at_least("nfe", 1 if self.nfe is None else self.nfe, 1)
+        for name in ("pairs", "clients", "fuzz"):
+            at_least(name, getattr(self, name), 1)
+        at_least("seed", self.seed, 0)
+        if not self.seconds > 0:
+            raise ConfigError(f"seconds={self.seconds} must be above 0")
 
 
 class ServerFailedError(ConnectionError):
@@ -55,7 +90,7 @@ def measure_server(settings: ServerSettings) -> Report:
         FuzzError: nor did it survive.
     """
     policy = ConsistencyPolicy.from_pretrained(settings.policy).eval()
-    policy.nfe = settings.nfe
+    policy.nfe = settings.nfe or policy.nfe
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -125,9 +160,11 @@ def serving(settings: ServerSettings) -> Iterator[ServerProcess]:
     Raises:
         ServerFailedError: it did not start, or did not end with status 0.
     """
-    words = [f"policy={settings.policy}", f"nfe={settings.nfe}", "port=0", "threads=1"]
+    words = [f"policy={settings.policy}", "port=0", "threads=1", f"seed={settings.seed}"]
+    if settings.nfe is not None:
+        words.append(f"nfe={settings.nfe}")
     process = subprocess.Popen(
-        [sys.executable, "-m", "cmpolicy.cli.serve", *words, f"seed={settings.seed}"],
+        [sys.executable, "-m", "cmpolicy", "serve", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

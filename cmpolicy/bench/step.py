@@ -17,17 +17,38 @@ import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 
-from cmpolicy.bench.report import Report, describe_device
-from cmpolicy.bench.settings import StepSettings
+from cmpolicy.bench.report import Report
 from cmpolicy.experiment.data import TrainingData, load_training_data
 from cmpolicy.experiment.train import new_policy
 from cmpolicy.schema import ConfigError
-from cmpolicy.train.config import TrainConfig
-from cmpolicy.train.device import make_accelerator, use_bf16
-from cmpolicy.train.loader import DeviceLoader
-from cmpolicy.train.trainer import Trainer
+from cmpolicy.training.config import TrainConfig, at_least
+from cmpolicy.training.device import describe_device, make_accelerator, use_bf16
+from cmpolicy.training.loader import DeviceLoader
+from cmpolicy.training.trainer import Trainer
 
 Seconds = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """Of ``step``; every other word is a setting of ``cmpolicy train``.
+
+    Args:
+        pairs: measured pairs of one isd and one fm step.
+        warmup: pairs before them that are not measured.
+        threads: of torch on the CPU; null leaves torch's own choice.
+        out: JSON file.
+    """
+
+    pairs: int = 30
+    warmup: int = 5
+    threads: int | None = None
+    out: str = "outputs/bench/step.json"
+
+    def __post_init__(self) -> None:
+        at_least("pairs", self.pairs, 1)
+        at_least("warmup", self.warmup, 0)
+        at_least("threads", self.threads or 1, 1)
 
 
 @dataclass(frozen=True)

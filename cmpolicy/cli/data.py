@@ -1,155 +1,208 @@
-"""``cmpolicy data``: look at, check, generate, download, convert and pack demonstrations.
+"""``cmpolicy data``: inspect, validate, generate, download, convert, replay, pack demonstrations.
 
-Exit status: 0 well, 1 ``validate`` found problems, 2 the command could not be carried out.
+``validate`` has exit status 1 where it found problems.
 """
 
 from __future__ import annotations
 
-import argparse
 import shlex
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
-from cmpolicy.cli import data_robomimic
-from cmpolicy.cli.data_options import names, read_options, whole
+from cmpolicy.cli.parse import describe, read
+from cmpolicy.schema import ConfigError, choose
 
-_DESCRIPTION = "Look at, check, generate, download, convert and pack demonstrations."
 _SHOWN_PROBLEMS = 50
+_STORE = "STORE (directory or .zip), or pusht_scripted, pusht_human"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``cmpolicy data``; returns the exit status."""
-    arguments = _parser().parse_args(argv)
-    command: Callable[[argparse.Namespace], int] = arguments.run
-    try:
-        return command(arguments)
-    except KeyboardInterrupt:
-        print("cmpolicy data: stopped", file=sys.stderr)
-        return 130
-    # All that the data package raises on bad input, and packages of an extra that is not installed.
-    except (ValueError, OSError, ImportError) as error:
-        print(f"cmpolicy data: {error}", file=sys.stderr)
-        return 2
+@dataclass(frozen=True, kw_only=True)
+class NoSettings:
+    """None."""
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="cmpolicy data", description=_DESCRIPTION)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+@dataclass(frozen=True, kw_only=True)
+class ValidateSettings:
+    """Of ``validate``.
 
-    def add(
-        name: str, summary: str, run: Callable[[argparse.Namespace], int], options: str = ""
-    ) -> argparse.ArgumentParser:
-        command = commands.add_parser(
-            name,
-            help=summary,
-            description=summary + ("\n\noptions as key=value:\n" + options) * bool(options),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        command.set_defaults(run=run)
-        return command
+    Args:
+        keys: keys or selectors that the store must have.
+    """
 
-    store = "a store (directory or .zip), or pusht_scripted, pusht_human"
-    inspect = add("inspect", "Print keys, shapes, ranges and episodes of a store.", _inspect)
-    inspect.add_argument("path", help=store)
-    validate = add(
-        "validate", "List everything that is wrong with a store.", _validate, _VALIDATE_OPTIONS
+    keys: tuple[str, ...] = ("action",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSettings:
+    """Of ``generate``.
+
+    Args:
+        task: of robomimic: lift, can or square.
+        episodes: how many; null: 300 of pusht, 200 of robomimic.
+        seed: first seed of the initial states.
+        workers: simulator processes; the result does not depend on it.
+        out: file to write; null: pusht_scripted.zarr.zip, or TASK.hdf5 in robomimic's layout.
+    """
+
+    task: str | None = None
+    episodes: int | None = None
+    seed: int = 0
+    workers: int = 2
+    out: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadSettings:
+    """Of ``download``.
+
+    Args:
+        out: folder; null: CMPOLICY_DATA, else ~/.cache/cmpolicy.
+        url: of pusht: another source of the archive.
+        sha256: of pusht: what the archive must hash to.
+        task: of robomimic: lift, can, square, transport or tool_hang.
+        type: of robomimic: ph (proficient human), mh (multi human), mg (machine), paired.
+        endpoint: of robomimic: a mirror of the Hugging Face hub.
+        revision: of robomimic: commit, tag or branch of the data set repository.
+    """
+
+    out: str | None = None
+    url: str | None = None
+    sha256: str | None = None
+    task: str | None = None
+    type: str = "ph"
+    endpoint: str | None = None
+    revision: str = "main"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertSettings:
+    """Of ``convert``.
+
+    Args:
+        out: store to write (.zarr or .zip); null: named as the source.
+        actions: delta, or absolute: target poses, 10 numbers per arm.
+        obs: observation keys; empty: all that are one vector per step.
+        filter: convert only the demonstrations of this mask (train, valid, ...).
+        states: false leaves out what only `replay` reads, most of the bytes.
+        workers: simulator processes that recover absolute actions.
+    """
+
+    out: str | None = None
+    actions: Literal["delta", "absolute"] = "delta"
+    obs: tuple[str, ...] = ()
+    filter: str | None = None
+    states: bool = True
+    workers: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplaySettings:
+    """Of ``replay``.
+
+    Args:
+        episodes: only so many, from the first on; null: all.
+        workers: simulator processes.
+    """
+
+    episodes: int | None = None
+    workers: int = 1
+
+
+class _Command(NamedTuple):
+    arguments: tuple[str, ...]
+    summary: str
+    settings: type[Any]
+    run: Callable[..., int]
+
+
+def help_text(words: Sequence[str]) -> str:
+    """Of the command among the words, or of all."""
+    if words and words[0] in _COMMANDS:
+        command = _COMMANDS[words[0]]
+        usage = f"usage: cmpolicy data {words[0]} {' '.join(command.arguments)} [key=value ...]"
+        return describe(command.settings, f"{usage}\n\n{command.summary}")
+    lines = [
+        f"  {f'{name} ' + ' '.join(a.split()[0] for a in command.arguments):<28}{command.summary}"
+        for name, command in _COMMANDS.items()
+    ]
+    return (
+        "usage: cmpolicy data COMMAND ... [key=value ...]\n\ncommands:\n"
+        + "\n".join(lines)
+        + "\n\n`cmpolicy data COMMAND --help` lists its settings."
     )
-    validate.add_argument("path", help=store)
-    generate = add(
-        "generate", "Make scripted demonstrations in the simulator.", _generate, _GENERATE_OPTIONS
-    )
-    generate.add_argument("task", choices=["pusht", "robomimic"])
-    download = add("download", "Fetch human demonstrations.", _download, _DOWNLOAD_OPTIONS)
-    download.add_argument("task", choices=["pusht", "robomimic"])
-    convert = add(
-        "convert",
-        "Convert demonstrations of another layout to a store.",
-        data_robomimic.convert,
-        data_robomimic.CONVERT_OPTIONS,
-    )
-    convert.add_argument("layout", choices=["robomimic", "robosuite"])
-    convert.add_argument("source", help="the HDF5 file")
-    replay = add(
-        "replay",
-        "Play the actions of a converted store in the simulator: how many episodes succeed again.",
-        data_robomimic.replay,
-        data_robomimic.REPLAY_OPTIONS,
-    )
-    replay.add_argument("layout", choices=["robomimic"])
-    replay.add_argument("path", help="a store that `convert robomimic` made")
-    pack = add("pack", "Pack a directory store into one .zip.", _pack)
-    pack.add_argument("source", help="a directory store")
-    pack.add_argument("target", help="the .zip to write")
-    for command in (validate, generate, download, convert, replay):
-        command.add_argument("options", nargs="*", metavar="key=value")
-    return parser
 
 
-_VALIDATE_OPTIONS = "  keys=[action]     keys or selectors that the store must have\n"
-_GENERATE_OPTIONS = (
-    "  episodes=N        how many; default: pusht 300, robomimic 200\n"
-    "  seed=0            first seed of the initial states\n"
-    "  workers=2         simulator processes; the result does not depend on it\n"
-    " pusht:\n"
-    "  out=pusht_scripted.zarr.zip\n"
-    " robomimic:\n" + data_robomimic.GENERATE_OPTIONS
-)
-_DOWNLOAD_OPTIONS = (
-    "  out=FOLDER        default CMPOLICY_DATA, else ~/.cache/cmpolicy\n"
-    " pusht:\n"
-    "  url=...           another source of the archive\n"
-    "  sha256=...        what the archive must hash to\n"
-    " robomimic:\n" + data_robomimic.DOWNLOAD_OPTIONS
-)
+def run(words: Sequence[str]) -> int:
+    """Do as the words say; the exit status."""
+    if not words:
+        raise ConfigError(f"which command? Choose one of {', '.join(_COMMANDS)}")
+    command = choose(_COMMANDS, words[0], "command of cmpolicy data")
+    count = len(command.arguments)
+    given = words[1 : 1 + count]
+    if len(given) < count or any(_is_setting(word) for word in given):
+        raise ConfigError(f"usage: cmpolicy data {words[0]} {' '.join(command.arguments)}")
+    return command.run(read(command.settings, words[1 + count :]), *given)
 
 
-def _inspect(arguments: argparse.Namespace) -> int:
+def _is_setting(word: str) -> bool:
+    return "=" in word and not Path(word).exists()
+
+
+@contextmanager
+def _bar(total: int | None, unit: str) -> Iterator[Callable[..., None]]:
+    """A progress bar on a terminal; what is yielded takes what is done and a count beside it."""
+    with tqdm(total=total, unit=unit, disable=None) as bar:
+
+        def show(done: int, other: int | None = None) -> None:
+            if total is None:
+                bar.total = other
+            else:
+                bar.set_postfix(attempted=other, refresh=False)
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def _inspect(_: NoSettings, path: str) -> int:
     from cmpolicy_data.catalog import resolve
     from cmpolicy_data.summary import format_summary, summarize
 
-    print(format_summary(summarize(resolve(arguments.path))))
+    print(format_summary(summarize(resolve(path))))
     return 0
 
 
-def _validate(arguments: argparse.Namespace) -> int:
+def _validate(settings: ValidateSettings, path: str) -> int:
     from cmpolicy_data.catalog import resolve
     from cmpolicy_data.validation import validate
 
-    options = read_options(arguments, {"keys": "[action]"})
-    path = resolve(arguments.path)
-    problems = validate(path, names(options, "keys"))
+    store = resolve(path)
+    problems = validate(store, list(settings.keys))
     for problem in problems[:_SHOWN_PROBLEMS]:
         print(problem)
     if len(problems) > _SHOWN_PROBLEMS:
         print(f"... and {len(problems) - _SHOWN_PROBLEMS} more")
-    print(f"{path}: {len(problems)} problem(s)" if problems else f"{path}: no problems")
+    print(f"{store}: {len(problems)} problem(s)" if problems else f"{store}: no problems")
     return 1 if problems else 0
 
 
-def _generate(arguments: argparse.Namespace) -> int:
-    if arguments.task == "robomimic":
-        return data_robomimic.generate(arguments)
+def _generate(settings: GenerateSettings, what: str) -> int:
+    choose({"pusht": 0, "robomimic": 0}, what, "task")
+    if what == "robomimic":
+        return _generate_robomimic(settings)
     from cmpolicy_data.generate.pusht import generate
 
-    options = read_options(
-        arguments,
-        {"episodes": "300", "seed": "0", "workers": "2", "out": "pusht_scripted.zarr.zip"},
-    )
-    episodes = whole(options, "episodes")
-    with tqdm(total=episodes, unit="episode", disable=None) as bar:
-
-        def show(kept: int, attempted: int) -> None:
-            bar.set_postfix(attempted=attempted, refresh=False)
-            bar.update(kept - bar.n)
-
+    episodes = 300 if settings.episodes is None else settings.episodes
+    with _bar(episodes, "episode") as show:
         report = generate(
-            Path(options["out"]),
+            Path(settings.out or "pusht_scripted.zarr.zip"),
             episodes=episodes,
-            seed=whole(options, "seed"),
-            workers=whole(options, "workers"),
+            seed=settings.seed,
+            workers=settings.workers,
             progress=show,
         )
     print(
@@ -160,26 +213,41 @@ def _generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _download(arguments: argparse.Namespace) -> int:
-    if arguments.task == "robomimic":
-        return data_robomimic.download(arguments)
-    from cmpolicy_data.download import DATASETS, download
+def _generate_robomimic(settings: GenerateSettings) -> int:
+    from cmpolicy_data.generate.robomimic import attempt, runner
 
-    options = read_options(arguments, {"out": "", "url": "", "sha256": ""})
-    # disable=None: no bar unless stderr is a terminal
-    with tqdm(unit="B", unit_scale=True, unit_divisor=1000, disable=None) as bar:
-
-        def show(done: int, total: int | None) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        path = download(
-            DATASETS[arguments.task],
-            options["out"] or None,
-            url=options["url"] or None,
-            sha256=options["sha256"] or None,
+    if settings.task is None:
+        raise ConfigError(
+            f"name the task ({', '.join(attempt.SKILLS)}), for example: "
+            "cmpolicy data generate robomimic task=lift"
+        )
+    episodes = 200 if settings.episodes is None else settings.episodes
+    with _bar(episodes, "episode") as show:
+        report = runner.generate(
+            settings.out or f"{settings.task}.hdf5",
+            task=settings.task,
+            episodes=episodes,
+            seed=settings.seed,
+            workers=settings.workers,
             progress=show,
         )
+    path = shlex.quote(str(report.path))
+    print(
+        f"{report.path}: {report.task}, {report.kept} episodes, {report.steps} steps "
+        f"({report.attempted} attempted, {report.success_rate:.1%} succeeded, "
+        f"{report.seconds:.0f} s)"
+    )
+    print(f"convert it with: cmpolicy data convert robomimic {path} out={report.task}.zarr")
+    return 0
+
+
+def _download(settings: DownloadSettings, what: str) -> int:
+    choose({"pusht": 0, "robomimic": 0}, what, "data set")
+    if what == "robomimic":
+        return _download_robomimic(settings)
+    from cmpolicy_data.download import DATASETS, download
+
+    path = download(DATASETS[what], settings.out, url=settings.url, sha256=settings.sha256)
     print(f"{path}: verified")
     print(
         "train on it with: cmpolicy train task=pusht data=pusht_human "
@@ -188,13 +256,116 @@ def _download(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _pack(arguments: argparse.Namespace) -> int:
+def _download_robomimic(settings: DownloadSettings) -> int:
+    from cmpolicy_data.robomimic_download import download
+
+    if settings.task is None:
+        raise ConfigError("name the task, for example: cmpolicy data download robomimic task=lift")
+    path = download(
+        settings.task,
+        settings.type,
+        settings.out,
+        endpoint=settings.endpoint,
+        revision=settings.revision,
+    )
+    print(f"{path}: readable")
+    print(
+        f"convert it with: cmpolicy data convert robomimic {shlex.quote(str(path))} "
+        f"out={settings.task}_{settings.type}.zarr"
+    )
+    return 0
+
+
+def _convert(settings: ConvertSettings, layout: str, source: str) -> int:
+    from cmpolicy_data.convert import robomimic
+
+    choose({"robomimic": 0}, layout, "layout")
+    suffix = "_abs.zarr" if settings.actions == "absolute" else ".zarr"
+    with _bar(None, "episode") as show:
+        report = robomimic.convert(
+            Path(source),
+            settings.out or f"{Path(source).stem}{suffix}",
+            actions=settings.actions,
+            keys=list(settings.obs) or None,
+            filter_key=settings.filter,
+            states=settings.states,
+            workers=settings.workers,
+            progress=show,
+        )
+    shown = shlex.quote(str(report.path))
+    print(
+        f"{report.path}: {report.task}, {report.episodes} episode(s), {report.steps} steps, "
+        f"{report.actions} actions ({report.seconds:.0f} s)"
+    )
+    if report.goals_from_file:
+        print(f"absolute actions of {report.goals_from_file} episode(s): the file's actions_abs")
+    for name, count in report.masks.items():
+        print(f"mask {name}: {count} episode(s)")
+    print(f"check it with: cmpolicy data replay robomimic {shown}")
+    print(f"train on it with: cmpolicy train task={report.task} data=robomimic data.path={shown}")
+    return 0
+
+
+def _replay(settings: ReplaySettings, layout: str, path: str) -> int:
+    from cmpolicy_data.convert import replay
+
+    choose({"robomimic": 0}, layout, "layout")
+    with tqdm(unit="episode", disable=None) as bar:
+
+        def show(done: int, failed: int) -> None:
+            bar.set_postfix(failed=failed, refresh=False)
+            bar.update(done - bar.n)
+
+        report = replay.replay(
+            path, episodes=settings.episodes, workers=settings.workers, progress=show
+        )
+    succeeded = report.episodes - len(report.failed)
+    print(
+        f"{report.path}: {succeeded} of {report.episodes} episodes succeed again with "
+        f"{report.actions} actions ({report.success_rate:.1%}, {report.seconds:.0f} s)"
+    )
+    if report.failed:
+        print(f"failed: {', '.join(map(str, report.failed))}")
+    return 0
+
+
+def _pack(_: NoSettings, source: str, target: str) -> int:
     from cmpolicy_data.pack import pack
 
-    path = pack(arguments.source, arguments.target)
+    path = pack(source, target)
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+_COMMANDS: dict[str, _Command] = {
+    "inspect": _Command(
+        (_STORE,), "print keys, shapes, ranges and episodes of a store", NoSettings, _inspect
+    ),
+    "validate": _Command(
+        (_STORE,), "list everything that is wrong with a store", ValidateSettings, _validate
+    ),
+    "generate": _Command(
+        ("pusht|robomimic",),
+        "make scripted demonstrations in the simulator",
+        GenerateSettings,
+        _generate,
+    ),
+    "download": _Command(
+        ("pusht|robomimic",), "fetch human demonstrations", DownloadSettings, _download
+    ),
+    "convert": _Command(
+        ("robomimic", "FILE.hdf5"),
+        "convert demonstrations of another layout to a store",
+        ConvertSettings,
+        _convert,
+    ),
+    "replay": _Command(
+        ("robomimic", "STORE"),
+        "play the actions of a converted store again: how many episodes succeed",
+        ReplaySettings,
+        _replay,
+    ),
+    "pack": _Command(
+        ("STORE", "FILE.zip"), "pack a directory store into one .zip", NoSettings, _pack
+    ),
+}

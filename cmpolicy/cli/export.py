@@ -1,34 +1,35 @@
-"""``cmpolicy export``: a policy bundle as one file, for onnxruntime or for torch alone.
-
-Exit status: 0 written and checked; 2 bad settings or files, or a file that disagrees; 130 Ctrl-C.
-"""
+"""``cmpolicy export``: a policy bundle as one file, for onnxruntime or for torch alone."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cmpolicy.cli.parse import read
+from cmpolicy.cli.parse import describe, read
 
-_USAGE = """\
-usage: cmpolicy export policy=BUNDLE out=FILE.onnx|FILE.pt2 [format=onnx|pt2] [nfe=N]
+_HEADER = """\
+usage: cmpolicy export policy=BUNDLE out=FILE.onnx|FILE.pt2 [key=value ...]
 
 Write the whole map from observations and noise to actions as one file: normalisation inside, any
-batch size, nfe network evaluations unrolled (the policy's own number unless given). The file is
-compared with the policy before it is moved into place. `format` is told by the end of `out` where
-it is not given.
+batch size, all evaluations unrolled. The file is compared with the policy before it is moved into
+place.
 
-  cmpolicy export policy=pusht format=onnx out=pusht.onnx   # runs with numpy and onnxruntime alone
-  cmpolicy export policy=outputs/my-run/policy out=my.pt2   # runs with torch alone
-"""
+  cmpolicy export policy=pusht out=pusht.onnx               # runs with numpy and onnxruntime alone
+  cmpolicy export policy=outputs/my-run/policy out=my.pt2   # runs with torch alone"""
 
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """Settings of ``cmpolicy export``."""
+    """Of ``export``.
+
+    Args:
+        policy: bundle directory, bundled name or hub id.
+        out: the file to write.
+        format: onnx or pt2; null: told by the end of `out`.
+        nfe: network evaluations per plan; null: the policy's own.
+    """
 
     policy: str
     out: str
@@ -36,20 +37,14 @@ class ExportSettings:
     nfe: int | None = None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``cmpolicy export``; returns the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or {"-h", "--help"} & set(words):
-        print(_USAGE, end="")
-        return 0 if words else 2
-    try:
-        print(export(read(ExportSettings, words)))
-    except (ValueError, OSError, ImportError) as error:  # bad input; a missing extra
-        print(f"cmpolicy export: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("cmpolicy export: stopped, nothing was written", file=sys.stderr)
-        return 130
+def help_text(words: Sequence[str]) -> str:
+    """All settings."""
+    return describe(ExportSettings, _HEADER)
+
+
+def run(words: Sequence[str]) -> int:
+    """Export; the exit status."""
+    print(export(read(ExportSettings, words)))
     return 0
 
 
@@ -85,7 +80,3 @@ def export(settings: ExportSettings) -> str:
         f"written to {written.path}: {written.size / 1e6:.1f} MB, differs from the policy by at "
         f"most {written.difference:.1e} of the normalised range\nnext: {usage}"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

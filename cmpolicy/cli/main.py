@@ -1,14 +1,21 @@
-"""``cmpolicy <verb> [key=value ...]``: the one command.
+"""``cmpolicy <verb> [key=value ...]``: the one command, and the one place that reports errors.
 
-Exit status, of every verb: 0 done; 1 the work itself failed (a run, an environment, a robot; what
-was saved before is kept); 2 bad settings, data or files; 130 stopped by Ctrl-C, 143 by SIGTERM.
+A verb is a module of ``cmpolicy.cli`` with ``run(words) -> int``, which does the work and returns
+the exit status, and ``help_text(words) -> str``. What a user can get wrong is raised as ValueError,
+OSError or ImportError with a message for people; an exception class whose ``exit_status`` is 1
+says that the work itself failed.
+
+Exit status, of every verb: 0 done; 1 the work failed (a run, an environment, a robot; what was
+saved before is kept); 2 bad settings, data or files; 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 #: Verb: its module in ``cmpolicy.cli`` and what ``cmpolicy --help`` says of it.
 VERBS: dict[str, tuple[str, str]] = {
@@ -43,9 +50,44 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    # imported here, so that --help and a typing error load neither torch nor Hydra
-    status: int = import_module(f"cmpolicy.cli.{VERBS[verb][0]}").main(rest)
-    return status
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning(verb, warnings.showwarning)
+        return _run(verb, rest)
+
+
+def _run(verb: str, words: list[str]) -> int:
+    """Run the verb; errors become one message and an exit status."""
+    try:
+        # imported here, so that --help and a typing error load neither torch nor Hydra
+        module = import_module(f"cmpolicy.cli.{VERBS[verb][0]}")
+        asked = [word for word in words if word not in ("-h", "--help")]
+        if len(asked) < len(words):
+            print(module.help_text(asked).rstrip())
+            return 0
+        status: int = module.run(words)
+        return status
+    except KeyboardInterrupt:
+        print(f"cmpolicy {verb}: stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        status = getattr(error, "exit_status", 0)
+        if not status and not isinstance(error, ValueError | OSError | ImportError):
+            raise  # a defect of ours: its traceback is what a report needs
+        notes = getattr(error, "__notes__", [])
+        print("\n".join([f"cmpolicy {verb}: {error}", *notes]), file=sys.stderr)
+        return status or 2
+
+
+def _show_warning(verb: str, otherwise: Any) -> Any:
+    """Warnings that are for users, in one line; others as Python shows them."""
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, UserWarning):
+            print(f"cmpolicy {verb}: warning: {message}", file=sys.stderr)
+        else:
+            otherwise(message, category, *place, **more)
+
+    return show
 
 
 def _usage() -> str:

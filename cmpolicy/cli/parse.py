@@ -1,72 +1,113 @@
-"""Command-line words to a plain mapping, through Hydra, with error messages of our own.
+"""Command-line words to settings: Hydra's grammar and groups, with error messages of our own.
 
-Hydra composes and parses; before it does, every override is compared with what the YAML files in
-``cmpolicy_conf`` hold, so that a slip is answered with the nearest setting.
+``key=value`` words are read by Hydra's parser. Group choices (``task=lift``, ``net=tiny``) compose
+the YAML files of ``cmpolicy_conf``, which hold only what differs from the defaults of the settings'
+dataclasses; the dataclasses fill in the rest, and the other words replace single values.
 """
 
 from __future__ import annotations
 
 import difflib
+import types
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib.resources import files
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cmpolicy.schema import ConfigError, from_mapping, unknown_key_message
+from cmpolicy.schema import ConfigError, complete, from_mapping, unknown_key_message
 
 T = TypeVar("T")
 
 PACKAGE = "cmpolicy_conf"
 HYDRA_VERSION_BASE = "1.3"
-#: Groups of settings whose keys are the user's own.
-OPEN_GROUPS = ("data.obs",)
 HOW = "`--help` lists all settings with their values"
 
 
-def compose_settings(
-    config_name: str, words: Sequence[str], *, package: str = PACKAGE
-) -> dict[str, Any]:
-    """Settings of ``<config_name>.yaml`` with ``words`` such as ``net=tiny`` or ``optim.lr=1e-3``.
+class Settings(Protocol):
+    """A dataclass of settings that a YAML file and its groups fill."""
 
-    Args:
-        config_name: the YAML file.
-        words: as typed.
-        package: the folder of the YAML file, its groups in it; groups that it lacks are those of
-            ``cmpolicy_conf`` if the file's ``hydra.searchpath`` says so.
+    @classmethod
+    def complete(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        """``data`` with all defaults."""
 
-    Raises:
-        ConfigError: a word that cannot be read, an unknown group, choice or setting.
+
+@dataclass(frozen=True)
+class Composition:
+    """Which YAML file, in which package, makes settings of which dataclass.
+
+    ``extra`` are settings of the command itself, such as ``out``, with their defaults; ``text``
+    names those that are text whatever they look like. ``open_groups`` have keys of the user's own.
     """
-    overrides = parse(words)
-    groups = _groups(config_name, package)
-    choices = [o for o in overrides if o.key_or_group in groups]
-    for override in choices:
-        _check_choice(override, groups[override.key_or_group])
-    chosen = {o.key_or_group for o in choices}
-    known = _known_keys(config_name, package, tuple(str(o.input_line) for o in choices))
-    for override in overrides:
-        key = override.key_or_group
-        if key not in chosen and not override.is_add() and not _is_known(key, known):
-            group = key.partition(".")[0]
-            if group in groups and not any(k.startswith(f"{group}.") for k in known):
-                raise ConfigError(
-                    f"{key} is set, but no {group} is chosen; add {group}={'|'.join(groups[group])}"
-                )
-            leaves = [k for k in known if not any(o.startswith(f"{k}.") for o in known)]
-            raise ConfigError(unknown_key_message(key, [*leaves, *groups], how=HOW))
-    # Hydra would merge a mapping of the user's own into the one of the chosen group
-    replaced = [o for o in overrides if o.key_or_group in OPEN_GROUPS and _is_plain(o)]
-    merged = [str(o.input_line) for o in overrides if o not in replaced]
-    return apply(_container(_compose(config_name, package, merged)), replaced)
+
+    settings: type[Settings]
+    config_name: str = "train"
+    package: str = PACKAGE
+    extra: Mapping[str, Any] = field(default_factory=lambda: {"out": None})
+    text: Sequence[str] = ("out", "init", "data.path", "dataset.path", "task.name")
+    open_groups: Sequence[str] = ("data.obs",)
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """Choices by group, of the groups in the YAML file's defaults list."""
+        return _groups(self.config_name, self.package)
+
+    def compose(self, words: Sequence[str]) -> dict[str, Any]:
+        """All settings with these words: the command's own and those of :attr:`settings`.
+
+        Raises:
+            ConfigError: a word that cannot be read, an unknown group, choice or setting.
+        """
+        overrides = parse(words)
+        groups = self.groups
+        choices = [o for o in overrides if o.key_or_group in groups]
+        for override in choices:
+            _check_choice(override, groups[override.key_or_group])
+        chosen = _compose(self.config_name, self.package, [str(o.input_line) for o in choices])
+        whole = {**self.extra, **self.settings.complete(_container(chosen))}
+        return self.replace(whole, [o for o in overrides if o not in choices])
+
+    def replace(self, settings: Mapping[str, Any], overrides: Iterable[Override]) -> dict[str, Any]:
+        """Finished settings with some values replaced.
+
+        Raises:
+            ConfigError: an unknown setting, with the nearest known ones.
+        """
+        config = OmegaConf.create(dict(settings))
+        known = _keys(settings)
+        for override in overrides:
+            key = override.key_or_group
+            is_open = any(key.startswith(f"{group}.") for group in self.open_groups)
+            if key not in known and not is_open:
+                group = key.partition(".")[0]
+                if settings.get(group) is None and group in self.groups:
+                    raise ConfigError(
+                        f"{key} is set, but no {group} is chosen; add "
+                        f"{group}={'|'.join(self.groups[group])}"
+                    )
+                leaves = [k for k in known if not any(o.startswith(f"{k}.") for o in known)]
+                raise ConfigError(unknown_key_message(key, [*leaves, *self.groups], how=HOW))
+            value = _text(override) if key in self.text else override.value()
+            OmegaConf.update(config, key, _plain(value), merge=False)
+        return _container(config)
+
+    def help(self, header: str, words: Sequence[str]) -> str:
+        """The groups with their choices and all settings with their values."""
+        settings = self.compose(words)
+        groups = "\n".join(f"  {name}: {', '.join(found)}" for name, found in self.groups.items())
+        return (
+            f"{header}\n\ngroups, one choice each (such as {next(iter(self.groups))}=...):\n"
+            f"{groups}\n\nsettings and their values, each given as key=value:\n"
+            + OmegaConf.to_yaml(OmegaConf.create(settings))
+        )
 
 
 def parse(words: Iterable[str]) -> list[Override]:
@@ -78,55 +119,42 @@ def parse(words: Iterable[str]) -> list[Override]:
     parser = OverridesParser.create()
     overrides = []
     for word in words:
-        if "=" not in word and not word.startswith("~"):
+        if "=" not in word or word.startswith("~"):
             raise ConfigError(f"{word!r} is not a setting; settings are given as key=value. {HOW}")
         try:
             override = parser.parse_override(word)
         except HydraException as error:
-            raise ConfigError(
-                f"cannot read {word!r}: quote values that hold spaces or any of , : = [ ] {{ }}, "
-                f"as in 'key=\"a value\"' ({str(error).splitlines()[0]})"
-            ) from error
+            found = _plain_text(word)
+            if found is None:
+                raise ConfigError(
+                    f"cannot read {word!r}: quote values that hold spaces or any of , : = [ ] {{ }}"
+                    f", as in 'key=\"a value\"' ({str(error).splitlines()[0]})"
+                ) from error
+            override = found
         if override.is_sweep_override():
             raise ConfigError(f"{word!r} gives several values: add --multirun for one run of each")
         overrides.append(override)
     return overrides
 
 
-def apply(settings: Mapping[str, Any], overrides: Iterable[Override]) -> dict[str, Any]:
-    """Finished settings with some values replaced; used for a run that is resumed."""
-    config = OmegaConf.create(dict(settings))
-    for override in overrides:
-        OmegaConf.update(config, override.key_or_group, override.value(), merge=False)
-    return _container(config)
-
-
-def read_words(words: Iterable[str]) -> dict[str, Any]:
-    """``key=value`` words as a mapping, for commands without groups; values are read as YAML.
-
-    Raises:
-        ConfigError: a word without ``=``, or a value that is not YAML.
-    """
-    settings: dict[str, Any] = {}
-    for word in words:
-        if not word.partition("=")[0] or "=" not in word:
-            raise ConfigError(f"{word!r} is not a setting; settings are given as key=value")
-        try:
-            read = OmegaConf.to_container(OmegaConf.from_dotlist([word]), resolve=True)
-        except Exception as error:  # omegaconf's own, or of the YAML reader below it
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"cannot read {word!r}: its value is not YAML ({reason})") from error
-        settings |= {str(k): v for k, v in read.items()} if isinstance(read, dict) else {}
-    return settings
-
-
 def read(cls: type[T], words: Sequence[str]) -> T:
-    """``key=value`` words as the settings ``cls``.
+    """``key=value`` words as the dataclass ``cls``, for commands without groups.
+
+    A field of type ``str`` takes the value as text, whatever it looks like: ``out=2024`` is a name.
 
     Raises:
         ConfigError: a word that is no key=value, an unknown or missing key, a bad value.
     """
-    return from_mapping(cls, read_words(words))
+    hints = get_type_hints(cls)
+    known = [item.name for item in fields(cls)]  # type: ignore[arg-type]
+    settings: dict[str, Any] = {}
+    for override in parse(words):
+        key = override.key_or_group
+        if key not in known:
+            raise ConfigError(unknown_key_message(key, known, how=HOW))
+        value = _text(override) if _is_text(hints[key]) else override.value()
+        settings[key] = _plain(value)
+    return from_mapping(cls, settings)
 
 
 def split(cls: type[T], words: Sequence[str]) -> tuple[T, list[str]]:
@@ -135,16 +163,79 @@ def split(cls: type[T], words: Sequence[str]) -> tuple[T, list[str]]:
     Raises:
         ConfigError: see :func:`read`.
     """
-    own = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    own = {item.name for item in fields(cls)}  # type: ignore[arg-type]
     mine = [word for word in words if word.partition("=")[0] in own]
     return read(cls, mine), [word for word in words if word not in mine]
 
 
-@cache
-def _known_keys(config_name: str, package: str, choices: tuple[str, ...]) -> tuple[str, ...]:
-    """All dotted keys there are with these choices, of groups and of single settings."""
-    config = _compose(config_name, package, choices)
-    return tuple(_keys(OmegaConf.to_container(config, resolve=False)))
+def describe(cls: type[Any], header: str) -> str:
+    """Help of a command: its header, then every setting with its default and meaning.
+
+    The meanings are those of the ``Args`` section of the docstring of ``cls``.
+    """
+    meanings = _meanings(cls.__doc__ or "")
+    defaults = complete(cls, {})
+    lines = [f"  {_setting(name, defaults[name]):<24}{meanings.get(name, '')}" for name in defaults]
+    return f"{header.rstrip()}\n\nsettings, given as key=value, and their defaults:\n" + "\n".join(
+        line.rstrip() for line in lines
+    )
+
+
+def _setting(name: str, value: Any) -> str:
+    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+    if isinstance(value, list):
+        shown = f"[{','.join(map(str, value))}]"
+    return f"{name}={shown}"
+
+
+def _meanings(docstring: str) -> dict[str, str]:
+    """The entries of a docstring's ``Args`` section, each as one text."""
+    found: dict[str, str] = {}
+    names: list[str] = []
+    lines = docstring.partition("Args:\n")[2].splitlines()
+    for line in lines:
+        stripped, depth = line.strip(), len(line) - len(line.lstrip())
+        if stripped and depth <= 4:
+            break  # the next section
+        if depth == 8 and ":" in stripped:
+            keys, _, text = stripped.partition(":")
+            names = [key.strip() for key in keys.split(",")]
+            found |= dict.fromkeys(names, text.strip())
+        elif stripped:
+            found |= {name: f"{found[name]} {stripped}" for name in names}
+    return found
+
+
+def _plain_text(word: str) -> Override | None:
+    """``key=value`` with letters in the value that Hydra's grammar lacks, such as accents."""
+    key, _, value = word.partition("=")
+    if not value or set(value) & set("\"',=[]{}()$ \t") or value.isascii():
+        return None
+    return OverridesParser.create().parse_override(f"{key}='{value}'")
+
+
+def _text(override: Override) -> str | None:
+    """The value as it was typed, without quotes; None for null."""
+    value = override.value()
+    if value is None:
+        return None
+    if isinstance(value, QuotedString):
+        return str(value.text)
+    if isinstance(value, str):
+        return value
+    return str(override.input_line).partition("=")[2]
+
+
+def _plain(value: Any) -> Any:
+    """A value without its quotes."""
+    return value.text if isinstance(value, QuotedString) else value
+
+
+def _is_text(hint: Any) -> bool:
+    """Whether a type hint is ``str`` or ``str | None``."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return all(a in (str, type(None)) for a in get_args(hint))
+    return hint is str
 
 
 def _compose(
@@ -164,17 +255,16 @@ def _compose(
 
 def _container(config: DictConfig) -> dict[str, Any]:
     try:
-        plain = OmegaConf.to_container(config, resolve=True)
+        found = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
-    if not isinstance(plain, dict):
+    if not isinstance(found, dict):
         raise ConfigError("the settings are not a mapping")
-    return {str(key): value for key, value in plain.items()}
+    return {str(key): value for key, value in found.items()}
 
 
 @cache
 def _groups(config_name: str, package: str) -> dict[str, list[str]]:
-    """Choices by group, of the groups in the defaults list: the YAML files in its folder."""
     composed = _compose(config_name, package, (), with_hydra=True)
     chosen = [str(group) for group in composed.hydra.runtime.choices if "/" not in group]
     return {group: _choices(group, package) for group in chosen}
@@ -183,11 +273,8 @@ def _groups(config_name: str, package: str) -> dict[str, list[str]]:
 def _choices(group: str, package: str) -> list[str]:
     roots = [files(package), files(PACKAGE)]
     folder = next(root / group for root in roots if (root / group).is_dir())
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if _yaml(f.name))
-
-
-def _yaml(name: str) -> bool:
-    return name.endswith(".yaml")
+    names = [entry.name for entry in folder.iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
 def _check_choice(override: Override, choices: Sequence[str]) -> None:
@@ -207,13 +294,3 @@ def _keys(config: object, prefix: str = "") -> list[str]:
     for key, value in config.items():
         found += [f"{prefix}{key}", *_keys(value, f"{prefix}{key}.")]
     return found
-
-
-def _is_plain(override: Override) -> bool:
-    """Whether it is ``key=value``, neither ``+key=value`` nor ``~key``."""
-    return not (override.is_add() or override.is_delete() or override.is_force_add())
-
-
-def _is_known(key: str, known: Sequence[str]) -> bool:
-    is_open = any(key.startswith(f"{group}.") for group in OPEN_GROUPS)
-    return key in known or is_open or key.startswith("hydra.") or key == "hydra"

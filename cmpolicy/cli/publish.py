@@ -1,63 +1,65 @@
-"""``cmpolicy publish``: make the bundle to hand out from a trained one.
-
-Stores the weights in half precision where asked, and writes results into the model card and beside
-it, so that a policy travels with its numbers. Exit status: 0 well, 2 bad settings or files.
-"""
+"""``cmpolicy publish``: make the bundle to hand out from a trained one."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cmpolicy.cli.parse import read
+from cmpolicy.cli.parse import describe, read
 from cmpolicy.schema import ConfigError
 from cmpolicy_eval.report import difference_table, table
 from cmpolicy_eval.result import Result
 
-_USAGE = """\
-usage: cmpolicy publish policy=BUNDLE out=BUNDLE [weights=fp16|fp32] [noise_scale=0.8]
-                        [results=[a.json,b.json]]
+_HEADER = """\
+usage: cmpolicy publish policy=BUNDLE out=BUNDLE [key=value ...]
 
-Write the bundle to hand out: weights in that precision, the noise of a sample multiplied by that
-scale (not given: the policy's own; choose it on tuning seeds), and the results in its model card
-and in results/. `out` may be `policy` itself: a published bundle is scored and then completed:
+Write the bundle to hand out: half the size, with its results in the model card and in results/.
+`out` may be `policy` itself: a published bundle is scored and then completed:
 
   cmpolicy publish policy=outputs/my-run/policy out=mine weights=fp16
   cmpolicy eval policy=mine nfe=[1,2,4] out=outputs/mine
-  cmpolicy publish policy=mine out=mine results=[outputs/mine/result_nfe1.json]
-"""
+  cmpolicy publish policy=mine out=mine results=[outputs/mine/result_nfe1.json]"""
 RESULTS = "results"
 
 
 @dataclass(frozen=True)
 class PublishSettings:
-    """Settings of ``cmpolicy publish``."""
+    """Of ``publish``.
+
+    Args:
+        policy: the trained bundle.
+        out: the bundle to write.
+        weights: precision of the stored weights, fp16 or fp32.
+        noise_scale: the noise of a sample is multiplied by it; null: the policy's own. Choose it on
+            tuning seeds.
+        nfe: network evaluations that the bundle is deployed with; null: the policy's own.
+        results: result files of `cmpolicy eval`.
+    """
 
     policy: str
     out: str
     weights: Literal["fp16", "fp32"] = "fp16"
     noise_scale: float | None = None
+    nfe: int | None = None
     results: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.noise_scale is not None and not self.noise_scale > 0:
             raise ConfigError(f"noise_scale must be above 0, got {self.noise_scale}")
+        if self.nfe is not None and self.nfe < 1:
+            raise ConfigError(f"nfe must be at least 1, got {self.nfe}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``cmpolicy publish``; returns the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or {"-h", "--help"} & set(words):
-        print(_USAGE, end="")
-        return 0 if words else 2
-    try:
-        out = publish(read(PublishSettings, words))
-    except (ValueError, OSError) as error:
-        print(f"cmpolicy publish: {error}", file=sys.stderr)
-        return 2
+def help_text(words: Sequence[str]) -> str:
+    """All settings."""
+    return describe(PublishSettings, _HEADER)
+
+
+def run(words: Sequence[str]) -> int:
+    """Publish; the exit status."""
+    out = publish(read(PublishSettings, words))
     size = (out / "model.safetensors").stat().st_size
     print(f"published {out}: {size / 1e6:.1f} MB of weights")
     return 0
@@ -80,6 +82,7 @@ def publish(settings: PublishSettings) -> Path:
     metadata = read_metadata(settings.policy)
     if settings.noise_scale is not None:
         policy.noise_scale = settings.noise_scale
+    policy.nfe = settings.nfe or policy.nfe
     if "config" not in metadata:
         raise BundleError(
             f"{settings.policy} does not say how it was trained; publish a bundle that "
@@ -113,7 +116,3 @@ def _results_section(results: Sequence[Result]) -> str:
 def _file_names(paths: Sequence[Path]) -> list[str]:
     """``<folder>_<file>``: evaluations of different policies share their file names."""
     return [f"{path.absolute().parent.name}_{path.name}" for path in paths]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

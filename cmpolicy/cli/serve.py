@@ -1,8 +1,4 @@
-"""``cmpolicy serve``: a policy behind a WebSocket, for robots and openpi clients.
-
-Exit status: 0 stopped by Ctrl-C or SIGTERM, after its running requests; 2 it could not be started;
-130 a second Ctrl-C.
-"""
+"""``cmpolicy serve``: a policy behind a WebSocket, for robots and openpi clients."""
 
 from __future__ import annotations
 
@@ -13,41 +9,42 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cmpolicy.cli.parse import read_words
-from cmpolicy.schema import ConfigError, from_mapping
+from cmpolicy.cli.parse import describe, read
+from cmpolicy.schema import ConfigError
 
 if TYPE_CHECKING:
     from cmpolicy.robot.policy import ChunkPolicy
     from cmpolicy.serve.server import PolicyServer
 
-_USAGE = """\
+_HEADER = """\
 usage: cmpolicy serve policy=pusht [key=value ...]
 
 Serve a policy over WebSocket in openpi's protocol, until Ctrl-C.
 
-  policy=pusht        bundle directory, bundled name, hub id, or a file of cmpolicy export
-  port=8000           0 takes a free one
-  host=127.0.0.1      0.0.0.0 lets other machines in; give a token then
-  token=null          clients must send it; better in the environment variable CMPOLICY_TOKEN,
-                      since a command line is visible to everyone on the machine
-  nfe=null            network evaluations per action chunk; null: 1, or those of the file
-  device=cpu          cpu | cuda (an exported file: cpu)
-  threads=1           of the CPU, for one policy call
-  sessions=64         clients at once
-  batch=64            observations per policy call
-  seed=null           of the sessions' noise; null: another one each time
-
 GET /healthz on the same port answers 200. An observation is a whole history per key, (To, ...), or
 one step per key: with "step": 0, 1, ... the server keeps each connection's history, without it the
-one step stands for all To.
-"""
+one step stands for all To."""
 _TOKEN_VARIABLE = "CMPOLICY_TOKEN"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings:
-    """Settings of ``cmpolicy serve``; its ``--help`` says what each means."""
+    """Of ``serve``.
+
+    Args:
+        policy: bundle directory, bundled name, hub id, or an .onnx file of `cmpolicy export`.
+        port: 0 takes a free one.
+        host: 0.0.0.0 lets other machines in; give a token then.
+        token: that clients must send; better in the environment variable CMPOLICY_TOKEN, since a
+            command line is visible to everyone on the machine.
+        nfe: network evaluations per action chunk; null: the policy's own.
+        device: cpu or cuda (an exported file: cpu).
+        threads: of the CPU, for one policy call.
+        sessions: clients at once.
+        batch: observations per policy call.
+        seed: of the sessions' noise; null: another one each time.
+    """
 
     policy: str
     port: int = 8000
@@ -71,33 +68,19 @@ class ServeSettings:
             raise ConfigError(f"seed={self.seed} must be at least 0")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``cmpolicy serve``; returns the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or {"-h", "--help"} & set(words):
-        print(_USAGE, end="")
-        return 0 if words else 2
+def help_text(words: Sequence[str]) -> str:
+    """All settings."""
+    return describe(ServeSettings, _HEADER)
+
+
+def run(words: Sequence[str]) -> int:
+    """Serve until a signal; the exit status."""
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
-    try:
-        return _serve(_settings(words))
-    except (ValueError, OSError, ImportError) as error:
-        print(f"cmpolicy serve: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("cmpolicy serve: stopped", file=sys.stderr)
-        return 130
-
-
-def _settings(words: Sequence[str]) -> ServeSettings:
-    read = read_words(words)
-    for key in {"policy", "host", "token"} & set(read):
-        if read[key] is not None:  # a token may be 1234
-            read[key] = str(read[key])
-    return from_mapping(ServeSettings, read)
+    return _serve(read(ServeSettings, words))
 
 
 def _serve(settings: ServeSettings) -> int:
-    from cmpolicy.serve.server import PolicyServer, ServerError
+    from cmpolicy.serve.server import PolicyServer
 
     token = _token(settings)
     if token is None and settings.host not in _LOOPBACK:
@@ -117,11 +100,7 @@ def _serve(settings: ServeSettings) -> int:
         max_batch=settings.batch,
         seed=settings.seed,
     )
-    try:
-        server.run(lambda ready: _announce(ready, settings, nfe, needs_token=token is not None))
-    except ServerError as error:
-        print(f"cmpolicy serve: {error}", file=sys.stderr)
-        return 2
+    server.run(lambda ready: _announce(ready, settings, nfe, needs_token=token is not None))
     print("cmpolicy serve: stopped", file=sys.stderr)
     return 0
 
@@ -166,13 +145,13 @@ def _load_exported(settings: ServeSettings) -> tuple[ChunkPolicy, int]:
 def _load_bundle(settings: ServeSettings) -> tuple[ChunkPolicy, int]:
     import torch
 
-    from cmpolicy.bench.latency import available_device
     from cmpolicy.policy.policy import ConsistencyPolicy
+    from cmpolicy.training.device import choose_device
 
     torch.set_num_threads(settings.threads)
-    device = available_device(settings.device)
+    device = choose_device(settings.device)
     policy = ConsistencyPolicy.from_pretrained(settings.policy, device).eval()
-    policy.nfe = settings.nfe or 1
+    policy.nfe = settings.nfe or policy.nfe
     return policy, policy.nfe
 
 
@@ -194,7 +173,3 @@ def _announce(
         f"# (B, {spec.n_action_steps}, {spec.action_dim})",
         flush=True,
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,39 +1,174 @@
-"""``cmpolicy train``: train a policy, or go on with a run.
-
-Exit status: see :mod:`cmpolicy.cli.run_command`.
-"""
+"""``cmpolicy train``: train a policy, go on with a run, or train several beside each other."""
 
 from __future__ import annotations
 
+import json
+import shlex
 import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from cmpolicy.cli.run_command import RESUME_SETTINGS, RunCommand, stopped_words
-from cmpolicy.experiment.train import PROGRAM, closing_words, train
-from cmpolicy.train.config import TrainConfig
+from cmpolicy.cli.parse import HYDRA_VERSION_BASE, PACKAGE, Composition, parse
+from cmpolicy.files import write_atomically
+from cmpolicy.schema import ConfigError
+from cmpolicy.training.config import TrainConfig
+
+COMPOSITION = Composition(TrainConfig)
+_HEADER = """\
+usage: cmpolicy train [task=...] [preset=...] [data=...] [objective=...] [net=...] [key=value ...]
+       cmpolicy train resume=outputs/<run> [examples=...]
+       cmpolicy train -m seed=0,1,2 [hydra/launcher=joblib] ...
+
+Train a one-step policy from demonstrations. With -m (--multirun) every combination of the values
+separated by commas is a run in a folder of its own, and a table of them follows."""
+_TABLE = "table.md"
+_COLUMNS = ("success", "score", "val_action_error", "val_loss")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``cmpolicy train``; returns the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    command = RunCommand(
-        program=PROGRAM, run=_run, resume_settings=(*RESUME_SETTINGS, "eval.workers")
-    )
-    return command(words)
+def help_text(words: Sequence[str]) -> str:
+    """The groups and all settings; ``words`` may choose groups."""
+    return COMPOSITION.help(_HEADER, words)
 
 
-def _run(settings: dict[str, Any], out: str | None, command: str, resume: bool) -> int:
-    config = TrainConfig.from_mapping(settings)
-    run = train(config, out, command=command, resume=resume)
-    if not run.is_main:
+def run(words: Sequence[str]) -> int:
+    """Train as the words say; the exit status."""
+    if {"-m", "--multirun"} & set(words):
+        return _sweep([word for word in words if word not in ("-m", "--multirun")])
+    from cmpolicy.experiment.run import stopped_text
+    from cmpolicy.experiment.train import closing_text
+
+    result, config = train_words(words, f"cmpolicy train {shlex.join(words)}".rstrip())
+    if not result.is_main:
         return 0
-    if not run.outcome.finished:
-        print(stopped_words(PROGRAM, run.run_dir, run.outcome.examples, config.examples))
-        return 128 + (run.outcome.signum or 0)
-    print(closing_words(run, config))
+    if not result.finished:
+        print(stopped_text(result, "train", config.examples))
+        return 128 + (result.end.signum or 0)
+    print(closing_text(result, config))
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def compose(*words: str) -> TrainConfig:
+    """The settings of a command line: ``compose("task=pusht", "preset=standard", "seed=1")``.
+
+    Raises:
+        ConfigError: what is wrong with the words.
+    """
+    settings = COMPOSITION.compose(words)
+    settings.pop("out")
+    return TrainConfig.from_mapping(settings)
+
+
+def train_words(
+    words: Sequence[str], command: str, out: str | None = None
+) -> tuple[Any, TrainConfig]:
+    """Train as the words say; the result and the settings.
+
+    Args:
+        words: ``key=value``, or ``resume=<run>`` and what changes.
+        command: recorded in the model card.
+        out: folder of a new run, in place of ``out=`` among the words.
+
+    Raises:
+        ConfigError: what is wrong with the words; else as :func:`cmpolicy.experiment.train.train`.
+    """
+    from cmpolicy.experiment.train import resume, train
+
+    overrides = {override.key_or_group: override for override in parse(words)}
+    if "resume" in overrides:
+        run_dir = str(overrides.pop("resume").value())
+        result = resume(run_dir, {key: o.value() for key, o in overrides.items()})
+        return result, TrainConfig.from_mapping(_written(result.run_dir))
+    settings = COMPOSITION.compose(words)
+    chosen = settings.pop("out")
+    config = TrainConfig.from_mapping(settings)
+    return train(config, out or chosen, command=command), config
+
+
+def _written(run_dir: Path) -> dict[str, Any]:
+    from cmpolicy.experiment.run import CONFIG_FILE, read_yaml
+
+    return read_yaml(run_dir / CONFIG_FILE)
+
+
+# -- several runs ---------------------------------------------------------------------------------
+
+
+def _sweep(words: Sequence[str]) -> int:
+    """One run for every combination, by Hydra's sweeper and launcher; then the table."""
+    import hydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    overrides = OverridesParser.create().parse_overrides(list(words))
+    keys = [override.key_or_group for override in overrides]
+    if "resume" in keys:
+        raise ConfigError("-m starts new runs; resume=... goes on with one run at a time")
+    given = [o for o in overrides if o.key_or_group == "out"]
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = Path(str(given[-1].value()) if given else f"outputs/sweep-{stamp}").absolute()
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"out={folder} exists and is not an empty folder; choose another out")
+    groups = COMPOSITION.groups
+    passed = [
+        # Hydra's own composition holds the differences only, so single values are added to it.
+        word if key in groups or key.startswith("hydra") else f"++{word}"
+        for key, word in zip(keys, words, strict=True)
+        if key != "out"
+    ]
+    swept = {o.key_or_group for o in overrides if o.is_sweep_override()}
+
+    @hydra.main(f"pkg://{PACKAGE}", "train", version_base=HYDRA_VERSION_BASE)
+    def job(_: Any) -> None:
+        from hydra.core.hydra_config import HydraConfig
+
+        config = HydraConfig.get()
+        _run_job(int(config.job.num), [str(w) for w in config.overrides.task], swept, folder)
+
+    before, sys.argv = sys.argv, ["cmpolicy train", "-m", *passed, f"hydra.sweep.dir={folder}"]
+    try:
+        job()
+    finally:
+        sys.argv = before
+    jobs = [json.loads(file.read_text()) for file in sorted(folder.glob("job-*.json"))]
+    table = _table(sorted(jobs, key=lambda found: int(found["job"])))
+    write_atomically(folder / _TABLE, (table + "\n").encode())
+    print(f"{table}\n\n  {folder / _TABLE}")
+    return 1 if not jobs or any(found["error"] for found in jobs) else 0
+
+
+def _run_job(number: int, words: Sequence[str], swept: set[str], folder: Path) -> None:
+    """Train one combination; what came of it, an error too, goes into a file beside its folder."""
+    plain = [word.removeprefix("++") for word in words]
+    what = [word for word in plain if word.partition("=")[0] in swept]
+    name = "-".join([str(number), *(w.replace("/", "_") for w in what)])
+    found: dict[str, Any] = {
+        "job": number,
+        "what": what,
+        "folder": name,
+        "error": "",
+        "metrics": {},
+    }
+    try:
+        command = f"cmpolicy train {shlex.join(plain)}"
+        result, _ = train_words(plain, command, out=str(folder / name))
+        found["metrics"] = dict(result.metrics)
+        if not result.finished:
+            found["error"] = f"stopped at {result.end.examples} examples"
+    except Exception as error:  # the other runs go on
+        found["error"] = f"{error}".splitlines()[0]
+    write_atomically(folder / f"job-{number}.json", json.dumps(found).encode())
+
+
+def _table(jobs: Sequence[dict[str, Any]]) -> str:
+    columns = [c for c in _COLUMNS if any(c in found["metrics"] for found in jobs)]
+    rows = [["run", *columns, "error"]]
+    for found in jobs:
+        numbers = [f"{found['metrics'].get(c, float('nan')):.4g}" for c in columns]
+        rows.append([found["folder"], *numbers, found["error"]])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,9 @@ import torch
 from cmpolicy.experiment.protocols import Simulator
 from cmpolicy.normalize import Normalizer
 from cmpolicy.schema import ConfigError
-from cmpolicy.spec import PolicySpec
-from cmpolicy.train.config import PolicyConfig, TrainConfig
-from cmpolicy.train.loader import DeviceLoader
+from cmpolicy.spec import PolicySpec, Rotation
+from cmpolicy.training.config import DataConfig, PolicyConfig, TrainConfig, parse_rotation
+from cmpolicy.training.loader import DeviceLoader
 from cmpolicy_data import (
     EpisodeSplit,
     ReplayBuffer,
@@ -25,17 +28,26 @@ from cmpolicy_data import (
 )
 from cmpolicy_data.catalog import resolve
 from cmpolicy_data.demonstrations import Demonstrations, load_demonstrations
-from cmpolicy_data.windows import WindowError
+from cmpolicy_data.windows import WindowError, min_episode_length
 
 ACTION = "action"
+#: Numbers in one observation step from which on it must be an image or a point cloud.
+MAX_STATE_SIZE = 4096
+_ARM = 10  # numbers of an absolute action per arm: position 3, 6-D rotation 6, gripper 1
 
 
 @dataclass(frozen=True)
 class TrainingData:
     """Arrays in env units, the windows of all their episodes, and which of these train.
 
-    ``source`` names the data set without the machine's own folders; ``simulator`` is what the store
-    says of the one it was recorded in.
+    Attributes:
+        source: names the data set without the machine's own folders.
+        simulator: what the store says of the one it was recorded in.
+        control_hz: actions per second.
+        pad_loss: whether padded actions are trained on.
+        rotations: of the action; None where nothing is known.
+        fingerprint: tells whether other data is the same: a hash per episode, and the shapes.
+        n_short: episodes shorter than a window.
     """
 
     arrays: Demonstrations
@@ -43,15 +55,21 @@ class TrainingData:
     split: EpisodeSplit
     source: str
     simulator: Simulator = field(default_factory=Simulator)
+    control_hz: float | None = None
+    pad_loss: bool = True
+    rotations: tuple[Rotation, ...] | None = None
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    n_short: int = 0
 
     def spec(self, config: PolicyConfig) -> PolicySpec:
-        """What a policy on this data eats and gives."""
+        """Inputs and outputs of a policy on this data."""
         return PolicySpec(
             obs={key: tuple(value.shape[1:]) for key, value in self.arrays.obs.items()},
             action_dim=self.arrays.action.shape[1],
             horizon=config.horizon,
             n_obs_steps=config.n_obs_steps,
             n_action_steps=config.n_action_steps,
+            action_rotations=self.rotations,
         )
 
     def normalizer(self) -> Normalizer:
@@ -68,16 +86,28 @@ class TrainingData:
     ) -> DeviceLoader | None:
         """Batches of the training or of the held-out episodes; None where none are held out."""
         episodes = self.split.train_ids if train else self.split.val_ids
-        if len(episodes) == 0:
+        windows = self.windows.select(episodes)
+        if len(windows) == 0:
             return None
         return DeviceLoader(
             self.arrays.obs,
             self.arrays.action,
-            self.windows.select(episodes),
+            windows,
             batch_size=batch_size,
             seed=seed,
             device=device,
         )
+
+    @property
+    def fingerprint_digest(self) -> str:
+        """One hash of all of the data."""
+        text = json.dumps(dict(self.fingerprint), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a resumed run has to find unchanged: the data, and which episodes are held out."""
+        return {"data": dict(self.fingerprint), "val_episodes": self.split.val_ids.tolist()}
 
 
 def load_training_data(config: TrainConfig) -> TrainingData:
@@ -95,23 +125,75 @@ def load_training_data(config: TrainConfig) -> TrainingData:
     path = resolve(data.name, data.path)
     arrays = load_demonstrations(path, data.obs, data.action, data.augment)
     for key, values in arrays.obs.items():
+        _check_state(data.obs[key], values, path)
         _check_finite(data.obs[key], values, path)
     _check_finite(data.action, arrays.action, path)
-    sizes = config.policy
+    sizes = {
+        "horizon": config.policy.horizon,
+        "n_obs_steps": config.policy.n_obs_steps,
+        "n_action_steps": config.policy.n_action_steps,
+    }
     try:
-        windows = window_index(
-            arrays.episode_ends,
-            horizon=sizes.horizon,
-            n_obs_steps=sizes.n_obs_steps,
-            n_action_steps=sizes.n_action_steps,
-        )
+        windows = window_index(arrays.episode_ends, **sizes, short_episodes=data.short_episodes)
     except WindowError as error:
         raise ConfigError(f"{path}: {error}") from error
     stored = int(arrays.source_episode.max()) + 1
     split = arrays.expand(split_episodes(stored, data.val_fraction, config.seed))
     named = data.path is None or data.name == "pusht_human"  # else a store of the user's own
-    simulator = Simulator.from_mapping(ReplayBuffer.open(path).attrs)
-    return TrainingData(arrays, windows, split, data.name if named else path.name, simulator)
+    attrs = ReplayBuffer.open(path).attrs
+    simulator = Simulator.from_mapping(attrs)
+    lengths = np.diff(arrays.episode_ends, prepend=0)
+    return TrainingData(
+        arrays,
+        windows,
+        split,
+        data.name if named else path.name,
+        simulator,
+        control_hz=_control_hz(config, attrs),
+        pad_loss=simulator.actions != "delta" if data.pad_loss is None else data.pad_loss,
+        rotations=_rotations(data, attrs, simulator, arrays.action.shape[1]),
+        fingerprint=fingerprint(arrays),
+        n_short=int((lengths < min_episode_length(**sizes)).sum()),
+    )
+
+
+def fingerprint(arrays: Demonstrations) -> dict[str, Any]:
+    """Shapes of the arrays and a hash of every episode's content."""
+    named = {**arrays.obs, ACTION: arrays.action}
+    ends = arrays.episode_ends
+    hashes = []
+    for start, end in zip(ends - np.diff(ends, prepend=0), ends, strict=True):
+        digest = hashlib.blake2b(digest_size=8)
+        for key in sorted(named):
+            digest.update(np.ascontiguousarray(named[key][start:end]).tobytes())
+        hashes.append(digest.hexdigest())
+    shapes = {key: [*value.shape[1:], str(value.dtype)] for key, value in sorted(named.items())}
+    return {"arrays": shapes, "episodes": hashes}
+
+
+def check_same_data(facts: Mapping[str, Any], data: TrainingData, run_dir: Path) -> None:
+    """Whether a run that goes on finds the data that it was started on.
+
+    Raises:
+        ConfigError: what changed.
+    """
+    before, now = facts.get("data", {}), data.facts["data"]
+    if not before or facts == {**facts, **data.facts}:
+        return
+    old, new = before.get("episodes", []), now["episodes"]
+    if before.get("arrays") != now["arrays"]:
+        what = f"its arrays were {before.get('arrays')}, they are {now['arrays']}"
+    elif new[: len(old)] == old:
+        what = f"{len(new) - len(old)} episodes were added to the {len(old)} that it had"
+    elif len(new) < len(old):
+        what = f"it had {len(old)} episodes, it has {len(new)}"
+    else:
+        first = next(i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b)
+        what = f"episode {first} is another one"
+    raise ConfigError(
+        f"the data is not the one that {run_dir} was started on: {what}. Give the old data with "
+        "data.path=..., or start a new run on this one, from the old policy with init=..."
+    )
 
 
 def is_position(size: int) -> npt.NDArray[np.bool_]:
@@ -123,11 +205,60 @@ def is_position(size: int) -> npt.NDArray[np.bool_]:
     Raises:
         ConfigError: ``size`` is not a multiple of 10.
     """
-    if size % 10:
+    if size % _ARM:
         raise ConfigError(
             f"absolute actions are 10 numbers per arm (position, 6-D rotation, gripper), got {size}"
         )
-    return np.tile(np.arange(10) < 3, size // 10)
+    return np.tile(np.arange(_ARM) < 3, size // _ARM)
+
+
+def _control_hz(config: TrainConfig, attrs: Mapping[str, Any]) -> float | None:
+    """The rate that the user gave, else what the store says.
+
+    Raises:
+        ConfigError: neither says anything, or the store says something that is no rate.
+    """
+    if config.control_hz is not None:
+        return config.control_hz
+    stored = attrs.get("control_hz")
+    if stored is None:
+        raise ConfigError(
+            "control_hz is not set: give the rate at which the demonstrations were recorded, in "
+            "actions per second, such as control_hz=20. It is saved with the policy, so that a "
+            "robot is not driven at another rate"
+        )
+    if not isinstance(stored, int | float) or not stored > 0:
+        raise ConfigError(f"the store says control_hz={stored!r}; give control_hz=<rate>")
+    return float(stored)
+
+
+def _rotations(
+    data: DataConfig, attrs: Mapping[str, Any], simulator: Simulator, size: int
+) -> tuple[Rotation, ...] | None:
+    if data.action_rotations is not None:
+        return tuple(parse_rotation(text) for text in data.action_rotations)
+    if attrs.get("action_rotations") is not None:
+        return tuple(parse_rotation(str(text)) for text in attrs["action_rotations"])
+    if simulator.actions == "delta":
+        return ()  # relative commands, small and around zero: they may be averaged
+    if simulator.actions == "absolute":
+        arms = range(0, size, _ARM)
+        return tuple(Rotation("rotation_6d", tuple(range(a + 3, a + 9))) for a in arms)
+    return None
+
+
+def _check_state(selector: str, values: npt.NDArray[Any], path: Path) -> None:
+    """Refuse what is no low-dimensional observation."""
+    shape = values.shape[1:]
+    is_image = len(shape) == 3 and (values.dtype == np.uint8 or min(shape[0], shape[2]) <= 4)
+    if not is_image and int(np.prod(shape)) <= MAX_STATE_SIZE:
+        return
+    what = "an image" if is_image else f"{int(np.prod(shape))} numbers a step"
+    raise ConfigError(
+        f"{path}: {selector!r} has shape {shape} {values.dtype} per step, which is {what}; this "
+        f"version trains on low-dimensional observations of at most {MAX_STATE_SIZE} numbers. "
+        "Leave it out of data.obs, or store features of it"
+    )
 
 
 def _check_finite(selector: str, values: npt.NDArray[Any], path: Path) -> None:

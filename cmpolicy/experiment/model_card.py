@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
-from cmpolicy.experiment.protocols import Simulator
-from cmpolicy.experiment.scoring import Scorer
+from cmpolicy.experiment.data import TrainingData
+from cmpolicy.experiment.run import RunFolder
+from cmpolicy.experiment.scoring import PolicyScorer
 from cmpolicy.policy.policy import ConsistencyPolicy
-from cmpolicy.train.config import TrainConfig
-from cmpolicy.train.trainer import Evaluation
+from cmpolicy.training.config import TrainConfig
+from cmpolicy.training.trainer import Scores
 from cmpolicy_eval.evaluate import git_commit, versions
 
 BEST, LAST, RESULT = "policy", "policy_last", "result.json"
@@ -22,20 +22,16 @@ class PolicyKeeper:
     def __init__(
         self,
         config: TrainConfig,
-        run_dir: Path,
-        scorer: Scorer,
+        data: TrainingData,
+        folder: RunFolder,
+        scorer: PolicyScorer,
         *,
-        source: str,
-        simulator: Simulator,
-        command: str,
         start: Mapping[str, Any] | None = None,
     ) -> None:
         self._config = config
-        self._run_dir = run_dir
+        self._data = data
+        self._folder = folder
         self._scorer = scorer
-        self._source = source
-        self._simulator = simulator.to_dict()
-        self._command = command
         self._start = start  # metadata of the policy that the run starts from
 
     def __call__(
@@ -43,31 +39,32 @@ class PolicyKeeper:
         kind: Literal["best", "last"],
         policy: ConsistencyPolicy,
         examples: int,
-        evaluation: Evaluation | None,
+        scores: Scores | None,
     ) -> None:
         """Write the bundle, and the result of its rollouts beside it."""
-        metrics = dict(evaluation.metrics) if evaluation is not None else {}
+        metrics = dict(scores.metrics) if scores is not None else {}
         config = self._config.to_dict()
         config["data"]["path"] = None  # a folder of this machine
         metadata = {
             "task": self._config.task.name,
-            "data": self._source,
-            "command": self._command,
+            "data": self._data.source,
+            "command": self._folder.command,
+            "data_fingerprint": self._data.fingerprint_digest,
             "examples": examples,
-            "nfe": self._config.eval.nfe,
+            "nfe": policy.nfe,
             "metrics": metrics,
             "versions": versions(),
             "git_commit": git_commit(),
             "config": config,
         }
-        if self._simulator:
-            metadata["simulator"] = self._simulator
+        if self._data.simulator.to_dict():
+            metadata["simulator"] = self._data.simulator.to_dict()
         if self._start is not None:
             metadata["start"] = self._start
-        folder = self._run_dir / (BEST if kind == "best" else LAST)
+        folder = self._folder.path / (BEST if kind == "best" else LAST)
         policy.save_pretrained(folder, card=model_card(policy, metadata), metadata=metadata)
         if kind == "best" and self._scorer.result is not None:
-            self._scorer.result.save(self._run_dir / RESULT)
+            self._scorer.result.save(self._folder.path / RESULT)
 
 
 def model_card(policy: ConsistencyPolicy, metadata: Mapping[str, Any]) -> str:
@@ -109,9 +106,9 @@ Trained {start} on `{metadata["data"]}` by `{config["objective"]["name"]}`:
 {stages}
 {scores}
 ```python
-from cmpolicy.policy.policy import ConsistencyPolicy
+from cmpolicy import ConsistencyPolicy
 
 policy = ConsistencyPolicy.from_pretrained("<this folder>")
-chunk = policy.predict_action_chunk(obs)  # (B, Ta, A) in env units, one network evaluation
+chunk = policy.predict_action_chunk(obs)  # (B, Ta, A) in env units, nfe={policy.nfe}
 ```
 """

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 from accelerate import Accelerator
@@ -13,49 +15,86 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from cmpolicy.files import write_atomically
-from cmpolicy.schema import ConfigError
-from cmpolicy.train.checkpoint import state_path
-from cmpolicy.train.config import LoopConfig
-from cmpolicy.train.curves import draw_curves
-from cmpolicy.train.guard import NonFiniteError
-from cmpolicy.train.trackers import JsonLines, TensorBoard, Terminal, Tracker
-from cmpolicy.train.trainer import Batches, DrawStep, Evaluate, Keep, Outcome, Trainer
+from cmpolicy.schema import ConfigError, merge
+from cmpolicy.training.checkpoint import state_path
+from cmpolicy.training.config import LoopConfig
+from cmpolicy.training.curves import draw_curves
+from cmpolicy.training.guard import NonFiniteError
+from cmpolicy.training.trackers import run_trackers
+from cmpolicy.training.trainer import Batches, DrawStep, Keep, RunEnd, Score, Trainer
 
-CONFIG_FILE = "config.yaml"
-COMMAND_FILE = "command.txt"
+CONFIG_FILE, COMMAND_FILE, FACTS_FILE = "config.yaml", "command.txt", "facts.json"
+#: What may change between the parts of any run. The rest would make it another run.
+RESUME_SETTINGS = (
+    "examples",
+    "save_every",
+    "device",
+    "optim.lr",
+    "optim.grad_clip",
+    "eval.every",
+    "log.every",
+    "log.trackers",
+    "log.progress",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolder:
+    """Where a run is kept and what started it.
+
+    Args:
+        path: its folder.
+        verb: the command that trains such models, for messages.
+        command: what the user typed, as far as the run's folder knows.
+        facts: what a resumed run has to find unchanged, JSON-ready; kept in ``facts.json``.
+        resumed: whether the run goes on.
+    """
+
+    path: Path
+    verb: str
+    command: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    resumed: bool = False
 
 
 @dataclass(frozen=True)
-class TrainingRun:
-    """A run and how it ended. ``is_main`` is false in the other processes of a distributed run."""
+class RunResult:
+    """A training run and how it ended.
+
+    Attributes:
+        run_dir: its folder.
+        end: how it ended: examples, metrics, the signal that stopped it if one did.
+        seconds: of training, evaluations not counted.
+        parameters: of the model.
+        is_main: false in the other processes of a distributed run.
+    """
 
     run_dir: Path
-    outcome: Outcome
+    end: RunEnd
     seconds: float
     parameters: int
     is_main: bool
 
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """The latest of every logged number."""
+        return self.end.metrics
 
-@dataclass(frozen=True, kw_only=True)
-class RunPlace:
-    """Where a run is kept and what started it.
-
-    Args:
-        run_dir: its folder.
-        program: the command that trains such models, for messages.
-        command: what the user typed, as far as the run's folder knows.
-        files: further small texts to keep in the folder, by name.
-    """
-
-    run_dir: Path
-    program: str
-    command: str
-    files: Mapping[str, str] = field(default_factory=dict)
+    @property
+    def finished(self) -> bool:
+        """Whether the run went to its end."""
+        return self.end.finished
 
 
-def choose_run_dir(
-    accelerator: Accelerator, stem: str, out: str | None, *, resume: bool, program: str
-) -> Path:
+def open_run(
+    accelerator: Accelerator,
+    stem: str,
+    out: str | Path | None,
+    *,
+    command: str,
+    resume: bool,
+    verb: str,
+) -> RunFolder:
     """The folder of a run, the same in every process: ``out``, or one named after ``stem`` and now.
 
     Raises:
@@ -63,14 +102,16 @@ def choose_run_dir(
     """
     places: list[Path | None] = [None]
     if accelerator.is_main_process:
-        places = [Path(str(out)) if resume else _new_run_dir(stem, out, program)]
+        places = [Path(str(out)) if resume else _new_folder(stem, out, verb)]
     place: Path | None = broadcast_object_list(places)[0]
     if place is None:
         raise RuntimeError("the main process named no folder for the run")
-    return place
+    file = place / COMMAND_FILE  # a resumed run is still that of the command that started it
+    command = file.read_text().strip() if resume and file.is_file() else command
+    return RunFolder(path=place, verb=verb, command=command, resumed=resume)
 
 
-def _new_run_dir(stem: str, out: str | None, program: str) -> Path:
+def _new_folder(stem: str, out: str | Path | None, verb: str) -> Path:
     if out is None:
         dated = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         names = [dated, *(f"{dated}-{n}" for n in range(2, 1000))]
@@ -78,29 +119,39 @@ def _new_run_dir(stem: str, out: str | None, program: str) -> Path:
     run_dir = Path(out).expanduser()
     if state_path(run_dir).is_file():
         raise ConfigError(
-            f"out={out} already holds a run; go on with it: {program} resume={out}, or choose "
-            "another out"
+            f"out={out} already holds a run; go on with it: cmpolicy {verb} resume={out}, or "
+            "choose another out"
         )
     if run_dir.is_file() or (run_dir.is_dir() and any(run_dir.iterdir())):
         raise ConfigError(f"out={out} exists and is not an empty folder; choose another out")
     return run_dir
 
 
-def load_run_config(run_dir: Path) -> dict[str, object]:
-    """The settings that a run was started with.
+def resumed_settings(run_dir: Path, changes: Mapping[str, Any], known: tuple[str, ...]) -> Any:
+    """The settings of a run that goes on, with ``changes`` by dotted key.
 
     Raises:
-        ConfigError: ``run_dir`` is not the folder of a run.
+        ConfigError: ``run_dir`` is not the folder of a run, or a change that would make it another.
     """
     path = run_dir / CONFIG_FILE
     if not path.is_file():
         raise ConfigError(
             f"resume={run_dir}: there is no {path}; give the folder of a run, such as outputs/<run>"
         )
-    return read_yaml(path)
+    settings = read_yaml(path)
+    for key, value in changes.items():
+        if key not in known:
+            raise ConfigError(
+                f"{key} cannot change when a run goes on; it keeps all but {', '.join(known)} from "
+                f"{run_dir}. For that, start a new run."
+            )
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        settings = merge(settings, value)
+    return settings
 
 
-def read_yaml(path: Path) -> dict[str, object]:
+def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file of plain settings: no tags, no interpolation.
 
     Raises:
@@ -115,38 +166,37 @@ def read_yaml(path: Path) -> dict[str, object]:
     return settings
 
 
-def first_command(run_dir: Path, command: str) -> str:
-    """The command that started the run: a resumed run is still that command's."""
-    file = run_dir / COMMAND_FILE
-    return file.read_text().strip() if file.is_file() else command
+def read_facts(run_dir: Path) -> dict[str, Any]:
+    """What a run noted at its start; empty if nothing."""
+    file = run_dir / FACTS_FILE
+    facts: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return facts
 
 
 def run_training(
     model: nn.Module,
     config: LoopConfig,
-    place: RunPlace,
+    folder: RunFolder,
     *,
     accelerator: Accelerator,
     batches: Batches,
     draw: DrawStep,
-    evaluate: Evaluate | None,
+    score: Score | None,
     keep: Keep | None,
-    resume: bool = False,
     until: int | None = None,
-) -> TrainingRun:
+) -> RunResult:
     """Train ``model``, log, and draw the curves.
 
     Args:
-        model, config, accelerator, batches, draw, evaluate, keep: see :class:`Trainer`.
-        place: where the run is kept.
-        resume: continue the run in ``place.run_dir``.
+        model, config, accelerator, batches, draw, score, keep: see :class:`Trainer`.
+        folder: where the run is kept.
         until: stop, resumably, at this example.
 
     Raises:
         ConfigError: a run to resume that is longer than it should become.
         OSError, ValueError, NonFiniteError: see :class:`Trainer`.
     """
-    run_dir, is_main = place.run_dir, accelerator.is_main_process
+    run_dir, is_main = folder.path, accelerator.is_main_process
     trainer = Trainer(
         model,
         config,
@@ -154,10 +204,10 @@ def run_training(
         batches=batches,
         draw=draw,
         run_dir=run_dir,
-        evaluate=evaluate,
+        score=score,
         keep=keep,
     )
-    if resume:
+    if folder.resumed:
         trainer.resume()
         if trainer.examples - config.batch_size * accelerator.num_processes >= config.examples:
             raise ConfigError(
@@ -166,17 +216,20 @@ def run_training(
             )
     if is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(config.to_dict(), sort_keys=False)
-        write_atomically(run_dir / CONFIG_FILE, text.encode())
-        for name, text in {COMMAND_FILE: place.command, **place.files}.items():
-            (run_dir / name).write_text(text + "\n")
-        trainer.trackers = _trackers(config, run_dir, trainer.examples)
+        texts = {
+            CONFIG_FILE: yaml.safe_dump(config.to_dict(), sort_keys=False),
+            COMMAND_FILE: folder.command + "\n",
+            FACTS_FILE: json.dumps(dict(folder.facts)) + "\n",
+        }
+        for name, text in texts.items():
+            write_atomically(run_dir / name, text.encode())
+        trainer.trackers = run_trackers(config, run_dir, trainer.examples)
     try:
-        outcome = trainer.train(until)
+        end = trainer.train(until)
     except NonFiniteError as error:
         error.add_note(
             f"the last good state, example {trainer.saved_at}, is kept; go on with:\n"
-            f"  {place.program} resume={run_dir} optim.lr={config.optim.lr / 3:.2g}"
+            f"  cmpolicy {folder.verb} resume={run_dir} optim.lr={config.optim.lr / 3:.2g}"
         )
         raise
     finally:
@@ -185,14 +238,12 @@ def run_training(
     if is_main:
         draw_curves(run_dir)
     parameters = sum(p.numel() for p in model.parameters())
-    return TrainingRun(run_dir, outcome, trainer.seconds, parameters, is_main)
+    return RunResult(run_dir, end, trainer.seconds, parameters, is_main)
 
 
-def _trackers(config: LoopConfig, run_dir: Path, start: int) -> list[Tracker]:
-    trackers: list[Tracker] = [
-        JsonLines(run_dir, start=start),
-        Terminal(config.examples, start=start, bar=config.log.progress),
-    ]
-    if config.log.tensorboard:
-        trackers.append(TensorBoard(run_dir, start=start))
-    return trackers
+def stopped_text(result: RunResult, verb: str, of: int) -> str:
+    """How to go on with a run that was stopped."""
+    return (
+        f"stopped at {result.end.examples} of {of} examples; go on with:\n"
+        f"  cmpolicy {verb} resume={result.run_dir}"
+    )

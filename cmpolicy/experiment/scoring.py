@@ -6,20 +6,21 @@ from cmpolicy.experiment.data import TrainingData
 from cmpolicy.experiment.protocols import ROBOMIMIC, open_protocol
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.schema import ConfigError
-from cmpolicy.train.config import TrainConfig
-from cmpolicy.train.trainer import Evaluation
-from cmpolicy.train.validation import Validator
+from cmpolicy.training.config import TrainConfig
+from cmpolicy.training.trainer import Scores
+from cmpolicy.training.validation import Validator
 from cmpolicy_eval.evaluate import evaluate
 from cmpolicy_eval.protocol import EvalProtocol
 from cmpolicy_eval.result import Result
 from cmpolicy_eval.rollout import check_fit
 
 
-class Scorer:
+class PolicyScorer:
     """Scores the EMA weights; the best policy of a run is the one that ranks highest.
 
-    Rollouts rank by success, then by score; without a simulator the validation loss ranks. Of
-    equals, and without held-out episodes either, the later policy is the better one.
+    Rollouts rank by success, then by score; without a simulator the error of the executed actions
+    on held-out episodes ranks, at the policy's own number of evaluations. Of equals, and without
+    held-out episodes either, the later policy is the better one.
 
     Attributes:
         result: of the latest rollouts, None without a simulator.
@@ -54,20 +55,19 @@ class Scorer:
         if self._protocol is not None:
             check_fit(self._protocol.make_env, policy)
 
-    def __call__(self, policy: ConsistencyPolicy, examples: int) -> Evaluation:
+    def __call__(self, policy: ConsistencyPolicy, examples: int) -> Scores:
         """Score ``policy`` after ``examples`` training examples."""
-        policy.nfe = self.config.eval.nfe
         metrics: dict[str, float] = {}
         rank: tuple[float, ...] = ()
         if self._validator is not None:
             metrics |= self._validator(policy).metrics
-            rank = (-metrics["val_loss"],)
+            rank = (-metrics["val_action_error"],)
         if self._protocol is not None:
             self.result = evaluate(
                 policy,
                 self._protocol,
                 self.seeds,
-                nfe=self.config.eval.nfe,
+                nfe=policy.nfe,
                 policy_name=f"{self.config.task.name} after {examples} examples",
                 n_workers=self.config.eval.workers,
                 device=policy.device.type,
@@ -76,7 +76,7 @@ class Scorer:
             ).result
             rank = (self.result.success_rate, self.result.score_mean)
             metrics |= {"success": rank[0], "score": rank[1]}
-        return Evaluation(metrics, (*rank, float(examples)))
+        return Scores(metrics, (*rank, float(examples)))
 
 
 def check_tuning_seeds(seeds: range, protocol: EvalProtocol) -> None:

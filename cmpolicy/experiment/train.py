@@ -1,63 +1,122 @@
-"""Put a training run together: the place that knows both the trainer and what it trains on."""
+"""Train a policy: the one place that knows the trainer, the data and the simulator."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from cmpolicy.experiment.data import TrainingData, load_training_data
+from cmpolicy.experiment.data import TrainingData, check_same_data, load_training_data
 from cmpolicy.experiment.model_card import BEST, LAST, PolicyKeeper
 from cmpolicy.experiment.run import (
-    RunPlace,
-    TrainingRun,
-    choose_run_dir,
-    first_command,
+    RESUME_SETTINGS,
+    RunResult,
+    open_run,
+    read_facts,
+    resumed_settings,
     run_training,
 )
-from cmpolicy.experiment.scoring import Scorer
+from cmpolicy.experiment.scoring import PolicyScorer
 from cmpolicy.policy.bundle import read_metadata
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.schema import ConfigError
-from cmpolicy.train.checkpoint import state_path
-from cmpolicy.train.config import TrainConfig
-from cmpolicy.train.curves import CURVES_FILE
-from cmpolicy.train.device import make_accelerator
-from cmpolicy.train.validation import Validator
+from cmpolicy.training.checkpoint import state_path
+from cmpolicy.training.config import TrainConfig
+from cmpolicy.training.curves import CURVES_FILE
+from cmpolicy.training.device import make_accelerator
+from cmpolicy.training.validation import Validator
 
-PROGRAM = "cmpolicy train"
-START_FILE = "start.json"
 VALIDATION_BATCH = 512
+RESUMABLE = (*RESUME_SETTINGS, "eval.workers", "data.path")
+
+
+class TrainResult(RunResult):
+    """A training run of a policy."""
+
+    @property
+    def policy_dir(self) -> Path:
+        """The bundle of the best policy, or of the last one where none was scored."""
+        best = self.run_dir / BEST
+        return best if best.is_dir() else self.run_dir / LAST
+
+    def load_policy(self, device: str = "cpu") -> ConsistencyPolicy:
+        """The policy in :attr:`policy_dir`."""
+        return ConsistencyPolicy.from_pretrained(self.policy_dir, device)
 
 
 def train(
     config: TrainConfig,
-    out: str | None,
+    out: str | Path | None = None,
     *,
-    command: str,
-    resume: bool = False,
+    command: str | None = None,
     until: int | None = None,
-) -> TrainingRun:
-    """Train a policy.
+) -> TrainResult:
+    """Train a policy; what ``cmpolicy train`` does.
 
     Args:
-        config: the settings.
-        out: folder of the run; None for one named after task, objective and time.
-        command: what the user typed, for the model card.
-        resume: continue the run in ``out``.
+        config: the settings; ``cmpolicy.compose("task=pusht")`` makes those of a command line.
+        out: folder of the run; None for one in ``outputs/``, named after task, objective and time.
+        command: recorded in the model card; None writes the settings that differ from the defaults.
         until: stop, resumably, at this example.
 
+    Returns:
+        The run's folder, metrics and policy.
+
     Raises:
-        ValueError, OSError, NonFiniteError: see the parts.
+        ValueError, OSError: settings, data or files that cannot be used.
+        NonFiniteError: the loss became NaN or infinite; the last good state is kept.
     """
+    return _train(config, out, command=command, until=until, resume=False)
+
+
+def resume(
+    run_dir: str | Path,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    until: int | None = None,
+) -> TrainResult:
+    """Go on with a run, bit by bit as if it had never stopped.
+
+    Args:
+        run_dir: its folder.
+        changes: settings that may change meanwhile, by dotted key, such as ``{"examples": 2e6}``.
+        until: as in :func:`train`.
+
+    Raises:
+        ConfigError: no run there, a change that would make it another run, or other data.
+    """
+    folder = Path(run_dir).expanduser()
+    settings = resumed_settings(folder, changes or {}, RESUMABLE)
+    config = TrainConfig.from_mapping(settings)
+    return _train(config, folder, command="", until=until, resume=True)
+
+
+def _train(
+    config: TrainConfig,
+    out: str | Path | None,
+    *,
+    command: str | None,
+    until: int | None,
+    resume: bool,
+) -> TrainResult:
     accelerator = make_accelerator(config)
-    stem = f"{config.task.name}-{config.objective.name}"
-    run_dir = choose_run_dir(accelerator, stem, out, resume=resume, program=PROGRAM)
-    command = first_command(run_dir, command)
+    config = _with_absolute_path(config)
+    folder = open_run(
+        accelerator,
+        f"{config.task.name}-{config.objective.name}",
+        out,
+        command=describe(config) if command is None else command,
+        resume=resume,
+        verb="train",
+    )
     data = load_training_data(config)
+    before = read_facts(folder.path) if resume else {}
+    if resume:
+        check_same_data(before, data, folder.path)
     torch.manual_seed(config.seed)
     device = accelerator.device
     policy = new_policy(config, data).to(device)
@@ -68,32 +127,22 @@ def train(
     loader = data.loader(train=True, batch_size=config.batch_size, seed=config.seed, device=device)
     if loader is None:
         raise ConfigError("no episodes are left to train on; lower data.val_fraction")
-    scorer = Scorer(config, data, _validator(config, data, device), command=command)
+    scorer = PolicyScorer(config, data, _validator(config, data, device), command=folder.command)
     scorer.check(policy)
-    start = _start(run_dir, config.init)
-    keeper = PolicyKeeper(
-        config,
-        run_dir,
-        scorer,
-        source=data.source,
-        simulator=data.simulator,
-        command=command,
-        start=start,
-    )
-
-    files = {} if start is None else {START_FILE: json.dumps(start)}
-    return run_training(
+    start = before.get("start") if resume else _start(config.init)
+    folder = dataclasses.replace(folder, facts={**data.facts, "start": start})
+    result = run_training(
         policy,
         config,
-        RunPlace(run_dir=run_dir, program=PROGRAM, command=command, files=files),
+        folder,
         accelerator=accelerator,
         batches=loader.batch,
         draw=policy.draw,
-        evaluate=scorer,
-        keep=keeper,
-        resume=resume,
+        score=scorer,
+        keep=PolicyKeeper(config, data, folder, scorer, start=start),
         until=until,
     )
+    return TrainResult(**{f.name: getattr(result, f.name) for f in dataclasses.fields(result)})
 
 
 def new_policy(config: TrainConfig, data: TrainingData) -> ConsistencyPolicy:
@@ -104,11 +153,12 @@ def new_policy(config: TrainConfig, data: TrainingData) -> ConsistencyPolicy:
         data.normalizer(),
         encoder=config.encoder,
         path=config.policy.path,
-        sampler=config.objective.sampler,
-        nfe=config.eval.nfe,
+        sampler=config.objective.sampler_kind,
+        nfe=config.nfe,
         objective=config.objective.build(),
     )
-    policy.control_hz = config.task.control_hz
+    policy.control_hz = data.control_hz
+    policy.pad_loss = data.pad_loss
     return policy
 
 
@@ -126,12 +176,7 @@ def start_from(policy: ConsistencyPolicy, name_or_path: str) -> None:
         ("observations", "data.obs", policy.spec.obs, source.spec.obs),
         ("action size", "data.action", policy.spec.action_dim, source.spec.action_dim),
         ("horizon", "policy.horizon", policy.spec.horizon, source.spec.horizon),
-        (
-            "observation steps",
-            "policy.n_obs_steps",
-            policy.spec.n_obs_steps,
-            source.spec.n_obs_steps,
-        ),
+        ("observation steps", "policy.n_obs_steps", policy.n_obs_steps, source.n_obs_steps),
         ("path", "policy.path", policy.path_name, source.path_name),
         ("network", "net", policy.net_config, source.net_config),
         ("encoder", "encoder", policy.encoder_config, source.encoder_config),
@@ -146,50 +191,40 @@ def start_from(policy: ConsistencyPolicy, name_or_path: str) -> None:
     policy.normalizer.load_state_dict(source.normalizer.state_dict())
 
 
-def _start(run_dir: Path, init: str | None) -> dict[str, Any] | None:
+def describe(config: TrainConfig) -> str:
+    """The settings of a run that differ from the defaults, as ``cmpolicy.train`` of a script."""
+    defaults = TrainConfig.complete({"data": {"name": None}})
+    words = [f"{key}={value}" for key, value in _differences(config.to_dict(), defaults)]
+    return f"cmpolicy.train: {' '.join(words)}"
+
+
+def _differences(settings: Mapping[str, Any], defaults: Any, prefix: str = "") -> Any:
+    for key, value in settings.items():
+        default = defaults.get(key) if isinstance(defaults, Mapping) else None
+        if isinstance(value, Mapping):
+            yield from _differences(value, default, f"{prefix}{key}.")
+        elif value != default and f"{prefix}{key}" != "data.path":
+            yield f"{prefix}{key}", value
+
+
+def _with_absolute_path(config: TrainConfig) -> TrainConfig:
+    """A run can be resumed from any folder."""
+    if config.data.path is None:
+        return config
+    path = str(Path(config.data.path).expanduser().absolute())
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
+
+
+def _start(init: str | None) -> dict[str, Any] | None:
     """How the policy was trained that the run starts from.
 
     Kept in the run: that policy may be another one by the time the run is resumed.
     """
     if init is None:
         return None
-    file = run_dir / START_FILE
-    if file.is_file():
-        start: dict[str, Any] = json.loads(file.read_text())
-        return start
     metadata = read_metadata(init)
     kept = ("command", "examples", "data", "git_commit", "start")
     return {key: metadata[key] for key in kept if key in metadata}
-
-
-def closing_words(run: TrainingRun, config: TrainConfig) -> str:
-    """What was made, where, and what to do next."""
-    outcome = run.outcome
-    kept = BEST if (run.run_dir / BEST).is_dir() else LAST
-    numbers = [
-        f"{name} {outcome.metrics[name]:.3f}"
-        for name in ("success", "score", "val_loss", "val_action_error")
-        if name in outcome.metrics
-    ]
-    lines = [
-        f"trained {outcome.examples} examples in {run.seconds / 60:.1f} min "
-        f"({run.parameters / 1e6:.1f}M parameters)",
-        f"  last scores    {', '.join(numbers) or 'none'}",
-        f"  best policy    {run.run_dir / kept}",
-        f"  curves, log    {run.run_dir / CURVES_FILE}, {run.run_dir / 'log.jsonl'}",
-        f"  training state {state_path(run.run_dir)}",
-    ]
-    if config.task.protocol is not None:
-        lines.append(
-            f"score it: cmpolicy eval policy={run.run_dir / kept} "
-            f"nfe=[{config.eval.nfe}] out={run.run_dir / 'eval'}"
-        )
-    else:
-        lines.append(
-            "use it: ConsistencyPolicy.from_pretrained"
-            f"({str(run.run_dir / kept)!r}).predict_action_chunk(obs)"
-        )
-    return "\n".join(lines)
 
 
 def _validator(config: TrainConfig, data: TrainingData, device: torch.device) -> Validator | None:
@@ -197,5 +232,28 @@ def _validator(config: TrainConfig, data: TrainingData, device: torch.device) ->
     loader = data.loader(train=False, batch_size=VALIDATION_BATCH, seed=config.seed, device=device)
     if loader is None:
         return None
-    settings = config.eval
-    return Validator(loader, windows=settings.windows, seed=config.seed, nfe=settings.nfe)
+    return Validator(loader, windows=config.eval.windows, seed=config.seed)
+
+
+def closing_text(run: TrainResult, config: TrainConfig) -> str:
+    """What was made, where, and what to do next."""
+    numbers = [
+        f"{name} {run.metrics[name]:.3f}"
+        for name in ("success", "score", "val_loss", "val_action_error", "val_action_range")
+        if name in run.metrics
+    ]
+    lines = [
+        f"trained {run.end.examples} examples in {run.seconds / 60:.1f} min "
+        f"({run.parameters / 1e6:.1f}M parameters)",
+        f"  last scores    {', '.join(numbers) or 'none'}",
+        f"  best policy    {run.policy_dir}",
+        f"  curves, log    {run.run_dir / CURVES_FILE}, {run.run_dir / 'log.jsonl'}",
+        f"  training state {state_path(run.run_dir)}",
+    ]
+    if config.task.protocol is not None:
+        lines.append(f"score it: cmpolicy eval policy={run.policy_dir} out={run.run_dir / 'eval'}")
+    else:
+        lines.append(
+            f"use it: ConsistencyPolicy.from_pretrained({str(run.policy_dir)!r}).infer(obs)"
+        )
+    return "\n".join(lines)

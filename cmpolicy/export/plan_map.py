@@ -55,15 +55,12 @@ class PlanMap(nn.Module):
             if hasattr(net, "at_fixed_times")
             else _FixedTimes(net, t, s)
         )
-        arrays = policy.normalizer.to_arrays()
-        for key in (*self.spec.obs, "action"):
-            for kind in ("scale", "offset"):
-                self.register_buffer(f"{kind}/{_name(key)}", arrays[f"{key}.{kind}"].clone())
+        self.normalizer = policy.normalizer
 
     def forward(self, obs: tuple[Tensor, ...], noise: Tensor) -> tuple[Tensor, Tensor]:
         """See the class."""
         normal = {
-            key: value * self._buffer("scale", key) + self._buffer("offset", key)
+            key: self.normalizer.normalize(key, value)
             for key, value in zip(self.spec.obs, obs, strict=True)
         }
         condition = self.net.condition(self.encoder(normal))
@@ -71,12 +68,9 @@ class PlanMap(nn.Module):
         x = noise * self.noise_scale
         for i in range(self.nfe):
             x = self.path.jump(x, self.net(i, x, condition), grid[i], grid[i + 1])
-        action = (x - self._buffer("offset", "action")) / self._buffer("scale", "action")
+        action = self.normalizer.unnormalize("action", x)
         first = self.spec.n_obs_steps - 1
         return action[:, first : first + self.spec.n_action_steps], action[:, first:]
-
-    def _buffer(self, kind: str, key: str) -> Tensor:
-        return self.get_buffer(f"{kind}/{_name(key)}")
 
 
 class _FixedTimes(nn.Module):
@@ -96,11 +90,6 @@ class _FixedTimes(nn.Module):
         t, s = self.get_buffer("times")[:, i]
         f: Tensor = self.net(x, t.expand(len(x)), s.expand(len(x)), condition)
         return f
-
-
-def _name(key: str) -> str:
-    """A dot in the name of a buffer would mean a submodule to torch."""
-    return key.replace("%", "%25").replace(".", "%2E")
 
 
 def example_inputs(

@@ -69,14 +69,15 @@ def derivative_difference(
 ) -> Tensor:
     """dF/dtau by the central difference of step ``epsilon`` in t, both points in one batch.
 
-    Points stay inside [lowest, 1], ``lowest`` (B,) being s where it is not given: near an end the
-    difference is one-sided (arXiv 2601.22679 ships the difference). No gradient is kept. Autocast
-    is left: in bfloat16 the two points cannot be told apart (0.4 % relative precision against a
-    step of 0.005); ``jvp`` has no such limit.
+    Points stay above ``lowest`` (B,), which is s where it is not given: near it the difference is
+    one-sided (arXiv 2601.22679 ships the difference). They may pass t = 1, where path and time
+    features go on smoothly, so that the difference is central at t = 1, the one time that one-step
+    sampling asks for. No gradient is kept. Autocast is left: in bfloat16 the two points cannot be
+    told apart (0.4 % relative precision against a step of 0.005); ``jvp`` has no such limit.
     """
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         rate = flow_map.path.rate
-        after = (t + epsilon).clamp(max=1.0)
+        after = t + epsilon
         before = torch.maximum(t - epsilon, s if lowest is None else lowest)
         points = torch.cat(
             [
@@ -87,6 +88,4 @@ def derivative_difference(
         doubled = None if features is None else torch.cat([features, features])
         f = flow_map.output(points, torch.cat([after, before]), torch.cat([s, s]), doubled)
         f_after, f_before = f.chunk(2)
-        # zero only where t = s = 1, where (t - s) D vanishes whatever D is
-        span = ((after - before) * rate).clamp(min=torch.finfo(t.dtype).tiny)
-        return (f_after - f_before) / expand_time(span, x)
+        return (f_after - f_before) / expand_time((after - before) * rate, x)

@@ -23,12 +23,17 @@ class Health:
     semigroup: |X_{m->s}(X_{t->m}(x)) - X_{t->s}(x)| / |X_{t->s}(x) - x|.
     tangent: |Eulerian residual| / |v|. The conditional velocity v of the same samples never
         vanishes; the network's own velocity does while the network is fresh.
-    variance_ratio: variance over noise draws given one condition, against the data's variance; a
-        collapsed generator has about 0 where the data has some.
+    tangent_at_1: the same at t = 1 and s = 0, the one jump that one-step sampling makes.
+    map_error: distance of the one-step map from its own flow (:data:`DIAGONAL_STEPS` steps of the
+        velocity from the same noise), against the spread of its samples over noise.
+    variance_ratio: variance over noise draws given the same features, against the data's variance;
+        a collapsed generator has about 0 where the data has some.
     """
 
     semigroup: Tensor
     tangent: Tensor
+    tangent_at_1: Tensor
+    map_error: Tensor
     variance_ratio: Tensor
 
 
@@ -42,14 +47,14 @@ def flow_health(
     draws: int = 8,
     kind: SamplerKind = "flow_map",
 ) -> Health:
-    """Measure :class:`Health` on normalised data x (B, ...) with its conditions.
+    """Measure :class:`Health` on normalised data x (N, ...) with its features.
 
     Args:
         flow_map: what is measured.
         x: data, scaled to about [-1, 1].
-        features: one condition per sample, or None.
+        features: (N, D), one row per example, or None.
         generator: draws noise and times.
-        draws: generated samples per condition, at least 2.
+        draws: generated samples per example, at least 2.
         kind: how samples are generated: by one evaluation of the flow map, or by
             :data:`DIAGONAL_STEPS` steps along the diagonal, whose single step is the data's mean.
     """
@@ -63,19 +68,30 @@ def flow_health(
     composed = flow_map(flow_map(x_t, t, m, features), m, s, features)
     semigroup = _norm(composed - direct) / _norm(direct - x_t)
 
-    u = flow_map.velocity(x_t, t, features)
-    d = derivative_difference(flow_map, x_t, t, s, features, u)
-    f = flow_map.output(x_t, t, s, features)
-    tangent = _norm(flow_map.path.residual(f, u, d, x_t, t, s)) / _norm(point.velocity)
+    one, zero = torch.ones_like(t), torch.zeros_like(t)
+    tangent = _norm(_residual(flow_map, x_t, t, s, features)) / _norm(point.velocity)
+    of_jump = _norm(_residual(flow_map, z, one, zero, features)) / _norm(z - x)
 
     repeated = None if features is None else features.repeat(draws, *(1,) * (features.ndim - 1))
     shape = (draws * n, *x.shape[1:])
     noise = torch.randn(shape, generator=generator, device=device, dtype=x.dtype)
-    steps = 1 if kind == "flow_map" else DIAGONAL_STEPS
-    samples = sample(flow_map, noise, repeated, nfe=steps, kind=kind)
+    along = sample(flow_map, noise, repeated, nfe=DIAGONAL_STEPS, kind="diagonal")
+    jumped = flow_map(noise, one.repeat(draws), zero.repeat(draws), repeated)
+    samples = jumped if kind == "flow_map" else along
     spread = samples.reshape(draws, *x.shape).var(dim=0).mean()
+    map_error = _norm(jumped - along) / spread.sqrt().clamp(min=MIN_VARIANCE**0.5)
     of_data = x.var(dim=0, correction=min(1, n - 1)).mean()
-    return Health(semigroup, tangent, spread / of_data.clamp(min=MIN_VARIANCE))
+    ratio = spread / of_data.clamp(min=MIN_VARIANCE)
+    return Health(semigroup, tangent, of_jump, map_error, ratio)
+
+
+def _residual(
+    flow_map: FlowMap, x_t: Tensor, t: Tensor, s: Tensor, features: Tensor | None
+) -> Tensor:
+    """The Eulerian residual of the network with its own velocity."""
+    u = flow_map.velocity(x_t, t, features)
+    d = derivative_difference(flow_map, x_t, t, s, features, u)
+    return flow_map.path.residual(flow_map.output(x_t, t, s, features), u, d, x_t, t, s)
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ Array = NDArray[Any]
 class RobotError(RuntimeError):
     """A robot that could not be taken, stopped or disconnected."""
 
+    exit_status = 1
+
 
 class RateMismatchError(ValueError):
     """Loop, robot and policy are made for different rates."""

@@ -1,4 +1,7 @@
-"""Doubling Push-T demonstrations by the mirror symmetry of the task.
+"""Transformations of demonstrations before they are trained on (``data.augment``).
+
+``mirror`` doubles Push-T demonstrations by the symmetry of the task; ``recentre`` is in
+:mod:`cmpolicy_data.convert.recentre`, for it needs the simulator.
 
 The T and its goal pose (256, 256, pi/4) are symmetric about the line x + y = 512. Reflecting a
 demonstration across it, (x, y) -> (512 - y, 512 - x), gives another valid demonstration. A pose of
@@ -9,7 +12,7 @@ body, which gives what the simulator would report there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,20 +26,45 @@ _SHAPES = {"state": (5,), "action": (2,), "keypoint": (9, 2)}
 
 
 class AugmentError(ValueError):
-    """The data is not Push-T demonstrations that can be mirrored."""
+    """An unknown augmentation, or data that it cannot work on."""
 
 
 @dataclass(frozen=True)
-class Mirrored:
-    """Demonstrations followed by their mirror images.
+class Episodes:
+    """Whole demonstrations, as an augmentation takes and gives them.
 
     Attributes:
-        data: key -> (2N, ...); the second half is the mirror image of the first.
-        episode_ends: (2E,) int64; episode E + i mirrors episode i.
+        data: key -> (N, ...).
+        episode_ends: (E,) int64.
+        source: (E,) int64, the stored episode that each one comes from.
     """
 
-    data: dict[str, FloatArray]
+    data: dict[str, npt.NDArray[Any]]
     episode_ends: npt.NDArray[np.int64]
+    source: npt.NDArray[np.int64]
+
+
+Augmentation = Callable[[Episodes], Episodes]
+
+
+def augmentation(name: str) -> Augmentation:
+    """The augmentation of that name.
+
+    Raises:
+        AugmentError: an unknown name.
+    """
+    if name == "mirror":
+        return mirror_pusht
+    if name == "recentre":
+        from cmpolicy_data.convert.recentre import recentre_pusht  # needs the simulator
+
+        return recentre_pusht
+    raise AugmentError(
+        f"unknown augmentation {name!r} (data.augment); known: {', '.join(AUGMENTATIONS)}"
+    )
+
+
+AUGMENTATIONS = ("recentre", "mirror")
 
 
 def mirror_points(points: FloatArray) -> FloatArray:
@@ -64,36 +92,42 @@ def mirror_keypoints(keypoint: FloatArray, state: FloatArray) -> FloatArray:
     return np.asarray(mirrored[..., None, 2:4] + turned, dtype=keypoint.dtype)
 
 
-def mirror_pusht(data: Mapping[str, npt.NDArray[Any]], episode_ends: npt.ArrayLike) -> Mirrored:
+def mirror_pusht(episodes: Episodes) -> Episodes:
     """The demonstrations and, after them, their mirror images.
-
-    Args:
-        data: Push-T arrays: ``state`` (N, 5), ``action`` (N, 2), ``keypoint`` (N, 9, 2); the
-            last two may be left out.
-        episode_ends: (E,).
 
     Raises:
         AugmentError: keys that are missing or cannot be mirrored, or shapes that are not Push-T's.
     """
-    unknown = sorted(set(data) - set(_SHAPES))
-    if unknown or "state" not in data:
-        raise AugmentError(
-            f"The mirror augmentation needs the Push-T key 'state' and can mirror {list(_SHAPES)}; "
-            f"got {sorted(data)}. Leave out data.augment for other data."
-        )
-    n_steps = data["state"].shape[0]
-    for key, value in data.items():
-        if value.shape != (n_steps, *_SHAPES[key]) or value.dtype.kind != "f":
-            raise AugmentError(
-                f"The mirror augmentation expects {key!r} as floats of shape "
-                f"({n_steps}, {', '.join(map(str, _SHAPES[key]))}), got {value.shape} "
-                f"{value.dtype}: this is not Push-T data. Leave out data.augment."
-            )
-    ends = np.asarray(episode_ends, dtype=np.int64)
+    check_pusht(episodes, "mirror")
+    data, ends = episodes.data, episodes.episode_ends
     images = {"state": mirror_state(data["state"])}
     if "action" in data:
         images["action"] = mirror_points(data["action"])
     if "keypoint" in data:
         images["keypoint"] = mirror_keypoints(data["keypoint"], data["state"])
     doubled = {key: np.concatenate([data[key], images[key]]) for key in data}
-    return Mirrored(doubled, np.concatenate([ends, ends + n_steps]))
+    both = np.concatenate([ends, ends + len(data["state"])])
+    return Episodes(doubled, both, np.tile(episodes.source, 2))
+
+
+def check_pusht(episodes: Episodes, name: str) -> None:
+    """Whether these are Push-T demonstrations that the augmentation ``name`` can work on.
+
+    Raises:
+        AugmentError: names the key, its shape and what was expected.
+    """
+    data = episodes.data
+    unknown = sorted(set(data) - set(_SHAPES))
+    if unknown or "state" not in data:
+        raise AugmentError(
+            f"The augmentation {name!r} needs the Push-T key 'state' and knows {list(_SHAPES)}; "
+            f"got {sorted(data)}. Leave out data.augment for other data."
+        )
+    n_steps = data["state"].shape[0]
+    for key, value in data.items():
+        if value.shape != (n_steps, *_SHAPES[key]) or value.dtype.kind != "f":
+            raise AugmentError(
+                f"The augmentation {name!r} expects {key!r} as floats of shape "
+                f"({n_steps}, {', '.join(map(str, _SHAPES[key]))}), got {value.shape} "
+                f"{value.dtype}: this is not Push-T data. Leave out data.augment."
+            )

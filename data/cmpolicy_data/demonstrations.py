@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cmpolicy_data.augment import mirror_pusht
+from cmpolicy_data.augment import Episodes, augmentation
 from cmpolicy_data.replay_buffer import ReplayBuffer
 from cmpolicy_data.selector import Selector
 from cmpolicy_data.windows import EpisodeSplit
-
-AUGMENTATIONS = ("mirror",)
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ def load_demonstrations(
     path: str | Path,
     obs: Mapping[str, str] | Sequence[str],
     action: str = "action",
-    augment: str | None = None,
+    augment: Sequence[str] = (),
 ) -> Demonstrations:
     """Load what a policy is trained on.
 
@@ -53,12 +51,13 @@ def load_demonstrations(
         path: of the store.
         obs: policy key -> selector, or a list of keys (then key = selector).
         action: selector of the actions.
-        augment: None, or ``"mirror"`` (Push-T only; needs the key ``state``).
+        augment: transformations of the demonstrations, applied in this order: names of
+            :data:`~cmpolicy_data.augment.AUGMENTATIONS` (Push-T only; they need the key ``state``).
 
     Raises:
         FileNotFoundError, ReplayBufferError, SelectorError: see ``ReplayBuffer``.
-        AugmentError: the data is not Push-T's.
-        ValueError: no observations, actions that are no vectors, or an unknown augmentation.
+        AugmentError: an unknown name, or data that is not Push-T's.
+        ValueError: no observations, or actions that are no vectors.
     """
     selectors = dict(obs) if isinstance(obs, Mapping) else {key: key for key in obs}
     if isinstance(obs, str) or not selectors:
@@ -67,25 +66,22 @@ def load_demonstrations(
             f"selector ({{agent_pos: 'state[:2]'}}); got {obs!r}."
         )
     buffer = ReplayBuffer.open(path)
-    if augment is None:
+    source = np.arange(buffer.n_episodes, dtype=np.int64)
+    if not augment:
         arrays = {key: buffer.load(text) for key, text in selectors.items()}
-        actions = buffer.load(action)
-        ends, source = buffer.episode_ends, np.arange(buffer.n_episodes, dtype=np.int64)
-    elif augment in AUGMENTATIONS:
+        actions, ends = buffer.load(action), buffer.episode_ends
+    else:
         chosen = {key: Selector.parse(text) for key, text in selectors.items()}
         chosen_action = Selector.parse(action)
-        needed = {"state", chosen_action.key, *(selector.key for selector in chosen.values())}
-        mirrored = mirror_pusht({key: buffer.load(key) for key in needed}, buffer.episode_ends)
+        needed = {"state", "action", chosen_action.key, *(s.key for s in chosen.values())}
+        episodes = Episodes({key: buffer.load(key) for key in needed}, buffer.episode_ends, source)
+        for name in augment:
+            episodes = augmentation(name)(episodes)
         arrays = {
-            key: selector.take(mirrored.data[selector.key]) for key, selector in chosen.items()
+            key: selector.take(episodes.data[selector.key]) for key, selector in chosen.items()
         }
-        actions = chosen_action.take(mirrored.data[chosen_action.key])
-        ends, source = mirrored.episode_ends, np.tile(np.arange(buffer.n_episodes), 2)
-    else:
-        raise ValueError(
-            f"Unknown augmentation {augment!r} (data.augment). Known: {', '.join(AUGMENTATIONS)}; "
-            "null for none."
-        )
+        actions = chosen_action.take(episodes.data[chosen_action.key])
+        ends, source = episodes.episode_ends, episodes.source
     if actions.ndim != 2:
         raise ValueError(
             f"{path}: the actions ({action}) have shape {actions.shape[1:]} per step; a policy "

@@ -9,13 +9,16 @@ Ta = ``n_action_steps``; drawn for To = 2, T = 8, Ta = 4)::
     executed              x    x    x    x                    a[t .. t+Ta-1]        (Ta)
 
 These are the semantics of Diffusion Policy (Chi et al. 2023, arXiv 2303.04137): windows may start
-``To - 1`` steps before an episode and end ``Ta - 1`` steps after it; what lies outside repeats the
-first or last row of the same episode, so no window ever crosses an episode.
+``To - 1`` steps before an episode and end ``Ta - 1`` steps after it, and further where that is
+needed for every step whose Ta actions were recorded to be a decision step. What lies outside
+repeats the first or last row of the same episode, so no window ever crosses an episode, and is
+marked as padding.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -64,8 +67,12 @@ class EpisodeSplit:
 
 
 def min_episode_length(*, horizon: int, n_obs_steps: int, n_action_steps: int) -> int:
-    """Fewest steps with which an episode holds a window: T - (To - 1) - (Ta - 1)."""
-    return horizon - (n_obs_steps - 1) - (n_action_steps - 1)
+    """Fewest steps with which an episode holds a window; a shorter one is short.
+
+    That many steps before the end of an episode is the last decision step: its executed actions
+    were recorded, and its window ends at most Ta - 1 steps after the episode unless T > 2 Ta.
+    """
+    return min(horizon - (n_obs_steps - 1) - (n_action_steps - 1), n_action_steps)
 
 
 def check_episode_ends(episode_ends: npt.ArrayLike) -> Int64Array:
@@ -97,17 +104,23 @@ def check_episode_ends(episode_ends: npt.ArrayLike) -> Int64Array:
 
 
 def window_index(
-    episode_ends: npt.ArrayLike, *, horizon: int, n_obs_steps: int, n_action_steps: int
+    episode_ends: npt.ArrayLike,
+    *,
+    horizon: int,
+    n_obs_steps: int,
+    n_action_steps: int,
+    short_episodes: Literal["pad", "skip"] = "pad",
 ) -> WindowIndex:
     """Index table of every training window (timeline in the module docstring).
 
     Args:
         episode_ends: (E,) integers, one past the last row of each episode.
         horizon: T, predicted actions. n_obs_steps: To. n_action_steps: Ta, executed actions.
+        short_episodes: ``pad`` gives an episode that is too short one window, filled up with its
+            last row; ``skip`` gives it none.
 
     Raises:
-        WindowError: sizes that contradict each other, bad ``episode_ends``, or an episode too short
-            to hold a single window.
+        WindowError: sizes that contradict each other, bad ``episode_ends``, or no window at all.
     """
     sizes = {"horizon": horizon, "n_obs_steps": n_obs_steps, "n_action_steps": n_action_steps}
     for name, value in sizes.items():
@@ -123,18 +136,14 @@ def window_index(
     ends = check_episode_ends(episode_ends)
     lengths = np.diff(ends, prepend=0)
     needed = min_episode_length(**sizes)
-    short = np.flatnonzero(lengths < needed)
-    if short.size:
-        first = int(short[0])
-        more = f" ({short.size} of {ends.size} episodes are too short)" if short.size > 1 else ""
-        raise WindowError(
-            f"Episode {first} has {int(lengths[first])} steps, but a window of horizon={horizon}, "
-            f"n_obs_steps={n_obs_steps}, n_action_steps={n_action_steps} needs at least "
-            f"{needed}{more}. Remove the short episodes or choose a shorter horizon."
-        )
-
     # Episode e has counts[e] windows; window j of it starts at step j - (To - 1) of the episode.
-    counts = lengths - needed + 1
+    counts = np.maximum(lengths - needed + 1, 1 if short_episodes == "pad" else 0)
+    if not counts.any():
+        raise WindowError(
+            f"all {ends.size} episodes are shorter than the {needed} steps that a window of "
+            f"horizon={horizon}, n_obs_steps={n_obs_steps}, n_action_steps={n_action_steps} needs "
+            "(data.short_episodes=skip); use data.short_episodes=pad, or a smaller n_action_steps."
+        )
     episode = np.repeat(np.arange(ends.size, dtype=np.int64), counts)
     first_window = np.cumsum(counts) - counts
     start = np.arange(episode.size, dtype=np.int64) - first_window[episode] - (n_obs_steps - 1)

@@ -27,7 +27,7 @@ _DISTRIBUTIONS = (
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class ScoredEpisodes:
     """A result and the episodes behind it (with the chunks of the first ``keep_chunks``)."""
 
     result: Result
@@ -49,7 +49,7 @@ def evaluate(
     data: str | None = None,
     training_seeds: Iterable[int] | None = None,
     command: str = "",
-) -> Evaluation:
+) -> ScoredEpisodes:
     """Score a policy that is already set to ``nfe`` evaluations.
 
     Warns (:class:`~cmpolicy_eval.seeds.SeedOverlapWarning`) when ``seeds`` meet the
@@ -83,7 +83,7 @@ def evaluate(
         batch_size=rows,
         origin=Origin(device, versions(), data, command, git_commit()),
     )
-    return Evaluation(result, tuple(episodes))
+    return ScoredEpisodes(result, tuple(episodes))
 
 
 def versions(others: Iterable[str] = ()) -> dict[str, str]:

@@ -26,6 +26,8 @@ from cmpolicy_eval.episode import Array, ChunkedEpisode, ChunkOutcome, MakeEnv
 class RolloutError(RuntimeError):
     """An environment or its process failed; the message names the seed."""
 
+    exit_status = 1
+
 
 @dataclass(frozen=True)
 class Setup:

@@ -7,9 +7,12 @@ plain share of episodes that reach the goal.
 """
 
 import difflib
+import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -88,7 +91,8 @@ def get_protocol(
     """Protocol by name.
 
     Args:
-        name: one of :data:`PROTOCOL_NAMES`.
+        name: one of :data:`PROTOCOL_NAMES`, or ``module:NAME`` of an :class:`EvalProtocol` of one's
+            own; the module is looked for in the current folder, too.
         task: of ``robomimic-ph``: ``lift``, ``can``, ``square``, ``transport`` or ``tool_hang``.
         actions: of ``robomimic-ph``: ``delta`` or ``absolute``.
         env_args: of ``robomimic-ph``: robomimic's JSON that says which environment; None takes
@@ -99,6 +103,8 @@ def get_protocol(
             protocol does not have, or ``env_args`` that cannot be built.
     """
     check_protocol(name)
+    if ":" in name:
+        return _imported(name)
     if name == ROBOMIMIC:
         return _robomimic(task, actions, env_args)
     if task is not None:
@@ -108,10 +114,35 @@ def get_protocol(
 
 def check_protocol(name: str) -> None:
     """Raise ValueError, listing the known ones, if there is no protocol of that name."""
-    if name not in PROTOCOL_NAMES:
+    if ":" in name:
+        _imported(name)
+    elif name not in PROTOCOL_NAMES:
         near = difflib.get_close_matches(name, PROTOCOL_NAMES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown protocol {name!r}; known: {', '.join(PROTOCOL_NAMES)}{hint}")
+        raise ValueError(
+            f"unknown protocol {name!r}; known: {', '.join(PROTOCOL_NAMES)}{hint}; "
+            "or module:NAME of a protocol of your own"
+        )
+
+
+def _imported(name: str) -> EvalProtocol:
+    module, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)  # also for the simulator processes, which get a copy
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"protocol {name!r} cannot be imported: {error}; expected module:NAME, with the module "
+            f"in the current folder ({here}) or installed"
+        ) from error
+    if not isinstance(found, EvalProtocol):
+        raise ValueError(
+            f"protocol {name!r} is of type {type(found).__name__}, expected an EvalProtocol "
+            "(cmpolicy_eval.protocol)"
+        )
+    return found
 
 
 def _robomimic(task: str | None, actions: str, env_args: str | None) -> EvalProtocol:

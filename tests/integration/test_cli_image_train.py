@@ -22,8 +22,8 @@ from cmpolicy.experiment.image.train import train_images
 from cmpolicy.experiment.run import read_yaml
 from cmpolicy.image.pipeline import ConsistencyImagePipeline
 from cmpolicy.schema import ConfigError
-from cmpolicy.train.checkpoint import load_state
-from cmpolicy.train.trackers import read_log
+from cmpolicy.training.checkpoint import load_state
+from cmpolicy.training.trackers import read_log
 
 HANG = 600  # seconds after which a process is taken to hang; a busy machine needs minutes
 TINY = [

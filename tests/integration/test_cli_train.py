@@ -21,9 +21,9 @@ from cmpolicy.experiment.run import read_yaml
 from cmpolicy.experiment.scoring import Scorer
 from cmpolicy.experiment.train import new_policy
 from cmpolicy.policy.policy import ConsistencyPolicy
-from cmpolicy.train.checkpoint import load_state
-from cmpolicy.train.config import TrainConfig
-from cmpolicy.train.trackers import read_log
+from cmpolicy.training.checkpoint import load_state
+from cmpolicy.training.config import TrainConfig
+from cmpolicy.training.trackers import read_log
 from cmpolicy_data import ReplayBuffer
 from cmpolicy_eval.result import Result
 

@@ -10,7 +10,7 @@ import pytest
 from cmpolicy.cli.demo import main
 from cmpolicy.experiment.run import COMMAND_FILE
 from cmpolicy.policy.policy import ConsistencyPolicy
-from cmpolicy.train.trackers import read_log
+from cmpolicy.training.trackers import read_log
 from cmpolicy_eval.result import Result
 
 SHORT = [

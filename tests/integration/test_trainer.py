@@ -22,13 +22,13 @@ from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.spec import PolicySpec
-from cmpolicy.train.checkpoint import CheckpointError, load_state, state_path
-from cmpolicy.train.config import EmaConfig, EvalConfig, LogConfig, LoopConfig, OptimConfig
-from cmpolicy.train.device import make_accelerator
-from cmpolicy.train.guard import FiniteGuard, NonFiniteError
-from cmpolicy.train.loader import Batch, DeviceLoader
-from cmpolicy.train.trackers import JsonLines, read_log
-from cmpolicy.train.trainer import Evaluation, Trainer
+from cmpolicy.training.checkpoint import CheckpointError, load_state, state_path
+from cmpolicy.training.config import EmaConfig, EvalConfig, LogConfig, LoopConfig, OptimConfig
+from cmpolicy.training.device import make_accelerator
+from cmpolicy.training.guard import FiniteGuard, NonFiniteError
+from cmpolicy.training.loader import Batch, DeviceLoader
+from cmpolicy.training.trackers import JsonLines, read_log
+from cmpolicy.training.trainer import Scores, Trainer
 from cmpolicy_data import window_index
 
 BATCH = 8
@@ -108,18 +108,18 @@ def train(
     return trainer
 
 
-def score(policy: ConsistencyPolicy, examples: int) -> Evaluation:
+def score(policy: ConsistencyPolicy, examples: int) -> Scores:
     weight = float(next(policy.parameters()).double().sum())
-    return Evaluation({"weight": weight}, (weight,))
+    return Scores({"weight": weight}, (weight,))
 
 
 @pytest.mark.parametrize("until", [BATCH * 6, BATCH * 7])
 def test_resume_is_bit_exact(tmp_path: Path, until: int) -> None:
     config = loop_config()
-    train(tmp_path / "straight", config, evaluate=score)
-    train(tmp_path / "parts", config, until=until, evaluate=score)
+    train(tmp_path / "straight", config, score=score)
+    train(tmp_path / "parts", config, until=until, score=score)
     assert load_state(tmp_path / "parts").values["examples"] == until
-    train(tmp_path / "parts", config, evaluate=score)
+    train(tmp_path / "parts", config, score=score)
     assert_equal_states(tmp_path / "straight", tmp_path / "parts")
     assert log_values(tmp_path / "straight") == log_values(tmp_path / "parts")
 
@@ -190,7 +190,7 @@ def test_a_smaller_learning_rate_may_be_given_on_resume(tmp_path: Path) -> None:
 
 
 def test_log_is_json_lines_with_the_numbers_that_matter(tmp_path: Path) -> None:
-    train(tmp_path, loop_config(), evaluate=score)
+    train(tmp_path, loop_config(), score=score)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     training = [line for line in lines if line["kind"] == "train"]
     assert [line["examples"] for line in training] == [BATCH * n for n in (3, 6, 9, 12)]
@@ -227,7 +227,7 @@ def test_best_policy_is_the_highest_ranked_not_the_last(tmp_path: Path) -> None:
     trainer = train(
         tmp_path,
         loop_config(),
-        evaluate=lambda policy, examples: Evaluation({"success": examples}, ranks[examples]),
+        score=lambda policy, examples: Scores({"success": examples}, ranks[examples]),
         keep=lambda kind, policy, examples, evaluation: kept.append(
             (kind, examples, evaluation and evaluation.metrics["success"])
         ),
@@ -240,12 +240,12 @@ def test_best_policy_is_the_highest_ranked_not_the_last(tmp_path: Path) -> None:
 
 
 def test_the_last_policy_of_a_run_that_was_cut_has_no_numbers_of_others(tmp_path: Path) -> None:
-    kept: list[tuple[str, int, Evaluation | None]] = []
+    kept: list[tuple[str, int, Scores | None]] = []
     train(
         tmp_path,
         loop_config(),
         until=BATCH * 6,
-        evaluate=score,
+        score=score,
         keep=lambda kind, policy, examples, evaluation: kept.append((kind, examples, evaluation)),
     )
     assert kept[-1] == ("last", BATCH * 6, None)
@@ -319,20 +319,20 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path: Path, number: signal.Sig
 
 
 def test_stop_during_an_evaluation_that_dies_with_it_evaluates_again(tmp_path: Path) -> None:
-    def dying(policy: ConsistencyPolicy, examples: int) -> Evaluation:
+    def dying(policy: ConsistencyPolicy, examples: int) -> Scores:
         os.kill(os.getpid(), signal.SIGTERM)
         raise RuntimeError("the simulator process died")
 
     config = loop_config()
-    trainer = make_trainer(tmp_path, config, evaluate=dying)
+    trainer = make_trainer(tmp_path, config, score=dying)
     assert trainer.train().examples == BATCH * 4
     seen: list[int] = []
 
-    def fine(policy: ConsistencyPolicy, examples: int) -> Evaluation:
+    def fine(policy: ConsistencyPolicy, examples: int) -> Scores:
         seen.append(examples)
-        return Evaluation({}, (0.0,))
+        return Scores({}, (0.0,))
 
-    train(tmp_path, config, evaluate=fine)
+    train(tmp_path, config, score=fine)
     assert seen == [BATCH * 4, BATCH * 8, BATCH * 12]
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cmpolicy.image.datasets import ImageSet
 from cmpolicy.image.pixels import as_input, as_pictures, from_uint8, to_uint8
-from cmpolicy.train.image_loader import ImageLoader
+from cmpolicy.training.image_loader import ImageLoader
 
 N = 11
 # image i: its left pixels are i, its right ones 100 + i

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmpolicy.train.loader import DeviceLoader
+from cmpolicy.training.loader import DeviceLoader
 from cmpolicy_data import window_index
 
 ENDS = np.array([5, 12, 21])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cmpolicy.train.loader import DeviceLoader
+from cmpolicy.training.loader import DeviceLoader
 from cmpolicy_data import window_index
 
 WINDOWS = window_index([6, 12], horizon=4, n_obs_steps=2, n_action_steps=2)

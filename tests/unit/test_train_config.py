@@ -9,7 +9,7 @@ from cmpolicy.cli.parse import apply, compose_settings, parse
 from cmpolicy.nn.encoders.state import StateEncoderConfig
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.schema import ConfigError
-from cmpolicy.train.config import TrainConfig
+from cmpolicy.training.config import TrainConfig
 
 CUSTOM = ["task=custom", "data.path=my.zarr", "data.obs=[state]"]
 

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cmpolicy.train.checkpoint import CheckpointError, TrainingState, load_state, save_state
-from cmpolicy.train.curves import draw_curves, smoothed
-from cmpolicy.train.trackers import JsonLines, TensorBoard, Terminal, read_log
+from cmpolicy.training.checkpoint import CheckpointError, TrainingState, load_state, save_state
+from cmpolicy.training.curves import draw_curves, smoothed
+from cmpolicy.training.trackers import JsonLines, TensorBoard, Terminal, read_log
 
 
 def test_json_lines_hold_kind_samples_and_null_for_nan(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_states_come_back_exactly(tmp_path: Path) -> None:
 def test_a_state_of_a_newer_version_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cmpolicy.train.checkpoint.FORMAT_VERSION", 3)
+    monkeypatch.setattr("cmpolicy.training.checkpoint.FORMAT_VERSION", 3)
     save_state(tmp_path, TrainingState({"a": torch.zeros(1)}, {}))
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match=r"has format version 3, this cmpolicy reads 2"):

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
+from cmpolicy.flow.objectives import OBJECTIVES
 from cmpolicy.image.datasets.data import ImageDataConfig
 from cmpolicy.image.guidance import USUAL_DROPOUT, Guidance
 from cmpolicy.image.model import check_derivative
 from cmpolicy.image.net import KINDS, ImageNetConfig
-from cmpolicy.schema import ConfigError, from_mapping
-from cmpolicy.train.config import EvalSchedule, LoopConfig, ObjectiveConfig, at_least
+from cmpolicy.schema import ConfigError, choose, complete, from_mapping
+from cmpolicy.training.config import (
+    EvalSchedule,
+    LogConfig,
+    LoopConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    at_least,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +32,7 @@ class ImageEvalConfig(EvalSchedule):
         per_class: images of each class in the picture of samples.
     """
 
+    every: int = 48_000
     images: int = 1024
     per_class: int = 8
 
@@ -58,6 +68,11 @@ class ImageNetSettings:
         self.config  # noqa: B018  built here so that a wrong size is found at once
 
     @classmethod
+    def complete(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        """The network's settings are all in its YAML file."""
+        return dict(data)
+
+    @classmethod
     def from_mapping(cls, data: Mapping[str, Any], *, where: str = "net") -> ImageNetSettings:
         """``kind``; all else is a setting of the network."""
         rest = {k: v for k, v in data.items() if k not in ("kind", "settings")}
@@ -77,11 +92,26 @@ class ImageTrainConfig(LoopConfig):
 
     dataset: ImageDataConfig
     net: ImageNetSettings
-    objective: ObjectiveConfig
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     path: Literal["linear", "trigonometric"] = "linear"
     guidance: float = 1.0
     label_dropout: float | None = None
+    examples: int = 96_000
+    batch_size: int = 64
+    save_every: int = 32_000
+    optim: OptimConfig = field(default_factory=partial(OptimConfig, warmup=3200))
     eval: ImageEvalConfig = field(default_factory=ImageEvalConfig)
+    log: LogConfig = field(default_factory=partial(LogConfig, every=3200))
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations of the model: ``eval.nfe``, or the objective's own number."""
+        return self.eval.nfe or choose(OBJECTIVES, self.objective.name, "objective").nfe
+
+    @classmethod
+    def complete(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        """``data`` with the defaults of every setting it leaves out."""
+        return complete(cls, data)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,10 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cmpolicy.flow.sampler import SamplerKind
-from cmpolicy.image.pictures import paths_picture, save_picture
+from cmpolicy.image.datasets.resize import as_image
+from cmpolicy.image.pictures import paths_picture, samples_picture, save_picture
 from cmpolicy.image.pipeline import INDEX, ConsistencyImagePipeline
 from cmpolicy.image.pixels import as_pictures
 from cmpolicy.schema import ConfigError
+from cmpolicy.training.device import choose_device
 
 Device = Literal["auto", "cpu", "cuda"]
 PATH_STEPS = (1, 2, 4)
@@ -36,26 +38,18 @@ class MadeImages:
     seconds: float
 
 
-def open_model(model: str | None, device: Device) -> ConsistencyImagePipeline:
+def open_model(model: str, device: Device) -> ConsistencyImagePipeline:
     """The model in a folder, or in ``model/`` of the folder of a run, on its device.
 
     Raises:
-        ConfigError: no model given, or a GPU asked for where there is none.
+        ConfigError: a GPU is asked for where there is none.
         ImageModelError: not an image model; says what it is.
     """
-    if model is None:
-        raise ConfigError("which model? give model=outputs/<run>/model")
-    has_gpu = torch.cuda.is_available()
-    if device == "cuda" and not has_gpu:
-        raise ConfigError(
-            "device=cuda, but torch sees no GPU; use device=cpu, or install a torch build for your "
-            "GPU"
-        )
     folder = Path(model).expanduser()
     inside = folder / "model"
     found = str(inside) if (inside / INDEX).is_file() else os.path.expanduser(model)  # noqa: PTH111  a hub id is no path
     pipe = ConsistencyImagePipeline.from_pretrained(found)
-    pipe.to("cuda" if has_gpu and device != "cpu" else "cpu")
+    pipe.to(choose_device(device))
     return pipe
 
 
@@ -165,3 +159,83 @@ def draw_paths(
 
 def _shown(names: Sequence[str]) -> str:
     return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    """Which images to make.
+
+    Args:
+        model: folder of a trained model, or of the run that trained it.
+        classes: 0-9, a number, a name, or a list such as [3,7]; null: all.
+        per_class: images of each class.
+        nfe: network evaluations per image.
+        seed: image i of class k depends on (seed, k, i) alone.
+        sampler: flow_map or diagonal; null: the model's own.
+        batch_size: images per call of the network.
+        device: auto, cpu or cuda.
+        out: one picture, a row per class.
+        files: folder for each image as a PNG of its own, <class>_<i>.png.
+        paths: a picture of the way from noise at 1, 2 and 4 evaluations, one image per class.
+    """
+
+    model: str
+    classes: Any = None
+    per_class: int = 8
+    nfe: int = 1
+    seed: int = 0
+    sampler: SamplerKind | None = None
+    batch_size: int = 250
+    device: Device = "auto"
+    out: str = "outputs/images/samples.png"
+    files: str | None = None
+    paths: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("per_class", "nfe", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ConfigError(f"seed must not be negative, got {self.seed}")
+        for name in ("out", "paths"):
+            path = getattr(self, name)
+            if path is not None and not path.lower().endswith(".png"):
+                raise ConfigError(f"{name}={path} must end in .png: pictures are written as PNG")
+
+
+def sample_images(config: SampleSettings) -> tuple[list[Path], float]:
+    """Make images; the files that were written, and milliseconds per image.
+
+    Raises:
+        ConfigError: settings that cannot be. ImageModelError: the model cannot be read.
+    """
+    pipe = open_model(config.model, config.device)
+    classes = parse_classes(config.classes, pipe.class_names)
+    made = make_images(
+        pipe,
+        np.repeat(np.asarray(classes, dtype=np.int64), config.per_class),
+        nfe=config.nfe,
+        seed=config.seed,
+        sampler=config.sampler,
+        batch_size=config.batch_size,
+    )
+    plural = "s" * (config.nfe > 1)
+    title = f"{config.nfe} network evaluation{plural} per image, seed {config.seed}"
+    picture = samples_picture(made.images, made.labels, pipe.class_names, title)
+    written = [save_picture(picture, Path(config.out).expanduser())]
+    if config.paths is not None:
+        out = Path(config.paths).expanduser()
+        written.append(draw_paths(pipe, classes, seed=config.seed, sampler=config.sampler, out=out))
+    if config.files is not None:
+        written.append(_save_each(made.images, made.labels, config.files))
+    rate = 1000 * made.seconds / len(made.images)
+    return written, rate
+
+
+def _save_each(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], folder: str) -> Path:
+    target = Path(folder).expanduser()
+    counts: dict[int, int] = {}
+    for image, label in zip(images, labels.tolist(), strict=True):
+        i = counts[label] = counts.get(label, -1) + 1
+        save_picture(as_image(image), target / f"{label}_{i:04d}.png")
+    return target

@@ -12,10 +12,10 @@ from torch import nn
 
 from cmpolicy.experiment.image.config import ImageTrainConfig
 from cmpolicy.experiment.run import (
-    RunPlace,
-    TrainingRun,
-    choose_run_dir,
-    first_command,
+    RESUME_SETTINGS,
+    RunResult,
+    open_run,
+    resumed_settings,
     run_training,
 )
 from cmpolicy.image.datasets import ImageBatch, ImageData, load_images
@@ -24,15 +24,14 @@ from cmpolicy.image.net import build_net
 from cmpolicy.image.pictures import samples_picture, save_picture
 from cmpolicy.image.pipeline import ConsistencyImagePipeline
 from cmpolicy.image.pixels import as_input, as_pictures
-from cmpolicy.train.checkpoint import state_path
-from cmpolicy.train.curves import CURVES_FILE
-from cmpolicy.train.device import make_accelerator
-from cmpolicy.train.image_loader import ImageLoader
-from cmpolicy.train.trainer import Evaluation
-from cmpolicy.train.validation import HeldOutLosses, health_metrics
+from cmpolicy.training.checkpoint import state_path
+from cmpolicy.training.curves import CURVES_FILE
+from cmpolicy.training.device import make_accelerator
+from cmpolicy.training.image_loader import ImageLoader
+from cmpolicy.training.trainer import Scores
+from cmpolicy.training.validation import HeldOutLosses, health_metrics
 from cmpolicy_eval.evaluate import git_commit, versions
 
-PROGRAM = "cmpolicy image train"
 BEST, LAST, SAMPLES = "model", "model_last", "samples"
 #: Images in one call of the network; images of the health metrics (about 20 evaluations of each).
 PART, HEALTH_IMAGES = 256, 128
@@ -40,28 +39,50 @@ PART, HEALTH_IMAGES = 256, 128
 
 def train_images(
     config: ImageTrainConfig,
-    out: str | None,
+    out: str | Path | None = None,
     *,
-    command: str,
-    resume: bool = False,
+    command: str = "train_images",
     until: int | None = None,
-) -> TrainingRun:
+) -> RunResult:
     """Train an image model.
 
     Args:
         config: the settings.
         out: folder of the run; None for one named after data, objective and time.
         command: what the user typed, for the model card.
-        resume: continue the run in ``out``.
         until: stop, resumably, at this example.
 
     Raises:
         ValueError, OSError, NonFiniteError: see the parts.
     """
+    return _train(config, out, command=command, until=until, resume=False)
+
+
+def resume_images(
+    run_dir: str | Path, changes: Mapping[str, Any] | None = None, *, until: int | None = None
+) -> RunResult:
+    """Go on with a run; ``changes`` by dotted key.
+
+    Raises:
+        ConfigError: no run there, or a change that would make it another run.
+    """
+    folder = Path(run_dir).expanduser()
+    settings = resumed_settings(folder, changes or {}, RESUME_SETTINGS)
+    config = ImageTrainConfig.from_mapping(settings)
+    return _train(config, folder, command="", until=until, resume=True)
+
+
+def _train(
+    config: ImageTrainConfig,
+    out: str | Path | None,
+    *,
+    command: str,
+    until: int | None,
+    resume: bool,
+) -> RunResult:
     accelerator = make_accelerator(config)
     stem = f"{config.dataset.name}-{config.objective.name}"
-    run_dir = choose_run_dir(accelerator, stem, out, resume=resume, program=PROGRAM)
-    command = first_command(run_dir, command)
+    folder = open_run(accelerator, stem, out, command=command, resume=resume, verb="image train")
     data = load_images(config.dataset)
     torch.manual_seed(config.seed)
     device = accelerator.device
@@ -78,13 +99,12 @@ def train_images(
     return run_training(
         model,
         config,
-        RunPlace(run_dir=run_dir, program=PROGRAM, command=command),
+        folder,
         accelerator=accelerator,
         batches=loader.batch,
         draw=model.draw,
-        evaluate=HeldOutScorer(config, data, run_dir),
-        keep=ModelKeeper(config, data, run_dir, command=command),
-        resume=resume,
+        score=HeldOutScorer(config, data, folder.path),
+        keep=ModelKeeper(config, data, folder.path, command=folder.command),
         until=until,
     )
 
@@ -100,7 +120,7 @@ def new_model(config: ImageTrainConfig, data: ImageData) -> ImageFlowModel:
     return ImageFlowModel(
         net,
         path=config.path,
-        sampler=config.objective.sampler,
+        sampler=config.objective.sampler_kind,
         objective=config.objective.build(),
         guidance=config.guide,
     )
@@ -120,7 +140,7 @@ class HeldOutScorer:
         self._labels = np.repeat(np.arange(data.n_classes), config.eval.per_class)
 
     @torch.no_grad()
-    def __call__(self, model: ImageFlowModel, examples: int) -> Evaluation:
+    def __call__(self, model: ImageFlowModel, examples: int) -> Scores:
         """Score ``model`` after ``examples`` training examples, by the objective as at the end."""
         generator = torch.Generator(model.device).manual_seed(self._config.seed)
         losses = HeldOutLosses()
@@ -130,7 +150,7 @@ class HeldOutScorer:
             losses.add(model(batch, draws=draws, progress=1.0, ema=model), len(batch["labels"]))
         health = model.health(self._batch(self._rows[:HEALTH_IMAGES], model.device), generator)
         self._draw_samples(model, examples)
-        return Evaluation(losses.read() | health_metrics(health), (float(examples),))
+        return Scores(losses.read() | health_metrics(health), (float(examples),))
 
     def _batch(self, rows: np.ndarray[Any, Any], device: torch.device) -> ImageBatch:
         images = as_input(self._data.test.images[rows]).to(device)
@@ -139,7 +159,7 @@ class HeldOutScorer:
 
     def _draw_samples(self, model: ImageFlowModel, examples: int) -> None:
         noise = torch.Generator().manual_seed(self._config.seed)
-        nfe = self._config.eval.nfe
+        nfe = self._config.nfe
         images = model.generate(torch.from_numpy(self._labels), nfe=nfe, generator=noise)
         title = f"{nfe} evaluation{'s' * (nfe > 1)}, after {examples} training examples"
         picture = samples_picture(as_pictures(images), self._labels, self._data.class_names, title)
@@ -159,7 +179,7 @@ class ModelKeeper:
         kind: Literal["best", "last"],
         model: ImageFlowModel,
         examples: int,
-        evaluation: Evaluation | None,
+        scores: Scores | None,
     ) -> None:
         """Write the folder of the model."""
         config = self._config.to_dict()
@@ -169,8 +189,8 @@ class ModelKeeper:
             "source": self._data.source,
             "command": self._command,
             "examples": examples,
-            "nfe": self._config.eval.nfe,
-            "metrics": dict(evaluation.metrics) if evaluation is not None else {},
+            "nfe": self._config.nfe,
+            "metrics": dict(scores.metrics) if scores is not None else {},
             "versions": versions(),
             "git_commit": git_commit(),
             "config": config,
@@ -222,17 +242,14 @@ images = pipe(class_labels=[0, 1], num_inference_steps={metadata["nfe"]}).images
 """
 
 
-def closing_words(run: TrainingRun, config: ImageTrainConfig) -> str:
+def closing_text(run: RunResult, config: ImageTrainConfig) -> str:
     """What was made, where, and what to do next."""
-    outcome = run.outcome
     kept = run.run_dir / (BEST if (run.run_dir / BEST).is_dir() else LAST)
-    numbers = [
-        f"{name} {outcome.metrics[name]:.3f}" for name in ("val_loss",) if name in outcome.metrics
-    ]
-    nfe = config.eval.nfe
+    numbers = [f"{name} {run.metrics[name]:.3f}" for name in ("val_loss",) if name in run.metrics]
+    nfe = config.nfe
     return "\n".join(
         [
-            f"trained {outcome.examples} examples in {run.seconds / 60:.1f} min "
+            f"trained {run.end.examples} examples in {run.seconds / 60:.1f} min "
             f"({run.parameters / 1e6:.1f}M parameters)",
             f"  last scores    {', '.join(numbers) or 'none'}",
             f"  model          {kept}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from cmpolicy.flow.objectives.objective import (
     mean_over,
     register,
 )
+from cmpolicy.flow.sampler import SamplerKind
 from cmpolicy.flow.times import TimeLaw
 
 
@@ -30,7 +32,9 @@ class FlowMatching:
     time_a: float = 1.0
     time_b: float = 1.0
 
-    needs_ema = False
+    sampler: ClassVar[SamplerKind] = "diagonal"
+    nfe: ClassVar[int] = 10
+    needs_ema: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         TimeLaw(self.time_a, self.time_b)

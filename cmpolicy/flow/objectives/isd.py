@@ -8,7 +8,7 @@ residual.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from cmpolicy.flow.objectives.objective import (
     register,
 )
 from cmpolicy.flow.path import expand_time
+from cmpolicy.flow.sampler import SamplerKind
 from cmpolicy.flow.times import TimeLaw, adaptive_weight
 
 Tangent = Literal["self", "data", "schedule"]
@@ -49,12 +50,17 @@ class Isd:
         sd_begin: share of the run before L_sd joins in; until then only L_fm is trained, so that
             the tangent u_hat means something from the start. In [0, 1).
         zero_share: share of the L_sd examples that jump all the way to s = 0, in [0, 1].
+        one_share: share of all examples whose t is 1 exactly, where one-step sampling begins, in
+            [0, 1].
         time_floor: below this time the flow is taken to be straight along F(x_t, t, t), in [0, 1).
             A jump to s = 0 is then the one to ``time_floor`` followed by the mean of the data given
             that point: samples without the jitter that data holds at a small scale. The health
             metrics know no floor; they count what it changes as a residual.
         time_a, time_b: t and s ~ Beta(time_a, time_b), the larger is t.
     """
+
+    sampler: ClassVar[SamplerKind] = "flow_map"
+    nfe: ClassVar[int] = 1
 
     tangent: Tangent = "self"
     tangent_weights: TangentWeights = "online"
@@ -67,6 +73,7 @@ class Isd:
     sd_weight: float = 1.0
     sd_begin: float = 0.3  # the paper has 0
     zero_share: float = 0.5  # the paper has 0
+    one_share: float = 0.25  # the paper has 0
     time_floor: float = 0.0
     time_a: float = 0.8
     time_b: float = 1.0
@@ -85,8 +92,9 @@ class Isd:
             raise ValueError(f"isd: sd_share={self.sd_share} must lie in (0, 1]; use fm for 0")
         if not 0 <= self.sd_begin < 1:
             raise ValueError(f"isd: sd_begin={self.sd_begin} must lie in [0, 1)")
-        if not 0 <= self.zero_share <= 1:
-            raise ValueError(f"isd: zero_share={self.zero_share} must lie in [0, 1]")
+        for name in ("zero_share", "one_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"isd: {name}={getattr(self, name)} must lie in [0, 1]")
         if not 0 <= self.time_floor < 1:
             raise ValueError(f"isd: time_floor={self.time_floor} must lie in [0, 1)")
         if not 0 <= self.tangent_begin <= self.tangent_end <= 1:
@@ -116,6 +124,9 @@ class Isd:
         if self.zero_share:
             to_zero = torch.rand(batch_size, generator=generator, device=device) < self.zero_share
             s = s.masked_fill(to_zero, 0.0)
+        if self.one_share:
+            from_one = torch.rand(batch_size, generator=generator, device=device) < self.one_share
+            t = t.masked_fill(from_one, 1.0)
         z = torch.randn(batch_size, *shape, generator=generator, device=device)
         return Draws(z, t, s)
 

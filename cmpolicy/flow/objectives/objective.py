@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from cmpolicy.flow.flow_map import FlowMap
 from cmpolicy.flow.path import PathSample
+from cmpolicy.flow.sampler import SamplerKind
 from cmpolicy.schema import choose, from_mapping
 
 
@@ -53,7 +54,13 @@ VelocityTarget = Callable[[PathSample, Tensor], Tensor]
 
 
 class Objective(Protocol):
-    """What the trainer and the policy see of an objective."""
+    """What the trainer and the policy see of an objective.
+
+    ``sampler`` and ``nfe`` are how its models are sampled unless told otherwise.
+    """
+
+    sampler: ClassVar[SamplerKind]
+    nfe: ClassVar[int]
 
     @property
     def needs_ema(self) -> bool:

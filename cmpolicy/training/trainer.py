@@ -19,18 +19,18 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from cmpolicy.flow.objectives import Draws
-from cmpolicy.train.checkpoint import TrainingState, load_state, save_state, select
-from cmpolicy.train.config import LoopConfig
-from cmpolicy.train.device import use_bf16
-from cmpolicy.train.guard import FiniteGuard, NonFiniteError
-from cmpolicy.train.meter import Meter
-from cmpolicy.train.optim import ModelEma, build_optimizer, build_schedule, jump_schedule
-from cmpolicy.train.signals import StopRequest
-from cmpolicy.train.trackers import Kind, Tracker
+from cmpolicy.training.checkpoint import TrainingState, load_state, save_state, select
+from cmpolicy.training.config import LoopConfig
+from cmpolicy.training.device import use_bf16
+from cmpolicy.training.guard import FiniteGuard, NonFiniteError
+from cmpolicy.training.meter import Meter
+from cmpolicy.training.optim import ModelEma, build_optimizer, build_schedule, jump_schedule
+from cmpolicy.training.signals import StopRequest
+from cmpolicy.training.trackers import Kind, Tracker
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Scores:
     """Result of one evaluation: numbers to log, and ``rank``, of which a larger one is better."""
 
     metrics: Mapping[str, float]
@@ -38,7 +38,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunEnd:
     """How a run ended: ``signum`` is the signal that stopped it before it was finished, if any."""
 
     examples: int
@@ -52,10 +52,10 @@ class Outcome:
 Batches = Callable[[int, int], Any]
 #: draw(count, generator): all randomness of a step of ``count`` examples.
 DrawStep = Callable[[int, torch.Generator], Draws]
-#: evaluate(EMA model, examples)
-Evaluate = Callable[[Any, int], Evaluation]
+#: score(EMA model, examples)
+Score = Callable[[Any, int], Scores]
 #: keep("best" or "last", EMA model, examples, its evaluation if it has one)
-Keep = Callable[[Literal["best", "last"], Any, int, Evaluation | None], None]
+Keep = Callable[[Literal["best", "last"], Any, int, Scores | None], None]
 
 
 class Trainer:
@@ -65,7 +65,7 @@ class Trainer:
         model: on any device; it is moved.
         config: see :class:`LoopConfig`.
         accelerator: device and processes (``accelerate``); its own mixed precision stays off.
-        batches, draw, evaluate, keep: see the types above.
+        batches, draw, score, keep: see the types above.
         run_dir: the training state goes into ``run_dir/training_state``.
     """
 
@@ -78,7 +78,7 @@ class Trainer:
         batches: Batches,
         draw: DrawStep,
         run_dir: Path,
-        evaluate: Evaluate | None = None,
+        score: Score | None = None,
         keep: Keep | None = None,
     ) -> None:
         self.config = config
@@ -89,7 +89,7 @@ class Trainer:
         self.ema = ModelEma(self.model, config.ema)
         self.examples = 0
         self.best: tuple[float, ...] | None = None
-        self._batches, self._draw, self._evaluate, self._keep = batches, draw, evaluate, keep
+        self._batches, self._draw, self._score, self._keep = batches, draw, score, keep
         self.trackers: Sequence[Tracker] = ()  # take the numbers, in the main process
         self._step_examples: int = config.batch_size * accelerator.num_processes
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -105,7 +105,7 @@ class Trainer:
         self._guard = FiniteGuard(self.device)
         self._window = Meter(self.device)
         self._evaluated_at = 0
-        self._evaluation: Evaluation | None = None  # the latest of this process
+        self._scores: Scores | None = None  # the latest of this process
         self.saved_at = 0
         self._agreed_signum: int | None = None
         self._metrics: dict[str, float] = {}
@@ -115,7 +115,7 @@ class Trainer:
         """Training time of the whole run, evaluations not counted."""
         return self._window.seconds
 
-    def train(self, until: int | None = None) -> Outcome:
+    def train(self, until: int | None = None) -> RunEnd:
         """Run to the end of the run (or to example ``until``, to be resumed), and save.
 
         Raises:
@@ -141,11 +141,11 @@ class Trainer:
                 ):
                     self.save()
             self.save()
-            of_these = self._evaluation if self._evaluated_at == self.examples else None
+            of_these = self._scores if self._evaluated_at == self.examples else None
             self._keep_policy("last", of_these)
             self._window.pause_clock()
         finished = self.examples >= self.config.examples and not self._evaluation_due(True)
-        return Outcome(self.examples, finished, self._agreed_signum, self.best, dict(self._metrics))
+        return RunEnd(self.examples, finished, self._agreed_signum, self.best, dict(self._metrics))
 
     def step(self) -> None:
         """One optimizer step on the next ``batch_size`` examples of every process."""
@@ -178,7 +178,7 @@ class Trainer:
         return self.examples // every > (self.examples - self._step_examples) // every
 
     def _evaluation_due(self, finished: bool) -> bool:
-        if self._evaluate is None or self._evaluated_at == self.examples:
+        if self._score is None or self._evaluated_at == self.examples:
             return False
         every = self.config.eval.every
         due = self.examples // every > self._evaluated_at // every
@@ -202,26 +202,26 @@ class Trainer:
         """Evaluate the EMA weights on the main process; the others wait."""
         self._guard.check()
         self._window.pause_clock()
-        if self.accelerator.is_main_process and self._evaluate is not None:
+        if self.accelerator.is_main_process and self._score is not None:
             try:
-                evaluation = self._evaluate(self.ema.model, self.examples)
+                scores = self._score(self.ema.model, self.examples)
             except Exception:
                 if stop.signum is None or self.accelerator.num_processes > 1:
                     raise
                 return  # Ctrl-C reached the simulators as well; the resumed run evaluates again
-            self._log("eval", evaluation.metrics)
-            self._metrics.update(evaluation.metrics)
-            self._evaluation = evaluation
-            if self.best is None or evaluation.rank > self.best:
-                self.best = evaluation.rank
-                self._keep_policy("best", evaluation)
+            self._log("eval", scores.metrics)
+            self._metrics.update(scores.metrics)
+            self._scores = scores
+            if self.best is None or scores.rank > self.best:
+                self.best = scores.rank
+                self._keep_policy("best", scores)
         self._evaluated_at = self.examples
         self.accelerator.wait_for_everyone()
         self._window.resume_clock()
 
-    def _keep_policy(self, kind: Literal["best", "last"], evaluation: Evaluation | None) -> None:
+    def _keep_policy(self, kind: Literal["best", "last"], scores: Scores | None) -> None:
         if self._keep is not None and self.accelerator.is_main_process:
-            self._keep(kind, self.ema.model, self.examples, evaluation)
+            self._keep(kind, self.ema.model, self.examples, scores)
 
     def _stopping(self, stop: StopRequest) -> bool:
         """Whether a signal asks for the end; several processes agree on it at log intervals."""

@@ -11,7 +11,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from cmpolicy.train.config import EmaConfig, OptimConfig
+from cmpolicy.training.config import EmaConfig, OptimConfig
 
 
 def build_optimizer(parameters: Iterable[Tensor], config: OptimConfig) -> torch.optim.AdamW:

@@ -27,6 +27,8 @@ FILE = "state.safetensors"
 class CheckpointError(OSError):
     """A training state that cannot be written or read; the message says which and why."""
 
+    exit_status = 1
+
 
 @dataclass(frozen=True)
 class TrainingState:

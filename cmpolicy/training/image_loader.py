@@ -1,6 +1,6 @@
 """Training batches of labelled images that live, as uint8, on the training device.
 
-Order and mirroring are pure functions of (seed, example counter): :mod:`cmpolicy.train.order`.
+Order and mirroring are pure functions of (seed, example counter): :mod:`cmpolicy.training.order`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 
 from cmpolicy.image.datasets.data import ImageBatch, ImageSet
 from cmpolicy.image.pixels import from_uint8
-from cmpolicy.train.order import ExampleOrder
+from cmpolicy.training.order import ExampleOrder
 
 _COINS = 1 << 32  # added to a seed it gives an order that is independent of the seed's own
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from cmpolicy.flow.health import Health
 from cmpolicy.flow.objectives import LossOutput
-from cmpolicy.policy.policy import ConsistencyPolicy
-from cmpolicy.train.loader import Batch, DeviceLoader
+from cmpolicy.policy.policy import Batch, ConsistencyPolicy
+from cmpolicy.training.loader import DeviceLoader
 
 #: Windows of the health metrics; they cost about 20 evaluations per window.
 HEALTH_WINDOWS = 256
@@ -21,7 +21,10 @@ class Validation:
     """Numbers of one validation, by name.
 
     val_loss: unweighted sum of the objective's terms (val_loss_fm, val_loss_sd, ...).
-    val_action_error: root mean square error of the executed actions, per number, in env units.
+    val_action_error: root mean square error of the executed actions, per number, in env units, at
+        the policy's own number of evaluations.
+    val_action_range: largest minus smallest action, root mean square over the dimensions: what the
+        error is to be compared with.
     health_*: see :class:`cmpolicy.flow.health.Health`.
     """
 
@@ -53,6 +56,8 @@ def health_metrics(health: Health) -> dict[str, float]:
     return {
         "health_semigroup": float(health.semigroup),
         "health_tangent": float(health.tangent),
+        "health_tangent_at_1": float(health.tangent_at_1),
+        "health_map_error": float(health.map_error),
         "health_variance_ratio": float(health.variance_ratio),
     }
 
@@ -64,16 +69,15 @@ class Validator:
         loader: of the held-out windows; its batch size is the batch size here.
         windows: at most so many are scored, spread evenly.
         seed: of noise and times.
-        nfe: network evaluations of the action error.
     """
 
-    def __init__(self, loader: DeviceLoader, *, windows: int, seed: int, nfe: int) -> None:
+    def __init__(self, loader: DeviceLoader, *, windows: int, seed: int) -> None:
         count = min(windows, loader.n_windows)
         numbers = torch.arange(count, device=loader.device) * loader.n_windows // count
         self._loader = loader
         self._parts = numbers.split(loader.batch_size)
         self._seed = seed
-        self._nfe = nfe
+        self._range = loader.action_range
 
     @torch.no_grad()
     def __call__(self, policy: ConsistencyPolicy) -> Validation:
@@ -92,18 +96,19 @@ class Validator:
             noise = torch.randn(
                 len(part), *policy.spec.noise_shape, generator=generator, device=self._loader.device
             )
-            error, count = _action_error(policy, batch, noise, self._nfe)
+            error, count = _action_error(policy, batch, noise)
             squares, values = squares + error, values + count
-        metrics = losses.read() | {"val_action_error": float((squares / max(values, 1)) ** 0.5)}
+        metrics = losses.read() | {
+            "val_action_error": float((squares / max(values, 1)) ** 0.5),
+            "val_action_range": self._range,
+        }
         health = policy.health(self._loader.gather(self._parts[0][:HEALTH_WINDOWS]), generator)
         return Validation(metrics | health_metrics(health))
 
 
-def _action_error(
-    policy: ConsistencyPolicy, batch: Batch, noise: Tensor, nfe: int
-) -> tuple[float, int]:
+def _action_error(policy: ConsistencyPolicy, batch: Batch, noise: Tensor) -> tuple[float, int]:
     """Summed squares and number of the executed, not padded, action numbers."""
-    predicted = policy.predict_action_chunk(batch["obs"], nfe=nfe, noise=noise)
+    predicted = policy.predict_action_chunk(batch["obs"], noise=noise)
     first = policy.n_obs_steps - 1
     executed = slice(first, first + policy.n_action_steps)
     real = ~batch["action_is_pad"][:, executed, None]

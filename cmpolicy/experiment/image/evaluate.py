@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from cmpolicy.bench.report import describe_device
-from cmpolicy.cli.image_sample import CONFIG_PACKAGE, help_text
-from cmpolicy.cli.parse import compose_settings, read_words
-from cmpolicy.cli.run_command import guarded
 from cmpolicy.experiment.image.results import (
     ImageResult,
     Judge,
@@ -46,39 +42,54 @@ from cmpolicy.image.metrics.features import ExtractorName
 from cmpolicy.image.metrics.fidelity import fidelity_scores, inception_weights
 from cmpolicy.image.pictures import neighbours_picture, samples_picture, save_picture
 from cmpolicy.image.pipeline import ConsistencyImagePipeline
-from cmpolicy.schema import ConfigError, from_mapping, unknown_key_message
+from cmpolicy.schema import ConfigError, complete, from_mapping
+from cmpolicy.training.device import describe_device
 from cmpolicy_data.catalog import cache_dir, data_dir
 from cmpolicy_eval.result import write_atomically
 
-PROGRAM = "cmpolicy image eval"
-_HEADER = """Score a trained image model, or compare result files.
-
-cmpolicy image eval model=outputs/<run>/model [key=value ...]
-cmpolicy image eval report results=[a.json,b.json] [out=outputs/image-report]
-
-Settings and their values:
-"""
 _NEIGHBOURS, _NEIGHBOUR_ROWS, _SHOWN_PER_CLASS = 5, 2, 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageEvalConfig:
-    """Settings; ``image/eval.yaml`` in ``cmpolicy_conf`` says what each means."""
+class ImageEvalSettings:
+    """How an image model is scored.
+
+    Args:
+        model: folder of a trained model, or of the run that trained it.
+        name: label in tables and files; null: the model as given.
+        nfe: network evaluations per image, one result each.
+        samples: images made, evenly over the classes.
+        seed: image i of class k depends on (seed, k, i) alone.
+        sampler: flow_map or diagonal; null: the model's own.
+        batch_size: images per call of the network.
+        device: auto, cpu or cuda.
+        features: classifier (trained on the real data) or efficientnet (trained on ImageNet).
+        fid: FID and KID by torch-fidelity, which needs its Inception weights.
+        inception: their file; null: where torch-fidelity puts it.
+        pictures: samples and nearest training images.
+        out: folder of result_nfe<n>.json, report.md and pictures.
+        dataset: the real images; null: what the model was trained on.
+    """
 
     model: str
-    name: str | None
-    nfe: tuple[int, ...]
-    samples: int
-    seed: int
-    sampler: SamplerKind | None
-    batch_size: int
-    device: Device
-    features: ExtractorName
-    fid: bool
-    inception: str | None
-    pictures: bool
-    out: str
+    name: str | None = None
+    nfe: tuple[int, ...] = (1,)
+    samples: int = 2000
+    seed: int = 0
+    sampler: SamplerKind | None = None
+    batch_size: int = 250
+    device: Device = "auto"
+    features: ExtractorName = "classifier"
+    fid: bool = False
+    inception: str | None = None
+    pictures: bool = True
+    out: str = "outputs/image-eval"
     dataset: ImageDataConfig | None = None
+
+    @classmethod
+    def complete(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        """``data`` with the defaults of every setting it leaves out."""
+        return complete(cls, data)
 
     def __post_init__(self) -> None:
         if not self.nfe or min(self.nfe) < 1 or len(set(self.nfe)) != len(self.nfe):
@@ -94,42 +105,15 @@ class ImageEvalConfig:
             raise ConfigError(f"inception={self.inception} is for fid=true; give that, too")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReportConfig:
-    """Settings of ``report``: result files, and the folder of the report."""
+def evaluate_images(
+    config: ImageEvalSettings, *, command: str = "evaluate_images"
+) -> tuple[list[ImageResult], list[Path]]:
+    """Score an image model; the results, and the files that were written.
 
-    results: tuple[str, ...]
-    out: str = "outputs/image-report"
-
-
-def main(words: Sequence[str]) -> int:
-    """Entry point of ``cmpolicy image eval``; returns the exit status."""
-    if not words or {"-h", "--help"} & set(words):
-        print(_HEADER + help_text("eval"), end="")
-        return 0 if words else 2
-    if words[0] == "report":
-        return guarded(lambda: _report(words[1:]), PROGRAM)
-    return guarded(lambda: _evaluate(words), PROGRAM)
-
-
-def _report(words: Sequence[str]) -> int:
-    settings = read_words(words)
-    known = [field.name for field in fields(ReportConfig)]
-    for key in settings:
-        if key not in known:
-            raise ConfigError(unknown_key_message(key, known))
-    config = from_mapping(ReportConfig, settings)
-    if not config.results:
-        raise ConfigError("results is empty; give result files: results=[a.json,b.json]")
-    results = [ImageResult.load(Path(path).expanduser()) for path in config.results]
-    return _write_report(results, Path(config.out).expanduser(), [])
-
-
-def _evaluate(words: Sequence[str]) -> int:
-    settings = compose_settings("eval", words, package=CONFIG_PACKAGE)
-    if isinstance(settings["nfe"], int):
-        settings["nfe"] = [settings["nfe"]]
-    config = from_mapping(ImageEvalConfig, settings)
+    Raises:
+        ConfigError: settings that cannot be, or data that does not fit the model.
+        ImageModelError, OSError: the model or the data cannot be read.
+    """
     weights = inception_weights(config.inception) if config.fid else None
     pipe = open_model(config.model, config.device)
     data = open_data(config.dataset or trained_on(config.model, pipe), pipe)
@@ -145,7 +129,6 @@ def _evaluate(words: Sequence[str]) -> int:
     labels = spread_over(config.samples, range(data.n_classes))
     results: list[ImageResult] = []
     pictures: list[Path] = []
-    command = shlex.join(["cmpolicy", "image", "eval", *words])
     for nfe in config.nfe:
         made = make_images(
             pipe,
@@ -183,7 +166,7 @@ def _evaluate(words: Sequence[str]) -> int:
         pictures.append(
             draw_paths(pipe, shown, seed=config.seed, sampler=config.sampler, out=out / "paths.png")
         )
-    return _write_report(results, out, pictures)
+    return results, write_image_report(results, out, pictures)
 
 
 def trained_on(model: str, pipe: ConsistencyImagePipeline) -> ImageDataConfig:
@@ -281,14 +264,17 @@ def _draw(made: MadeImages, data: ImageData, nfe: int, seed: int, out: Path) -> 
     ]
 
 
-def _write_report(results: Sequence[ImageResult], out: Path, pictures: Sequence[Path]) -> int:
+def write_image_report(
+    results: Sequence[ImageResult], out: Path, pictures: Sequence[Path] = ()
+) -> list[Path]:
+    """``report.md`` with the table of the results and the pictures; what is there now."""
+    if not results:
+        raise ConfigError("results is empty; give result files: results=[a.json,b.json]")
     shown = "".join(f"![{path.stem}]({path.name})\n\n" for path in pictures)
     text = f"# Image models\n\n{results_table(results)}\n\n{explanation(results)}\n\n{shown}"
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "report.md", text.rstrip() + "\n")
-    print(f"{results_table(results)}\n\n{explanation(results)}\n")
-    print("\n".join(f"  {path}" for path in (out / "report.md", *pictures)))
-    return 0
+    return [out / "report.md", *pictures]
 
 
 def _described(data: ImageData) -> RealData:

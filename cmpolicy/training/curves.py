@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from cmpolicy.train.trackers import read_log
+from cmpolicy.training.trackers import read_log
 
 CURVES_FILE = "curves.png"
 
@@ -36,7 +36,7 @@ def draw_curves(run_dir: Path) -> Path | None:
     axes = figure.subplots(2, 3)
     figure.suptitle(run_dir.resolve().name)
 
-    losses = [n for n in train[-1] if n == "loss_fm" or n == "loss_sd"]
+    losses = [name for name in train[-1] if name.startswith("loss_")]
     _panel(
         axes[0, 0],
         "training loss",
@@ -67,7 +67,7 @@ def draw_curves(run_dir: Path) -> Path | None:
     held_out = sorted({n for e in evals for n in e if n.startswith("val_loss_")})
     _panel(axes[1, 1], "held-out loss", "unweighted mean square", evals, held_out, marker="o")
     _log_scale(axes[1, 1])
-    health = ["health_semigroup", "health_tangent", "health_variance_ratio"]
+    health = sorted({name for entry in evals for name in entry if name.startswith("health_")})
     _panel(axes[1, 2], "health", "ratio", evals, health, marker="o")
     _log_scale(axes[1, 2])
 

@@ -1,22 +1,32 @@
 """The settings of a training run, as frozen dataclasses that are valid once they exist.
 
 ``TrainConfig.from_mapping`` reads the plain mapping that the command line makes of the YAML files
-in ``cmpolicy_conf``; nothing here knows Hydra. All lengths of a run (``examples``, ``warmup``,
+in ``cmpolicy_conf``; nothing here knows Hydra. The defaults are the recipe of ``preset=quick``; the
+YAML files hold only what differs from them. All lengths of a run (``examples``, ``warmup``,
 ``every``) count training examples, never steps or epochs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-from cmpolicy.flow.objectives import Objective, build_objective
+from cmpolicy.flow.objectives import OBJECTIVES, Objective, build_objective
 from cmpolicy.flow.sampler import SamplerKind
 from cmpolicy.nn.encoders.state import StateEncoderConfig
-from cmpolicy.nn.registry import EncoderConfig, NetConfig, encoder_config, net_config, to_mapping
+from cmpolicy.nn.registry import (
+    ENCODERS,
+    NETS,
+    EncoderConfig,
+    NetConfig,
+    encoder_config,
+    net_config,
+    to_mapping,
+)
 from cmpolicy.nn.unet1d import UNet1DConfig
-from cmpolicy.schema import ConfigError, from_mapping
+from cmpolicy.schema import ConfigError, choose, complete, from_mapping, merge, plain
+from cmpolicy.spec import Rotation
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -33,11 +43,11 @@ class OptimConfig:
         grad_clip: the gradient is scaled down to this norm; null leaves it.
     """
 
-    lr: float = 3e-4
+    lr: float = 1e-3
     betas: tuple[float, ...] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 1e-6
-    warmup: int = 0
+    warmup: int = 12_800
     schedule: Literal["cosine", "constant"] = "cosine"
     grad_clip: float | None = 1.0
 
@@ -64,7 +74,7 @@ class EmaConfig:
         inv_gamma, power: how fast the memory grows.
     """
 
-    decay: float = 0.999
+    decay: float = 0.998
     min_decay: float = 0.0
     inv_gamma: float = 1.0
     power: float = 0.75
@@ -85,15 +95,16 @@ class EvalSchedule:
 
     Args:
         every: examples between evaluations; one more is made at the end.
-        nfe: network evaluations per generated sample.
+        nfe: network evaluations per generated sample; it is saved with the model. null takes the
+            objective's own number: 1, and 10 for flow matching.
     """
 
-    every: int = 500_000
-    nfe: int = 1
+    every: int = 128_000
+    nfe: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("every", "nfe"):
-            at_least(f"eval.{name}", getattr(self, name), 1)
+            at_least(f"eval.{name}", 1 if getattr(self, name) is None else getattr(self, name), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +119,10 @@ class EvalConfig(EvalSchedule):
         windows: at most this many held-out windows are scored.
     """
 
-    episodes: int = 0
+    episodes: int = 20
     first_seed: int = 500_000
     workers: int = 2
-    windows: int = 2048
+    windows: int = 1024
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,12 +138,13 @@ class LogConfig:
 
     Args:
         every: examples between entries; device numbers are read only then.
-        tensorboard: also write TensorBoard files.
+        trackers: where the numbers go beside the JSON lines: ``tensorboard``, ``wandb``; both need
+            their package.
         progress: a progress bar; null shows one on a terminal only.
     """
 
-    every: int = 25_600
-    tensorboard: bool = True
+    every: int = 12_800
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     progress: bool | None = None
 
     def __post_init__(self) -> None:
@@ -154,13 +166,13 @@ class LoopConfig:
         save_every: examples between training states on disk.
     """
 
-    examples: int
-    batch_size: int = 256
+    examples: int = 256_000
+    batch_size: int = 128
     seed: int = 0
     precision: Precision = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False
-    save_every: int = 250_000
+    save_every: int = 64_000
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     eval: EvalSchedule = field(default_factory=EvalSchedule)
@@ -192,7 +204,8 @@ class LoopConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; :meth:`from_mapping` is its inverse."""
-        return {name: _plain(value) for name, value in asdict(self).items()}
+        values: dict[str, Any] = plain(self)
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,19 +214,12 @@ class TaskConfig:
 
     Args:
         name: shown in results.
-        protocol: the simulator protocol that the policy is rolled out in while training; null for
-            a task that has only data.
-        control_hz: actions per second of the demonstrations; travels with the policy, and a control
-            loop at another rate refuses it. null where it is not known.
+        protocol: the simulator protocol that the policy is rolled out in while training: a name, or
+            ``module:PROTOCOL`` of one's own; null for a task that has only data.
     """
 
-    name: str
+    name: str = "custom"
     protocol: str | None = None
-    control_hz: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.control_hz is not None:
-            _positive("task.control_hz", self.control_hz)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,21 +227,33 @@ class DataConfig:
     """Demonstrations, and which of their arrays the policy sees.
 
     Args:
-        name: ``pusht_scripted`` (comes with cmpolicy), ``pusht_human``, or ``custom``.
+        name: ``pusht_scripted`` (comes with cmpolicy), ``pusht_human``, ``custom``, ...
         path: Zarr store; null where ``name`` alone says which.
         obs: selector by observation key of the policy, e.g. ``{agent_pos: "state[:2]"}``. A plain
             list means that keys and selectors are the same.
         action: selector of the actions.
         val_fraction: share of the episodes held out for validation.
-        augment: ``mirror`` adds every Push-T episode's mirror image; null leaves the data.
+        augment: what is done to the demonstrations, in this order; of Push-T: ``recentre`` (each
+            episode moved so that its block comes to rest on the goal), ``mirror`` (every episode's
+            mirror image is added).
+        short_episodes: what to do with episodes shorter than a window: ``pad`` repeats their last
+            step, ``skip`` leaves them out.
+        pad_loss: whether the actions that repeat an episode's first or last one are trained on;
+            null: yes, unless the store says that its actions are relative (``actions: delta``).
+        action_rotations: which action dimensions are rotations, e.g. ``["angle:2",
+            "quaternion:3,4,5,6"]``; ``[]`` if none is; null takes what the store says. Plans are
+            blended only where this is known.
     """
 
-    name: str
+    name: str = "custom"
     path: str | None = None
     obs: Mapping[str, str]
     action: str = "action"
     val_fraction: float = 0.02
-    augment: Literal["mirror"] | None = None
+    augment: tuple[str, ...] = ()
+    short_episodes: Literal["pad", "skip"] = "pad"
+    pad_loss: bool | None = None
+    action_rotations: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.obs:
@@ -245,6 +263,8 @@ class DataConfig:
                 "data.obs has the key 'action', which is the policy's output; name the observation "
                 "otherwise, e.g. data.obs={past_action: action}"
             )
+        for text in self.action_rotations or ():
+            parse_rotation(text)
         if not 0 <= self.val_fraction < 1:
             raise ConfigError(f"data.val_fraction={self.val_fraction} must be in [0, 1)")
 
@@ -261,6 +281,9 @@ class DataConfig:
             raise ConfigError(f"{where}.obs={obs} must be a list: {where}.obs=[{obs}]")
         if isinstance(obs, list | tuple):
             data = {**data, "obs": {str(key): str(key) for key in obs}}
+        if isinstance(data, Mapping):
+            augment = data.get("augment") or ()
+            data = {**data, "augment": [augment] if isinstance(augment, str) else augment}
         return from_mapping(cls, data, where=where)
 
 
@@ -293,21 +316,29 @@ class PolicyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """An objective by name, how its policies are sampled, and the objective's own settings."""
+    """An objective by name, how its policies are sampled, and the objective's own settings.
 
-    name: str
-    sampler: SamplerKind = "flow_map"
+    ``sampler`` null takes the objective's own.
+    """
+
+    name: str = "isd"
+    sampler: SamplerKind | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self) -> Objective:
         """The objective."""
         return build_objective(self.name, **self.settings)
 
+    @property
+    def sampler_kind(self) -> SamplerKind:
+        """How policies of this objective are sampled."""
+        return self.sampler or choose(OBJECTIVES, self.name, "objective").sampler
+
     def __post_init__(self) -> None:
         try:
             self.build()
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"objective: {error}") from error
+            raise ConfigError(str(error)) from error
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any], *, where: str = "objective") -> ObjectiveConfig:
@@ -317,18 +348,32 @@ class ObjectiveConfig:
         settings = {**data.get("settings", {}), **rest}
         return from_mapping(cls, {**own, "settings": settings}, where=where)
 
+    @classmethod
+    def complete(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings with the defaults of the objective, side by side."""
+        name = str(data.get("name") or "isd")
+        own = complete(choose(OBJECTIVES, name, "objective"), {})
+        rest = {k: v for k, v in data.items() if k not in ("name", "sampler", "settings")}
+        given = {**data.get("settings", {}), **rest}
+        return {"name": name, "sampler": data.get("sampler"), **merge(own, given)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(LoopConfig):
     """A whole training run. See the parts.
 
-    ``init`` is a policy (bundle, bundled name or hub id) whose weights and normaliser the run
-    starts from; null starts from scratch.
+    Args:
+        data: the demonstrations.
+        control_hz: actions per second of the demonstrations, above 0. It travels with the policy,
+            and a control loop at another rate refuses it. null takes what the store says.
+        init: a policy (bundle, bundled name or hub id) whose weights and normaliser the run starts
+            from; null starts from scratch.
     """
 
-    task: TaskConfig
     data: DataConfig
-    objective: ObjectiveConfig
+    task: TaskConfig = field(default_factory=TaskConfig)
+    control_hz: float | None = None
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     net: NetConfig = field(default_factory=UNet1DConfig)
     encoder: EncoderConfig = field(default_factory=StateEncoderConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -341,6 +386,15 @@ class TrainConfig(LoopConfig):
             self.net.check_horizon(self.policy.horizon)
         except ValueError as error:
             raise ConfigError(f"policy.{error}") from error
+        if self.control_hz is not None:
+            _positive("control_hz", self.control_hz)
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations of the policy: ``eval.nfe``, or the objective's own number."""
+        if self.eval.nfe is not None:
+            return self.eval.nfe
+        return choose(OBJECTIVES, self.objective.name, "objective").nfe
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any]) -> Self:
@@ -348,19 +402,41 @@ class TrainConfig(LoopConfig):
         readers = {"net": net_config, "encoder": encoder_config}
         return from_mapping(cls, {k: readers[k](v) if k in readers else v for k, v in data.items()})
 
+    @classmethod
+    def complete(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        """``data`` with the defaults of every setting it leaves out."""
+        rest = {k: v for k, v in data.items() if k not in ("net", "encoder")}
+        parts: dict[str, tuple[Mapping[str, Any], Any]] = {
+            "net": (NETS, UNet1DConfig),
+            "encoder": (ENCODERS, StateEncoderConfig),
+        }
+        filled = complete(cls, {**rest, "net": {}, "encoder": {}})
+        for name, (known, default) in parts.items():
+            given = dict(data.get(name) or {})
+            kind = choose(known, given.get("kind") or default.kind, f"{name}.kind")
+            filled[name] = merge({"kind": kind.kind, **complete(kind, {})}, given)
+        return filled
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values; :meth:`from_mapping` is its inverse."""
         kinds = {"net": to_mapping(self.net), "encoder": to_mapping(self.encoder)}
         return super().to_dict() | kinds
 
 
-def _plain(value: Any) -> Any:
-    """Tuples to lists, mappings to dicts: what YAML and JSON hold."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
+def parse_rotation(text: str) -> Rotation:
+    """``kind:dim,dim,...`` as a rotation of the action.
+
+    Raises:
+        ConfigError: another form, an unknown kind, or a wrong number of dimensions.
+    """
+    kind, _, dims = text.partition(":")
+    try:
+        return Rotation(kind, tuple(int(n) for n in dims.split(",")))  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ConfigError(
+            f"data.action_rotations: cannot read {text!r}: {error}; expected kind:dimensions, such "
+            "as angle:2 or quaternion:3,4,5,6"
+        ) from error
 
 
 def at_least(name: str, value: float, least: float) -> None:

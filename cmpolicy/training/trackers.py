@@ -1,15 +1,20 @@
-"""Where the numbers of a run go: JSON lines always, TensorBoard, and the terminal."""
+"""Where the numbers of a run go: JSON lines and the terminal always, TensorBoard and wandb."""
 
 from __future__ import annotations
 
 import json
 import math
+import secrets
 import sys
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
 
 from tqdm import tqdm
+
+from cmpolicy.files import write_atomically
+from cmpolicy.training.config import LoopConfig
 
 LOG_FILE = "log.jsonl"
 #: ``train``: averages since the last entry; ``eval``: an evaluation.
@@ -26,6 +31,19 @@ class Tracker(Protocol):
         """Nothing follows."""
 
 
+def run_trackers(config: LoopConfig, run_dir: Path, start: int) -> list[Tracker]:
+    """The trackers of a run that begins, or goes on, at example ``start``.
+
+    Raises:
+        ImportError: a package of ``log.trackers`` is missing; names the extra.
+    """
+    trackers: list[Tracker] = [
+        JsonLines(run_dir, start=start),
+        Terminal(config.examples, start=start, bar=config.log.progress),
+    ]
+    return trackers + [Accelerated(name, run_dir, start=start) for name in config.log.trackers]
+
+
 class JsonLines:
     """``log.jsonl``: one object per line, ``{"kind": ..., "examples": ..., name: value, ...}``.
 
@@ -36,7 +54,7 @@ class JsonLines:
         path = run_dir / LOG_FILE
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _is_before(line, start)]
-            path.write_text("".join(f"{line}\n" for line in kept))
+            write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
         self._file = path.open("a")
 
     def log(self, kind: Kind, examples: int, values: Mapping[str, float]) -> None:
@@ -62,23 +80,50 @@ def read_log(run_dir: Path) -> list[dict[str, Any]]:
     return entries
 
 
-class TensorBoard:
-    """TensorBoard files in ``tensorboard/``; the horizontal axis counts examples."""
+class Accelerated:
+    """One of accelerate's trackers: ``tensorboard`` or ``wandb``. The axis counts examples.
 
-    def __init__(self, run_dir: Path, *, start: int = 0) -> None:
-        # imported here: it takes a second, which runs without TensorBoard need not wait for
-        from torch.utils.tensorboard.writer import SummaryWriter
+    TensorBoard's files go to ``tensorboard/`` in the run's folder, wandb's to ``wandb/``; a resumed
+    run goes on in the same place (wandb: the run's id is the folder's name and its first state's).
 
-        self._writer = SummaryWriter(run_dir / "tensorboard", purge_step=start)
+    Raises:
+        ImportError: the tracker's package is not installed.
+    """
+
+    def __init__(self, name: str, run_dir: Path, *, start: int = 0) -> None:
+        # imported here: they take a second, which runs without them need not wait for
+        from accelerate.tracking import TensorBoardTracker, WandBTracker
+
+        try:
+            if name == "tensorboard":
+                self._tracker: Any = TensorBoardTracker("tensorboard", run_dir, purge_step=start)
+            else:
+                import_module("wandb")
+                self._tracker = WandBTracker(
+                    "cmpolicy", dir=str(run_dir), name=run_dir.name, resume="allow", id=_id(run_dir)
+                )
+            self._tracker.start()
+        except ImportError as error:
+            raise ImportError(
+                f"log.trackers={name} needs the package {error.name or name}: "
+                f"pip install 'cmpolicy[{name}]'"
+            ) from error
 
     def log(self, kind: Kind, examples: int, values: Mapping[str, float]) -> None:
         """See :class:`Tracker`."""
-        for name, value in values.items():
-            self._writer.add_scalar(f"{kind}/{name}", value, examples)
+        self._tracker.log({f"{kind}/{key}": value for key, value in values.items()}, step=examples)
 
     def close(self) -> None:
         """See :class:`Tracker`."""
-        self._writer.close()
+        self._tracker.finish()
+
+
+def _id(run_dir: Path) -> str:
+    """The same for every part of a run: made up once, kept in the run's folder."""
+    file = run_dir / "wandb-id.txt"
+    if not file.is_file():
+        write_atomically(file, secrets.token_hex(8).encode())
+    return file.read_text().strip()
 
 
 class Terminal:
@@ -99,7 +144,7 @@ class Terminal:
 
     def log(self, kind: Kind, examples: int, values: Mapping[str, float]) -> None:
         """See :class:`Tracker`."""
-        text = "  ".join(f"{k} {_short(v)}" for k, v in values.items() if k in _SHOWN)
+        text = "  ".join(f"{k} {_short(v)}" for k, v in values.items() if _is_shown(k))
         if kind == "train":
             if self._bar is not None:
                 self._bar.set_postfix_str(text, refresh=False)
@@ -124,17 +169,12 @@ class Terminal:
             print(text, file=self._stream, flush=True)
 
 
-_SHOWN = (
-    "loss",
-    "loss_fm",
-    "loss_sd",
-    "grad_norm",
-    "examples_per_s",
-    "success",
-    "score",
-    "val_loss",
-    "val_action_error",
-)
+def _is_shown(name: str) -> bool:
+    """Whether a number is worth a place on the terminal."""
+    return name.startswith("loss") or name in _SHOWN
+
+
+_SHOWN = ("grad_norm", "examples_per_s", "success", "score", "val_loss", "val_action_error")
 
 
 def _short(value: float) -> str:

@@ -3,31 +3,21 @@
 A low-dimensional data set is a few megabytes, so it is copied to the device once and every batch
 is gathered there by precomputed row numbers: no worker processes, no host copies per step.
 
-The order of data is a pure function of (seed, example counter), see :mod:`cmpolicy.train.order`.
+The order of data is a pure function of (seed, example counter), see :mod:`cmpolicy.training.order`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, TypedDict
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cmpolicy.train.order import ExampleOrder
-
-
-class Batch(TypedDict):
-    """One training batch in environment units (To observations, T actions of A dimensions).
-
-    obs: (B, To, ...) per key; action: (B, T, A); action_is_pad: (B, T) bool.
-    """
-
-    obs: dict[str, Tensor]
-    action: Tensor
-    action_is_pad: Tensor
+from cmpolicy.policy.policy import Batch
+from cmpolicy.training.order import ExampleOrder
 
 
 class Windows(Protocol):
@@ -95,6 +85,12 @@ class DeviceLoader:
         self._action_rows = torch.from_numpy(np.ascontiguousarray(windows.action)).to(self.device)
         self._is_pad = torch.from_numpy(np.ascontiguousarray(windows.action_is_pad)).to(self.device)
         self._order = ExampleOrder(n_windows, seed=seed, device=self.device)
+
+    @property
+    def action_range(self) -> float:
+        """Largest minus smallest action in env units, root mean square over the dimensions."""
+        span = self._action.amax(0) - self._action.amin(0)
+        return float(span.square().mean().sqrt())
 
     def batch(self, first_example: int, count: int | None = None) -> Batch:
         """The ``count`` examples of the run from ``first_example`` on (default: a whole batch).

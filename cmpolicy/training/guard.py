@@ -14,6 +14,8 @@ class NonFiniteError(RuntimeError):
         grad_norm: the gradient norm of that step.
     """
 
+    exit_status = 1
+
     def __init__(self, examples: int, grad_norm: float) -> None:
         super().__init__(
             f"non-finite gradient at example {examples}: gradient norm {grad_norm}. "

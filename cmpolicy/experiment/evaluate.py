@@ -1,0 +1,363 @@
+"""Score a policy in simulation: results with intervals, reports, videos."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from cmpolicy.experiment.protocols import (
+    ROBOMIMIC,
+    Simulator,
+    open_protocol,
+    own_protocol,
+    read_env_args,
+    require_protocol,
+)
+from cmpolicy.export.runtime import is_exported, open_exported
+from cmpolicy.flow.sampler import SamplerKind
+from cmpolicy.schema import ConfigError
+from cmpolicy_eval import evaluate as scoring
+from cmpolicy_eval.policy import ActionChunkPolicy
+from cmpolicy_eval.protocol import EvalProtocol, check_protocol
+from cmpolicy_eval.report import write_report
+from cmpolicy_eval.result import Result
+from cmpolicy_eval.seeds import parse_seeds
+
+Seeds = int | str | Sequence[int] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings:
+    """How a policy is scored.
+
+    Args:
+        policy: bundle directory, bundled name (pusht), hub id owner/name, or an exported .onnx.
+        name: label in tables and files; null: the policy as given.
+        protocol: pusht-dp, pusht-gym, robomimic-ph, or module:PROTOCOL of your own; null: that of
+            the policy's task.
+        task: of robomimic-ph: lift, can, square, transport or tool_hang; null: the policy's own.
+        env_args: of robomimic-ph: a data set whose environment to build; null: the policy's own.
+        seeds: a range (both ends included), a number, or [a,b,c]; null: all of the protocol's.
+        nfe: network evaluations per action chunk, one result each; null: the policy's own.
+        sampler: flow_map or diagonal; null: the policy's own.
+        noise_scale: the noise is multiplied by it; null: the policy's own. Tune it on other seeds.
+        time_floor: the last of several evaluations starts at this time; null: evenly spaced times.
+        workers: simulator processes; null: one per CPU. Results do not depend on it.
+        batch_size: observations per policy call; null: the protocol's. Results are those of one
+            size.
+        device: auto, cpu or cuda.
+        videos: mp4 of the first so many seeds, and all of them in one GIF.
+        out: folder of result_nfe<n>.json, report.md, report.png, videos/.
+    """
+
+    policy: str
+    name: str | None = None
+    protocol: str | None = None
+    task: str | None = None
+    env_args: str | None = None
+    seeds: Any = None
+    nfe: tuple[int, ...] | None = None
+    sampler: SamplerKind | None = None
+    noise_scale: float | None = None
+    time_floor: float | None = None
+    workers: int | None = None
+    batch_size: int | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    videos: int = 0
+    out: str = "outputs/eval"
+
+    def __post_init__(self) -> None:
+        if self.nfe is not None:
+            if not self.nfe or min(self.nfe) < 1:
+                raise ConfigError(f"nfe must hold numbers of at least 1, got {list(self.nfe)}")
+            if len(set(self.nfe)) != len(self.nfe):
+                raise ConfigError(f"nfe holds a number twice: {list(self.nfe)}")
+        if self.noise_scale is not None and not self.noise_scale > 0:
+            raise ConfigError(f"noise_scale must be above 0, got {self.noise_scale}")
+        fewest = min(self.nfe or (2,))
+        if self.time_floor is not None and not (0 < self.time_floor < 1 < fewest):
+            raise ConfigError(
+                f"time_floor={self.time_floor} must lie in (0, 1) and needs nfe of at least 2, got "
+                f"nfe={list(self.nfe or ())}"
+            )
+        for key, minimum in {"batch_size": 1, "videos": 0, "workers": 1}.items():
+            value = getattr(self, key)
+            if value is not None and value < minimum:
+                raise ConfigError(f"{key} must be at least {minimum}, got {value}")
+
+
+def evaluate(
+    policy: Any,
+    *,
+    protocol: str | EvalProtocol | None = None,
+    seeds: Seeds = None,
+    nfe: int | None = None,
+    out: str | Path | None = None,
+    videos: int = 0,
+    command: str | None = None,
+    **settings: Any,
+) -> Result:
+    """Score a policy in simulation; what ``cmpolicy eval`` does.
+
+    Args:
+        policy: a bundle's folder, a bundled name, a hub id, an exported .onnx; or a policy object
+            (a ConsistencyPolicy, or any other with the ``ActionChunkPolicy`` protocol).
+        protocol: a name, ``module:PROTOCOL``, or an ``EvalProtocol``; None is that of the policy's
+            own task.
+        seeds: of the episodes: a number, a list, or text such as ``"100000-100099"``; None takes
+            all of the protocol's.
+        nfe: network evaluations per action chunk; None takes the policy's own.
+        out: folder for the result file, a report and videos; None writes nothing.
+        videos: of the first so many seeds; needs ``out``.
+        command: recorded in the result; None says that a script called this function.
+        settings: see :class:`EvalSettings`.
+
+    Returns:
+        Score and success with 95 % intervals, every episode, latency, versions.
+
+    Raises:
+        ValueError, OSError: settings or files that cannot be used, a policy that does not fit.
+        RolloutError: an environment failed; names the seed.
+    """
+    if videos and out is None:
+        raise ConfigError("videos=... needs out=..., the folder to write them to")
+    is_object = not isinstance(policy, str | Path)
+    text = type(policy).__name__ if is_object else str(policy)
+    chosen = EvalSettings(
+        policy=text,
+        protocol=protocol if isinstance(protocol, str) else None,
+        seeds=seeds,
+        nfe=None if nfe is None else (nfe,),
+        out="" if out is None else str(out),
+        videos=videos,
+        **settings,
+    )
+    (result,) = score(
+        chosen,
+        command="cmpolicy.evaluate" if command is None else command,
+        policy=policy if is_object else None,
+        protocol=protocol if isinstance(protocol, EvalProtocol) else None,
+    )
+    return result
+
+
+def score(
+    settings: EvalSettings,
+    *,
+    command: str,
+    policy: Any = None,
+    protocol: EvalProtocol | None = None,
+) -> list[Result]:
+    """Score a policy with every number of evaluations that is asked for.
+
+    Results and videos are written to ``settings.out`` unless that is empty.
+
+    Args:
+        settings: all that is asked for.
+        command: recorded in the results.
+        policy: an object in place of ``settings.policy``.
+        protocol: in place of ``settings.protocol``.
+
+    Raises:
+        ValueError, OSError, RolloutError: see :func:`evaluate`.
+    """
+    # What is quick to find wrong comes before torch is loaded.
+    if settings.protocol is not None:
+        check_protocol(settings.protocol)
+    given = None if settings.seeds is None else parse_seeds(settings.seeds)
+    scored = _given(policy, settings) if policy is not None else _open(settings)
+    chosen = protocol or _protocol(settings, scored)
+    first, last = chosen.default_seeds
+    seeds = given or list(range(first, last + 1))
+    out = Path(settings.out).expanduser() if settings.out else None
+    results: list[Result] = []
+    for nfe in settings.nfe or (scored.nfe,):
+        scored.set_nfe(nfe)
+        found = scoring.evaluate(
+            scored.policy,
+            chosen,
+            seeds,
+            nfe=nfe,
+            policy_name=scored.label,
+            n_workers=settings.workers,
+            batch_size=settings.batch_size,
+            keep_chunks=settings.videos,
+            progress=f"nfe={nfe}",
+            device=scored.device,
+            data=scored.data,
+            # one warning will do
+            training_seeds=() if results else _training_seeds(scored.data),
+            command=command,
+        )
+        results.append(found.result)
+        if out is not None:
+            found.result.save(out / f"result_nfe{nfe}.json")
+            _write_videos(out / "videos", chosen, found, settings.videos)
+    return results
+
+
+def report(results: Sequence[str | Path], out: str | Path) -> tuple[list[Result], list[Path]]:
+    """Compare result files; the results, and what was written.
+
+    Raises:
+        ConfigError: no files. ResultError: a file that is no result.
+    """
+    if not results:
+        raise ConfigError("results is empty; give result files: results=[a.json,b.json]")
+    loaded = [Result.load(Path(path).expanduser()) for path in results]
+    return loaded, list(write_report(loaded, Path(out).expanduser()))
+
+
+def _write_videos(
+    folder: Path, protocol: EvalProtocol, scored: scoring.ScoredEpisodes, count: int
+) -> None:
+    if not count:
+        return
+    from cmpolicy_eval.video import write_grid, write_videos
+
+    episodes = scored.episodes[:count]
+    suffix = f"_nfe{scored.result.nfe}"
+    write_videos(folder, protocol, episodes, suffix)
+    write_grid(folder / f"grid{suffix}.gif", protocol, episodes)
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A policy ready to be scored: its label in tables, the data it was trained on, its device.
+
+    ``nfe`` is its own number of evaluations, ``protocol`` and ``simulator`` tell of its task.
+    """
+
+    policy: ActionChunkPolicy
+    nfe: int
+    set_nfe: Callable[[int], None]
+    label: str
+    data: str | None = None
+    device: str = "cpu"
+    protocol: str | None = None
+    simulator: Simulator = field(default_factory=Simulator)
+
+
+def _protocol(settings: EvalSettings, scored: _Scored) -> EvalProtocol:
+    """The protocol asked for, else that of the policy's own task."""
+    name = require_protocol(settings.protocol or scored.protocol, settings.policy)
+    if settings.env_args is not None and name != ROBOMIMIC:
+        raise ConfigError(
+            f"env_args={settings.env_args} is of {ROBOMIMIC}; protocol {name!r} is one "
+            "environment. Leave it out"
+        )
+    simulator = scored.simulator
+    if settings.env_args is not None:
+        simulator = replace(simulator, env_args=read_env_args(settings.env_args))
+    return open_protocol(name, settings.task, simulator)
+
+
+def _open(settings: EvalSettings) -> _Scored:
+    return _open_exported(settings) if is_exported(settings.policy) else _open_bundle(settings)
+
+
+def _given(policy: Any, settings: EvalSettings) -> _Scored:
+    """A policy object of the caller's; its settings are put back by nobody, so none are changed."""
+    for name in ("sampler", "noise_scale", "time_floor"):
+        if getattr(settings, name) is not None:
+            raise ConfigError(f"{name}={getattr(settings, name)}: set it on the policy itself")
+    own = int(getattr(policy, "nfe", 1))
+    if settings.nfe is not None and settings.nfe != (own,):
+        if not hasattr(policy, "nfe"):
+            raise ConfigError(f"nfe={settings.nfe[0]}, but {type(policy).__name__} has no nfe")
+        policy = _WithNfe(policy, settings.nfe[0])
+    device = str(getattr(policy, "device", "cpu"))
+    return _Scored(policy, own, lambda nfe: None, settings.name or settings.policy, device=device)
+
+
+class _WithNfe:
+    """A policy asked with another number of evaluations than its own, without changing it."""
+
+    def __init__(self, policy: Any, nfe: int) -> None:
+        self._policy, self._nfe = policy, nfe
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._policy, name)
+
+    def infer(self, obs: Any, noise: Any = None) -> Any:
+        """The policy's."""
+        return self._policy.infer(obs, noise, nfe=self._nfe)
+
+
+def _open_bundle(settings: EvalSettings) -> _Scored:
+    import torch
+
+    from cmpolicy.policy.bundle import read_metadata
+    from cmpolicy.policy.policy import ConsistencyPolicy
+    from cmpolicy.training.device import choose_device
+
+    device = choose_device(settings.device)
+    policy = ConsistencyPolicy.from_pretrained(settings.policy, device).eval()
+    label = settings.name or settings.policy
+    if settings.sampler is not None and settings.sampler != policy.sampler:
+        label += f" [{settings.sampler}]"
+        policy.sampler = settings.sampler
+    if settings.noise_scale is not None and settings.noise_scale != policy.noise_scale:
+        label += f" [noise {settings.noise_scale}]"
+        policy.noise_scale = settings.noise_scale
+    if settings.time_floor is not None:
+        label += f" [floor {settings.time_floor}]"
+        policy.time_floor = settings.time_floor
+    metadata = read_metadata(settings.policy)
+    is_gpu = device.type == "cuda"
+    return _Scored(
+        policy,
+        policy.nfe,
+        lambda nfe: setattr(policy, "nfe", nfe),
+        label,
+        metadata.get("data"),
+        f"cuda ({torch.cuda.get_device_name(policy.device)})" if is_gpu else "cpu",
+        own_protocol(metadata),
+        Simulator.from_mapping(metadata.get("simulator", {})),
+    )
+
+
+def _open_exported(settings: EvalSettings) -> _Scored:
+    """What was fixed at export cannot be set here."""
+    policy = open_exported(settings.policy)
+    facts = policy.facts
+    again = f"export it again: cmpolicy export policy=<bundle> out={settings.policy}"
+    if settings.nfe not in (None, (facts.nfe,)):
+        raise ConfigError(
+            f"{settings.policy} makes {facts.nfe} evaluation(s), not nfe={list(settings.nfe or ())}"
+            f"; leave nfe out, or {again} nfe=..."
+        )
+    for name, own in (("sampler", facts.sampler), ("noise_scale", facts.noise_scale)):
+        if getattr(settings, name) not in (None, own):
+            raise ConfigError(
+                f"{settings.policy} has {name}={own}, not {getattr(settings, name)}; set it in the "
+                f"bundle and {again}"
+            )
+    if settings.time_floor is not None:
+        raise ConfigError(
+            f"{settings.policy} has fixed times; leave out time_floor, or give a bundle"
+        )
+    if settings.device == "cuda":
+        raise ConfigError(f"{settings.policy} runs on the CPU; give device=cpu or a bundle")
+    return _Scored(
+        policy,
+        facts.nfe,
+        lambda nfe: None,
+        settings.name or settings.policy,
+        facts.data,
+        "cpu",
+        facts.protocol,
+        Simulator.from_mapping(facts.simulator),
+    )
+
+
+def _training_seeds(source: str | None) -> Iterable[int] | None:
+    """Seeds of the episodes that a policy was trained on, where the data say; else None."""
+    if source != "pusht_scripted":
+        return None
+    from cmpolicy_data import ReplayBuffer, bundled_path
+
+    seeds = ReplayBuffer.open(bundled_path("pusht")).attrs.get("seeds")
+    return None if seeds is None else [int(seed) for seed in seeds]
