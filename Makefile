@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 SOURCES := cmpolicy envs data eval conf tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types imports unit bench clean
+.PHONY: help install demo test lint types imports unit gpu bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,11 @@ imports: install  ## import-linter: the layers of the architecture
 # One torch thread per worker: JOBS workers on JOBS cores.
 unit: install  ## pytest alone (JOBS=2 workers; PYTEST_ARGS="-k windows" to choose)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+gpu: install  ## figures of a GPU, its tests, and ten minutes of training on it
+	$(BIN)/cmpolicy bench gpu out=outputs/gpu/figures.json
+	$(BIN)/pytest -m gpu
+	$(BIN)/cmpolicy bench gpu minutes=10 net=small data.augment=[recentre,mirror] out=outputs/gpu/run
 
 bench: install  ## step, latency and rollout times of this machine
 	$(BIN)/cmpolicy bench step

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cmpolicy.bench import delay, latency, loop, rollout, server, step
+from cmpolicy.bench import delay, gpu, latency, loop, rollout, server, step
 from cmpolicy.bench.report import Report
 from cmpolicy.cli.parse import Composition, describe, read, split
 from cmpolicy.nn.registry import encoder_config, net_config
@@ -26,6 +26,8 @@ commands:
   rollout   wall time of an evaluation; for Robomimic beside bare robosuite environments
   server    a policy server on loopback: what it adds, and many clients at once
   loop      the control loop with a robot that costs nothing: missed ticks, jitter, memory
+  gpu       training steps, decisions and memory on a GPU, each row alone; minutes=8 trains instead,
+            by preset=gpu and every other setting of `cmpolicy train`
   delay     Push-T with injected inference delay, synchronous against asynchronous; a plot, too
 
 `cmpolicy bench COMMAND --help` lists its settings."""
@@ -36,6 +38,7 @@ _SETTINGS: dict[str, type[Any]] = {
     "server": server.ServerSettings,
     "loop": loop.LoopSettings,
     "delay": delay.DelaySettings,
+    "gpu": gpu.GpuSettings,
 }
 _SIMPLE: dict[str, Callable[[Any], Report]] = {
     "rollout": rollout.measure_rollout,
@@ -59,6 +62,8 @@ def run(words: Sequence[str]) -> int:
     name, *rest = words
     cls = choose(_SETTINGS, name, "benchmark")
     command = shlex.join(["cmpolicy", "bench", *words])
+    if name == "gpu":
+        return _gpu(rest, command)
     if name == "step":
         settings, others = split(cls, rest)
         report = step.measure_step(settings, *_objectives(others))
@@ -72,6 +77,17 @@ def run(words: Sequence[str]) -> int:
             report = _SIMPLE[name](settings)
     print(report.table())
     print(f"written to {report.save(settings.out, command)}")
+    return 0
+
+
+def _gpu(words: Sequence[str], command: str) -> int:
+    settings, others = split(gpu.GpuSettings, words)
+    if settings.minutes is not None:
+        config = TrainConfig.from_mapping(_TRAINING.compose(["preset=gpu", *others]))
+        print(gpu.train_for(config, settings.minutes, settings.out, command))
+        return 0
+    pairs = [(net, *_objectives([f"net={net}", *others])) for net in settings.nets]
+    print(gpu.measure_gpu(settings, pairs, command).table())
     return 0
 
 

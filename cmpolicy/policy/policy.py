@@ -301,8 +301,11 @@ class ConsistencyPolicy(nn.Module):
         tensors = {key: torch.as_tensor(value, **here) for key, value in known.items()}
         z = None if noise is None else torch.as_tensor(noise, **here)
         trajectory = self.predict_trajectory(tensors, nfe=nfe, noise=z)
-        plan: npt.NDArray[Any] = trajectory[:, self.spec.n_obs_steps - 1 :].cpu().numpy()
-        return plan
+        plan = trajectory[:, self.spec.n_obs_steps - 1 :]
+        if plan.dtype is torch.bfloat16:  # which numpy does not know
+            plan = plan.float()
+        found: npt.NDArray[Any] = plan.cpu().numpy()
+        return found
 
     # -- bundles --------------------------------------------------------------------------------
 
