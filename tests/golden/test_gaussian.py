@@ -90,7 +90,7 @@ def test_difference_is_of_second_order(gaussian: Any) -> None:
 
 
 def test_difference_stays_inside_the_interval(gaussian: Any) -> None:
-    """Near t = s and t = 1 the difference is one-sided; no time outside [s, 1] is asked for."""
+    """Near t = s the difference is one-sided, no time below s is asked for; t = 1 may be passed."""
     asked: list[tuple[Tensor, Tensor]] = []
 
     def net(x: Tensor, t: Tensor, s: Tensor, features: Tensor | None) -> Tensor:
@@ -105,7 +105,7 @@ def test_difference_stays_inside_the_interval(gaussian: Any) -> None:
     u = gaussian.net.velocity(x, t, features)
     found = derivative_difference(flow_map, x, t, s, features, u)
     ((asked_t, asked_s),) = asked
-    assert (asked_t <= 1).all()
+    assert asked_t.max() > 1
     assert (asked_t >= asked_s).all()
     exact = derivative_jvp(gaussian.flow_map, x, t, s, features, u)
     assert torch.isfinite(found).all()

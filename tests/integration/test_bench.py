@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,19 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
 from cmpolicy.bench.diffusion import SAMPLERS, diffusion_chunk
-from cmpolicy.bench.latency import Contender, time_calls
+from cmpolicy.bench.latency import Contender, LatencySettings, time_calls
 from cmpolicy.bench.networks import Runtime, make_runtime
-from cmpolicy.bench.settings import LatencySettings
 from cmpolicy.bench.step import time_pairs
-from cmpolicy.cli.bench import main
+from cmpolicy.cli.main import main as command
 from cmpolicy.export.plan_map import example_inputs
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy_data import ReplayBuffer
+
+
+def main(words: Sequence[str]) -> int:
+    """``cmpolicy bench``."""
+    return command(["bench", *words])
+
 
 OBS = {"agent_pos": (2,), "keypoint": (9, 2)}
 

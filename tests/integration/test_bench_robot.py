@@ -1,7 +1,7 @@
 """cmpolicy bench loop and delay, and the delayed episodes behind the latter."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from cmpolicy.bench.delayed import BATCH_SIZE, delayed_rollout
-from cmpolicy.cli.bench import main
+from cmpolicy.cli.main import main as command
 from cmpolicy.export.write import export_policy
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.robot.schedule import Asynchronous, Synchronous
@@ -19,6 +19,11 @@ from cmpolicy_envs.realtime_pusht import SUBSTEPS, LateActions, advance
 from cmpolicy_eval.protocol import get_protocol
 from cmpolicy_eval.result import Result
 from cmpolicy_eval.rollout import rollout
+
+
+def main(words: Sequence[str]) -> int:
+    """``cmpolicy bench``."""
+    return command(["bench", *words])
 
 
 @pytest.fixture(scope="module")

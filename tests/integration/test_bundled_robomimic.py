@@ -1,15 +1,22 @@
 """The Robomimic demonstrations and policies that come with the package."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cmpolicy.cli.eval import main
+from cmpolicy.cli.main import main as command
 from cmpolicy_data import ReplayBuffer
 from cmpolicy_data.catalog import bundled_path
 from cmpolicy_data.validation import validate
 from cmpolicy_eval.result import Result
+
+
+def main(words: Sequence[str]) -> int:
+    """``cmpolicy eval``."""
+    return command(["eval", *words])
+
 
 pytest.importorskip("robosuite")
 

@@ -1,13 +1,19 @@
 """``cmpolicy data`` as a user meets it: output, messages, exit status."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
 
-from cmpolicy.cli.data import main
+from cmpolicy.cli.main import main as command
 from cmpolicy_data import ReplayBuffer, validate
+
+
+def main(words: Sequence[str]) -> int:
+    """``cmpolicy data``."""
+    return command(["data", *words])
 
 
 @pytest.fixture

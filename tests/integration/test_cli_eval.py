@@ -1,12 +1,13 @@
 """``cmpolicy eval`` from end to end with a tiny real policy, and every way to get it wrong."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cmpolicy.cli.eval import main
+from cmpolicy.cli.main import main as command
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
 from cmpolicy.policy.policy import ConsistencyPolicy
@@ -14,6 +15,12 @@ from cmpolicy.spec import PolicySpec
 from cmpolicy_data import ReplayBuffer, bundled_path
 from cmpolicy_eval import get_protocol, rollout
 from cmpolicy_eval.result import Result
+
+
+def main(words: Sequence[str]) -> int:
+    """``cmpolicy eval``."""
+    return command(["eval", *words])
+
 
 NET = UNet1DConfig((8, 16), kernel_size=3, n_groups=4, time_dim=8)
 

@@ -2,17 +2,27 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cmpolicy.cli.eval import main as evaluate
-from cmpolicy.cli.export import main
+from cmpolicy.cli.main import main as command
 from cmpolicy.export.runtime import open_exported
 from cmpolicy.policy.bundle import read_hashes
 from cmpolicy.policy.policy import ConsistencyPolicy
+
+
+def evaluate(words: Sequence[str]) -> int:
+    """``cmpolicy eval``."""
+    return command(["eval", *words])
+
+
+def main(words: Sequence[str]) -> int:
+    """``cmpolicy export``."""
+    return command(["export", *words])
+
 
 METADATA: dict[str, Any] = {"data": "mine", "config": {"task": {"protocol": "pusht-dp"}}}
 

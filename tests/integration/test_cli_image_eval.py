@@ -1,18 +1,25 @@
 """``cmpolicy image sample`` and ``eval``, with a small model that nobody has trained."""
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from cmpolicy.cli.image import main
+from cmpolicy.cli.main import main as cmpolicy
 from cmpolicy.experiment.image.results import ImageResult
 from cmpolicy.experiment.image.sampling import noise_generators, parse_classes, spread_over
 from cmpolicy.image.net import UNetConfig, build_net
 from cmpolicy.image.pipeline import ConsistencyImagePipeline
 from cmpolicy.schema import ConfigError
+
+
+def main(words: Sequence[str]) -> int:
+    """``cmpolicy image``."""
+    return cmpolicy(["image", *words])
+
 
 NAMES = ["lying", "standing"]
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,22 @@ import numpy as np
 import pytest
 import torch
 
-from cmpolicy.cli.image import main
-from cmpolicy.cli.image_eval import trained_on
-from cmpolicy.cli.image_train import PACKAGE
-from cmpolicy.cli.parse import compose_settings
+from cmpolicy.cli.main import main as command
+from cmpolicy.cli.parse import Composition
 from cmpolicy.experiment.image.config import ImageTrainConfig
-from cmpolicy.experiment.image.train import train_images
+from cmpolicy.experiment.image.evaluate import trained_on
+from cmpolicy.experiment.image.train import resume_images, train_images
 from cmpolicy.experiment.run import read_yaml
 from cmpolicy.image.pipeline import ConsistencyImagePipeline
 from cmpolicy.schema import ConfigError
 from cmpolicy.training.checkpoint import load_state
 from cmpolicy.training.trackers import read_log
+
+
+def main(words: Sequence[str]) -> int:
+    """``cmpolicy image``."""
+    return command(["image", *words])
+
 
 HANG = 600  # seconds after which a process is taken to hang; a busy machine needs minutes
 TINY = [
@@ -39,7 +45,7 @@ TINY = [
     "eval.per_class=1",
     "save_every=32",
     "log.every=16",
-    "log.tensorboard=false",
+    "log.trackers=[]",
     "device=cpu",
     "precision=fp32",
 ]
@@ -112,16 +118,15 @@ def test_a_run_gives_a_model_that_makes_images(
 def test_resume_is_bit_exact(tmp_path: Path, words: list[str]) -> None:
     """Two steps and two more are four steps; the labels that are dropped included."""
     unet = [w for w in TINY if not (w.startswith("net.") and "net=dit" in words)]
-    settings = compose_settings(
-        "train", [*unet, *words, "examples=32", "eval.every=24", "save_every=16"], package=PACKAGE
-    )
+    composition = Composition(ImageTrainConfig, package="cmpolicy_conf.image")
+    more = ["examples=32", "eval.every=24", "save_every=16"]
+    settings = composition.compose([*unet, *words, *more])
     settings.pop("out")
     config = ImageTrainConfig.from_mapping(settings)
-    train_images(config, "straight", command="")
-    assert train_images(config, "parts", command="", until=16).outcome.examples == 16
+    train_images(config, "straight")
+    assert train_images(config, "parts", until=16).end.examples == 16
     assert load_state(tmp_path / "parts").values["examples"] == 16
-    run = train_images(config, "parts", command="", resume=True)
-    assert run.outcome.finished
+    assert resume_images("parts").finished
     a, b = load_state(tmp_path / "straight"), load_state(tmp_path / "parts")
     assert a.tensors.keys() == b.tensors.keys()
     for name, tensor in a.tensors.items():

@@ -1,19 +1,30 @@
 """Robomimic tasks from the words to a scored bundle, on synthetic stores of the right shapes."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cmpolicy.cli.eval import main as evaluate
-from cmpolicy.cli.train import main as train
+from cmpolicy.cli.main import main as command
 from cmpolicy.policy.bundle import read_metadata
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy_data import ReplayBuffer
 from cmpolicy_envs.robomimic import RobomimicEnv
 from cmpolicy_envs.robomimic_args import default_env_args
 from cmpolicy_envs.robomimic_tasks import get_task
+
+
+def evaluate(words: Sequence[str]) -> int:
+    """``cmpolicy eval``."""
+    return command(["eval", *words])
+
+
+def train(words: Sequence[str]) -> int:
+    """``cmpolicy train``."""
+    return command(["train", *words])
+
 
 OBJECT = {"lift": 10, "tool_hang": 44, "transport": 41}  # numbers of robosuite's object state
 TINY = [
@@ -24,7 +35,7 @@ TINY = [
     "examples=32",
     "batch_size=8",
     "optim.warmup=8",
-    "log.tensorboard=false",
+    "log.trackers=[]",
     "eval.windows=8",
     "device=cpu",
 ]

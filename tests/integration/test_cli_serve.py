@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,28 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from cmpolicy import RemotePolicy
-from cmpolicy.cli.bench import main as bench
-from cmpolicy.cli.export import main as export
-from cmpolicy.cli.serve import main
+from cmpolicy.cli.main import main as command
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.serve.client import RemotePolicyError
 from cmpolicy.spec import PolicySpec
+
+
+def bench(words: Sequence[str]) -> int:
+    """``cmpolicy bench``."""
+    return command(["bench", *words])
+
+
+def export(words: Sequence[str]) -> int:
+    """``cmpolicy export``."""
+    return command(["export", *words])
+
+
+def main(words: Sequence[str]) -> int:
+    """``cmpolicy serve``."""
+    return command(["serve", *words])
+
 
 WAIT = 120.0  # s: a busy machine takes a while to load torch
 OBS = {"state": np.ones((1, 2, 3), np.float32)}

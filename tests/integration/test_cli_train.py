@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,23 @@ import numpy as np
 import pytest
 import torch
 
-from cmpolicy.cli.parse import compose_settings
-from cmpolicy.cli.train import main
+from cmpolicy.cli.main import main as command
+from cmpolicy.cli.train import compose
 from cmpolicy.experiment.data import load_training_data
 from cmpolicy.experiment.run import read_yaml
-from cmpolicy.experiment.scoring import Scorer
+from cmpolicy.experiment.scoring import PolicyScorer
 from cmpolicy.experiment.train import new_policy
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.training.checkpoint import load_state
-from cmpolicy.training.config import TrainConfig
 from cmpolicy.training.trackers import read_log
 from cmpolicy_data import ReplayBuffer
 from cmpolicy_eval.result import Result
+
+
+def main(words: Sequence[str]) -> int:
+    """``cmpolicy train``."""
+    return command(["train", *words])
+
 
 HANG = 600  # seconds after which a process is taken to hang; a busy machine needs minutes
 TINY = [
@@ -39,7 +45,7 @@ TINY = [
     "examples=64",
     "optim.warmup=16",
     "log.every=16",
-    "log.tensorboard=false",
+    "log.trackers=[]",
     "eval.every=32",
     "save_every=32",
     "device=cpu",
@@ -379,11 +385,9 @@ def test_validation_counts_every_term_before_it_joins_the_training(
 
 def test_of_policies_that_score_alike_the_later_ranks_higher() -> None:
     words = ["task=pusht", *TINY, "eval.episodes=1", "eval.workers=1"]
-    settings = compose_settings("train", words)
-    del settings["out"]
-    config = TrainConfig.from_mapping(settings)
+    config = compose(*words)
     data = load_training_data(config)
-    policy, scorer = new_policy(config, data), Scorer(config, data, None, command="")
+    policy, scorer = new_policy(config, data), PolicyScorer(config, data, None, command="")
     ranks = [scorer(policy, examples).rank for examples in (32, 64)]
     assert ranks[0][:-1] == ranks[1][:-1]
     assert ranks[0] < ranks[1]

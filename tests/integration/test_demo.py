@@ -1,17 +1,24 @@
 """``make demo`` with a training of seconds: what it leaves, says, and does when run again."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import imageio.v2 as imageio
 import numpy as np
 import pytest
 
-from cmpolicy.cli.demo import main
+from cmpolicy.cli.main import main as command
 from cmpolicy.experiment.run import COMMAND_FILE
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.training.trackers import read_log
 from cmpolicy_eval.result import Result
+
+
+def main(words: Sequence[str]) -> int:
+    """``cmpolicy demo``."""
+    return command(["demo", *words])
+
 
 SHORT = [
     "net=tiny",
@@ -22,7 +29,7 @@ SHORT = [
     "batch_size=16",
     "optim.warmup=16",
     "log.every=16",
-    "log.tensorboard=false",
+    "log.trackers=[]",
     "eval.every=64",
     "eval.windows=32",
     "eval.episodes=1",

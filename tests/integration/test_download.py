@@ -4,7 +4,7 @@ import hashlib
 import io
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cmpolicy.cli.data import main
+from cmpolicy.cli.main import main as command
 from cmpolicy_data import ReplayBuffer, load_demonstrations
 from cmpolicy_data.download import (
     PUSHT_HUMAN,
@@ -22,6 +22,12 @@ from cmpolicy_data.download import (
     download,
     fetch,
 )
+
+
+def main(words: Sequence[str]) -> int:
+    """``cmpolicy data``."""
+    return command(["data", *words])
+
 
 CONTENT = bytes(np.random.default_rng(0).integers(0, 256, 400_000, dtype=np.uint8))
 

@@ -1,7 +1,7 @@
 """Generated Robomimic demonstrations: reproducible, successful; files are handled with care."""
 
 import multiprocessing
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cmpolicy.cli.data import main
 from cmpolicy_data.robomimic_file import RobomimicFile
 from cmpolicy_envs.robomimic_args import EnvArgs, default_env_args
 
 h5py = pytest.importorskip("h5py")
 pytest.importorskip("robosuite")
 
+from cmpolicy.cli.main import main as command  # noqa: E402
 from cmpolicy_data.generate.robomimic.attempt import (  # noqa: E402
     SKILLS,
     VERSION,
@@ -27,6 +27,12 @@ from cmpolicy_data.generate.robomimic.attempt import (  # noqa: E402
 from cmpolicy_data.generate.robomimic.crew import AttemptError, attempts  # noqa: E402
 from cmpolicy_data.generate.robomimic.motion import Style  # noqa: E402
 from cmpolicy_data.generate.robomimic.runner import generate  # noqa: E402
+
+
+def main(words: Sequence[str]) -> int:
+    """``cmpolicy data``."""
+    return command(["data", *words])
+
 
 SEED = 3
 KEYS = {

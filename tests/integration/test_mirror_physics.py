@@ -9,7 +9,7 @@ import pytest
 
 import cmpolicy_envs  # noqa: F401  (registers the environments)
 from cmpolicy_data import ReplayBuffer
-from cmpolicy_data.augment import mirror_points, mirror_pusht, mirror_state
+from cmpolicy_data.augment import Episodes, mirror_points, mirror_pusht, mirror_state
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_mirrored_human_demonstrations_reach_the_same_coverage(
 ):
     buffer = ReplayBuffer.open(pusht_human)
     data = {key: buffer.load(key) for key in ("state", "action")}
-    mirrored = mirror_pusht(data, buffer.episode_ends)
+    mirrored = mirror_pusht(Episodes(data, buffer.episode_ends, np.arange(buffer.n_episodes)))
     begins = mirrored.episode_ends - np.diff(mirrored.episode_ends, prepend=0)
     for episode in (0, 6, 41, 137):
         best = []

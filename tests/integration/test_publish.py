@@ -1,15 +1,30 @@
 """cmpolicy publish: the bundle that is handed out, its card and its results."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cmpolicy.cli.eval import main as evaluate
-from cmpolicy.cli.publish import main
-from cmpolicy.cli.train import main as train
+from cmpolicy.cli.main import main as command
 from cmpolicy.policy.bundle import read_metadata
 from cmpolicy.policy.policy import ConsistencyPolicy
+
+
+def evaluate(words: Sequence[str]) -> int:
+    """``cmpolicy eval``."""
+    return command(["eval", *words])
+
+
+def main(words: Sequence[str]) -> int:
+    """``cmpolicy publish``."""
+    return command(["publish", *words])
+
+
+def train(words: Sequence[str]) -> int:
+    """``cmpolicy train``."""
+    return command(["train", *words])
+
 
 TINY = ["net=tiny", "net.down_dims=[8,16]", "net.n_groups=4", "net.time_dim=8", "encoder.dim=8"]
 
@@ -19,7 +34,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A policy of two training steps."""
     run = tmp_path_factory.mktemp("run") / "run"
     words = ["task=pusht", *TINY, "examples=16", "batch_size=8", "optim.warmup=0", f"out={run}"]
-    words += ["eval.episodes=0", "eval.windows=8", "log.tensorboard=false", "device=cpu"]
+    words += ["eval.episodes=0", "eval.windows=8", "log.trackers=[]", "device=cpu"]
     assert train(words) == 0
     return run / "policy"
 

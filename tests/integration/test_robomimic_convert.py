@@ -2,9 +2,7 @@
 
 import json
 import os
-import re
-import xml.etree.ElementTree as ET
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from operator import methodcaller
 from pathlib import Path
@@ -15,17 +13,21 @@ import pytest
 import zarr
 from scipy.spatial.transform import Rotation
 
-from cmpolicy.cli.data import main
-from cmpolicy_data import ReplayBuffer, validate
-from cmpolicy_data.convert import human
+from cmpolicy.cli.main import main as command
+from cmpolicy_data import ReplayBuffer
 from cmpolicy_data.convert.goals import Recording, goal_reader
-from cmpolicy_data.convert.recorded_env import RecordedEnvError, recorded_env
+from cmpolicy_data.convert.recorded_env import recorded_env
 from cmpolicy_data.convert.replay import ReplayError, replay
 from cmpolicy_data.convert.robomimic import convert
 from cmpolicy_data.convert.workers import map_in_order
-from cmpolicy_data.robomimic_file import RobomimicFileError
 from cmpolicy_envs.robomimic_args import default_env_args
 from cmpolicy_envs.rotations import rot6d_to_matrix
+
+
+def main(words: Sequence[str]) -> int:
+    """``cmpolicy data``."""
+    return command(["data", *words])
+
 
 h5py = pytest.importorskip("h5py")
 pytest.importorskip("robosuite")
@@ -220,154 +222,6 @@ class TestReplay:
         zarr.open_group(tmp_path / "x.zarr", mode="r+").attrs["env_args"] = "{"
         with pytest.raises(ValueError, match="attribute env_args: env_args is not valid JSON"):
             replay(tmp_path / "x.zarr")
-
-
-class TestHuman:
-    """A file as robosuite 1.0 wrote it, made of the demonstrations with today's robosuite."""
-
-    @pytest.fixture
-    def recorded(self, source: Path, tmp_path: Path) -> Path:
-        folder = tmp_path / "human"
-        folder.mkdir()
-        info = {
-            "env_name": "Lift",
-            "robots": "Panda",
-            "controller_configs": {
-                "type": "OSC_POSE",
-                "input_max": 1,
-                "input_min": -1,
-                "output_max": [0.05, 0.05, 0.05, 0.5, 0.5, 0.5],
-                "output_min": [-0.05, -0.05, -0.05, -0.5, -0.5, -0.5],
-                "kp": 150,
-                "damping_ratio": 1,
-                "impedance_mode": "fixed",
-                "kp_limits": [0, 300],
-                "damping_ratio_limits": [0, 10],
-                "position_limits": None,
-                "orientation_limits": None,
-                "uncouple_pos_ori": True,
-                "control_delta": True,
-                "interpolation": None,
-                "ramp_ratio": 0.2,
-            },
-        }
-        with h5py.File(source) as file, h5py.File(folder / "demo.hdf5", "w") as out:
-            data = out.create_group("data")
-            data.attrs["env_info"] = json.dumps(info)
-            data.attrs["repository_version"] = "1.0.0"
-            for name in file["data"]:
-                demo = data.create_group(name)
-                demo.attrs["model_file"] = f"{name}.xml"
-                xml = file[f"data/{name}"].attrs["model_file"]
-                (folder / f"{name}.xml").write_text(_old_scene(xml))
-                demo["actions"] = file[f"data/{name}/actions"][()]
-                demo["states"] = _old_states(file[f"data/{name}/states"][()])
-        return folder / "demo.hdf5"
-
-    def test_observations_and_states_are_those_of_today(
-        self, recorded: Path, source: Path, absolute: Path, tmp_path: Path
-    ):
-        report = human.convert(recorded, tmp_path / "x.zarr", actions="absolute")
-        assert validate(tmp_path / "x.zarr", ["action", "state"]) == []
-        buffer, today = ReplayBuffer.open(tmp_path / "x.zarr"), ReplayBuffer.open(absolute)
-        assert report.episodes == EPISODES
-        assert buffer.episode_ends.tolist() == today.episode_ends.tolist()
-        np.testing.assert_allclose(buffer["state"][:], today["state"][:], rtol=0, atol=1e-12)
-        for key in ("action", "object", "robot0_eef_pos", "robot0_eef_quat"):
-            np.testing.assert_allclose(buffer[key][:], today[key][:], atol=1e-5, err_msg=key)
-        assert replay(tmp_path / "x.zarr").success_rate == 1.0
-
-    def test_the_scene_must_be_there(self, recorded: Path, tmp_path: Path):
-        (recorded.parent / "demo_1.xml").rename(recorded.parent / "other.xml")
-        with pytest.raises(RobomimicFileError, match=r"demo_1 lacks its scene demo_1\.xml"):
-            human.convert(recorded, tmp_path / "x.zarr")
-        (recorded.parent / "demo_1.xml").write_text("<mujoco>")
-        with pytest.raises(RobomimicFileError, match="demo_1 lacks a readable scene"):
-            human.convert(recorded, tmp_path / "x.zarr")
-        (recorded.parent / "demo_1.xml").write_text("<mujoco/>")
-        with pytest.raises(RecordedEnvError, match=r"lacks the joints cube_joint0, gripper0_right"):
-            human.convert(recorded, tmp_path / "x.zarr")
-        assert not (tmp_path / "x.zarr").exists()
-
-    def test_without_success(self, recorded: Path, tmp_path: Path):
-        def cut(file: Any) -> None:
-            demo = file["data/demo_1"]
-            for key in ("actions", "states"):
-                values = demo[key][:5]
-                del demo[key]
-                demo[key] = values
-
-        copy = changed(recorded, recorded.parent.parent, cut)
-        for scene in recorded.parent.glob("*.xml"):
-            scene.rename(copy.parent / scene.name)
-        with pytest.raises(RecordedEnvError, match="none of its 5 states counts as success"):
-            human.convert(copy, tmp_path / "x.zarr")
-
-    @pytest.mark.parametrize(
-        ("info", "message"),
-        [
-            (None, r"lacks what says in which environment .*env_info"),
-            ({"env_name": "Lift"}, r"env_info of data.*'robots'"),
-            ({"env_name": "NutAssembly"}, r"Robomimic's is 'NutAssemblySquare', with one"),
-            ({"env_name": "Door"}, r"'Door', which is none of the Robomimic tasks"),
-            ({"robots": "Sawyer"}, r"Sawyer.*'Panda'"),
-            ({"controller_configs": {"type": "JOINT_POSITION"}}, r"JOINT_POSITION.*OSC_POSE"),
-        ],
-    )
-    def test_what_it_lacks(
-        self, recorded: Path, tmp_path: Path, info: dict[str, Any] | None, message: str
-    ):
-        with h5py.File(recorded, "r+") as file:
-            attrs = file["data"].attrs
-            full = json.loads(attrs["env_info"])
-            del attrs["env_info"]
-            if info is not None:
-                attrs["env_info"] = json.dumps(
-                    info if info == {"env_name": "Lift"} else full | info
-                )
-        with pytest.raises(ValueError, match=message):
-            human.convert(recorded, tmp_path / "x.zarr")
-
-    def test_layouts_are_told_apart(self, recorded: Path, source: Path, tmp_path: Path):
-        with pytest.raises(RobomimicFileError, match="cmpolicy data convert robosuite"):
-            convert(recorded, tmp_path / "x.zarr")
-        with pytest.raises(RobomimicFileError, match=r"`cmpolicy data\s+convert robomimic`"):
-            human.convert(source, tmp_path / "x.zarr")
-
-    def test_the_recorded_lift_of_robosuite_1_0(self, shared_data: Path, tmp_path: Path):
-        demo = shared_data / "robosuite_human_demos" / "lift" / "demo.hdf5"
-        if not demo.is_file():
-            pytest.skip(f"no human demonstrations at {demo}")
-        report = human.convert(demo, tmp_path / "x.zarr", actions="absolute")
-        assert (report.episodes, report.steps) == (1, 412)
-        assert replay(tmp_path / "x.zarr").failed == ()
-
-    @pytest.mark.parametrize("task", ["door", "stack", "wipe", "nut-assembly", "pick-place"])
-    def test_the_other_recorded_tasks(self, shared_data: Path, tmp_path: Path, task: str):
-        demo = shared_data / "robosuite_human_demos" / task / "demo.hdf5"
-        if not demo.is_file():
-            pytest.skip(f"no human demonstrations at {demo}")
-        with pytest.raises(RecordedEnvError, match="Robomimic"):
-            human.convert(demo, tmp_path / "x.zarr")
-
-
-def _old_scene(xml: str) -> str:
-    """The cube before the robot, and the names of joints that robosuite 1.0 gave."""
-    tree = ET.fromstring(xml)
-    world = tree.find("worldbody")
-    assert world is not None
-    cube = next(b for b in world if any(j.get("name") == "cube_joint0" for j in b.iter()))
-    world.remove(cube)
-    world.insert(0, cube)
-    text = ET.tostring(tree, encoding="unicode").replace("cube_joint0", "cube_jnt0")
-    return re.sub(r'"gripper0_right_(finger_joint\d)"', r'"gripper0_\1"', text)
-
-
-def _old_states(states: Any) -> Any:
-    """States with the numbers of the cube (7 of qpos, 6 of qvel) first; time not from 0."""
-    time, robot, cube = states[:, :1] + 0.25, states[:, 1:10], states[:, 10:17]
-    robot_vel, cube_vel = states[:, 17:26], states[:, 26:]
-    return np.concatenate([time, cube, robot, cube_vel, robot_vel], axis=1)
 
 
 class TestWorkers:

@@ -2,16 +2,22 @@
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from cmpolicy.cli.data import main
+from cmpolicy.cli.main import main as command
 from cmpolicy_data.download import DownloadError
 from cmpolicy_data.robomimic_download import TYPES, download, hub_path
+
+
+def main(words: Sequence[str]) -> int:
+    """``cmpolicy data``."""
+    return command(["data", *words])
+
 
 pytest.importorskip("h5py")
 

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cmpolicy.cli.robot_demo import main
+from cmpolicy.cli.main import main as command
 from cmpolicy_envs.simulated_robot import SimulatedPushT
+
+
+def main(words: Sequence[str]) -> int:
+    """``cmpolicy robot-demo``."""
+    return command(["robot-demo", *words])
 
 
 @pytest.fixture

@@ -216,9 +216,9 @@ def test_the_speed_of_a_window_cut_by_a_resume_counts_all_of_its_time(
 
 
 def test_grad_norm_is_logged_before_clipping(tmp_path: Path) -> None:
-    config = loop_config(optim=OptimConfig(lr=1e-2, grad_clip=1e-4))
+    config = loop_config(optim=OptimConfig(lr=1e-2, warmup=0, grad_clip=1e-4))
     train(tmp_path, config)
-    assert min(e["grad_norm"] for e in read_log(tmp_path)) > 1e-3
+    assert min(e["grad_norm"] for e in read_log(tmp_path) if "grad_norm" in e) > 1e-3
 
 
 def test_best_policy_is_the_highest_ranked_not_the_last(tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 """Windows against a plain reading of Diffusion Policy's sampler, one window and step at a time."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cmpolicy_data import split_episodes, window_index
-from cmpolicy_data.windows import min_episode_length
+from cmpolicy_data.windows import WindowError, min_episode_length
 
 
 @st.composite
@@ -19,7 +20,7 @@ def cases(draw):
         "n_action_steps": n_action_steps,
     }
     shortest = min_episode_length(**sizes)
-    lengths = draw(st.lists(st.integers(shortest, shortest + 12), min_size=1, max_size=5))
+    lengths = draw(st.lists(st.integers(1, shortest + 12), min_size=1, max_size=5))
     return lengths, sizes
 
 
@@ -29,6 +30,8 @@ def sampled(lengths, horizon, n_obs_steps, n_action_steps):
     begin = 0
     for episode, length in enumerate(lengths):
         first, last = -(n_obs_steps - 1), length - horizon + (n_action_steps - 1)
+        # every step whose executed actions were recorded is a decision step, and each has one
+        last = max(last, length - n_action_steps - (n_obs_steps - 1), first)
         for start in range(first, last + 1):
             rows, pads = [], []
             for step in range(start, start + horizon):
@@ -68,9 +71,28 @@ def test_no_window_crosses_an_episode_and_edges_repeat(case):
     padded = windows.action_is_pad
     edges = (windows.action == first) | (windows.action == last)
     assert edges[padded].all()
-    # The decision step itself is always a real one, and every step is predicted somewhere.
+    # The decision step itself is always a real one, and every step with recorded actions is one.
+    decisions = windows.action[:, sizes["n_obs_steps"] - 1]
     assert inside[:, sizes["n_obs_steps"] - 1].all()
-    assert set(windows.action[inside].tolist()) == set(range(int(ends[-1])))
+    for start, length in zip(ends - lengths, lengths, strict=True):
+        recorded = range(start, start + length - sizes["n_action_steps"] + 1)
+        assert set(recorded) <= set(decisions.tolist())
+
+
+@given(cases())
+def test_short_episodes_are_padded_or_skipped(case):
+    lengths, sizes = case
+    needed = min_episode_length(**sizes)
+    padded = window_index(np.cumsum(lengths), **sizes)
+    assert set(padded.episode.tolist()) == set(range(len(lengths)))
+    kept = [i for i, length in enumerate(lengths) if length >= needed]
+    if kept:
+        skipped = window_index(np.cumsum(lengths), **sizes, short_episodes="skip")
+        assert set(skipped.episode.tolist()) == set(kept)
+        assert skipped.action.tolist() == padded.select(kept).action.tolist()
+    else:
+        with pytest.raises(WindowError, match="are shorter than the"):
+            window_index(np.cumsum(lengths), **sizes, short_episodes="skip")
 
 
 @given(cases(), st.data())

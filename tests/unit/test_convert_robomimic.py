@@ -3,14 +3,14 @@
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cmpolicy.cli.data import main
+from cmpolicy.cli.main import main as command
 from cmpolicy_data import ReplayBuffer, load_demonstrations, validate
 from cmpolicy_data.convert import writing
 from cmpolicy_data.convert.goals import absolute_actions
@@ -20,6 +20,12 @@ from cmpolicy_data.convert.scenes import read_scenes
 from cmpolicy_data.robomimic_file import RobomimicFileError
 from cmpolicy_envs.robomimic_args import EnvArgs, EnvArgsError, default_env_args
 from cmpolicy_envs.rotations import axis_angle_to_matrix, canonical_quat, rot6d_to_matrix
+
+
+def main(words: Sequence[str]) -> int:
+    """``cmpolicy data``."""
+    return command(["data", *words])
+
 
 h5py = pytest.importorskip("h5py")
 

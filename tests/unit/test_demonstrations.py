@@ -52,7 +52,7 @@ def test_a_plain_list_of_keys(store: Path):
 
 def test_mirrored(store: Path):
     data = load_demonstrations(
-        store, {"agent_pos": "state[:2]", "keypoint": "keypoint"}, augment="mirror"
+        store, {"agent_pos": "state[:2]", "keypoint": "keypoint"}, augment=["mirror"]
     )
     assert data.action.shape == (30, 2)
     assert data.action[15:].tolist() == mirror_points(data.action[:15]).tolist()
@@ -63,7 +63,7 @@ def test_mirrored(store: Path):
 
 
 def test_mirror_images_stay_on_their_side_of_a_split(store: Path):
-    data = load_demonstrations(store, ["state"], augment="mirror")
+    data = load_demonstrations(store, ["state"], augment=["mirror"])
     split = split_episodes(3, 0.34, seed=0)
     expanded = data.expand(split)
     (held_out,) = split.val_ids.tolist()
@@ -83,10 +83,10 @@ def test_what_cannot_be_loaded(store: Path):
     with pytest.raises(SelectorError, match="state has 5 columns"):
         load_demonstrations(store, ["state[:9]"])
     with pytest.raises(SelectorError, match="state has 5 columns"):
-        load_demonstrations(store, {"a": "state[:9]"}, augment="mirror")
+        load_demonstrations(store, {"a": "state[:9]"}, augment=["mirror"])
     with pytest.raises(ValueError, match=r"actions \(keypoint\) have shape \(9, 2\) per step"):
         load_demonstrations(store, ["state"], action="keypoint")
-    with pytest.raises(ValueError, match=r"Unknown augmentation 'rotate'.*mirror; null"):
-        load_demonstrations(store, ["state"], augment="rotate")
+    with pytest.raises(AugmentError, match=r"unknown augmentation 'rotate'.*mirror"):
+        load_demonstrations(store, ["state"], augment=["rotate"])
     with pytest.raises(AugmentError, match=r"Leave out data\.augment"):
-        load_demonstrations(store, ["flag"], augment="mirror")
+        load_demonstrations(store, ["flag"], augment=["mirror"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -70,3 +71,19 @@ def test_diagonal_sampler_is_given_steps() -> None:
     flow_health(flow_map, torch.randn(4, 2), None, kind="flow_map")
     assert before is None
     assert diagonal - len(asked) == 9
+
+
+def test_the_map_is_compared_with_its_own_flow() -> None:
+    """F = x / t is the velocity of data at 0: one exact jump. Off by half, it is not."""
+
+    def net(factor: float, x: Tensor, t: Tensor, s: Tensor, features: Tensor | None) -> Tensor:
+        wrong = torch.where(s < t, factor, 1.0)
+        return wrong[:, None] * x / t[:, None]
+
+    x = 0.5 * torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for factor in (1.0, 1.5):
+        health = flow_health(FlowMap(partial(net, factor), PATHS["linear"]), x, None)
+        errors.append(float(health.map_error))
+        assert math.isfinite(health.tangent_at_1)
+    assert errors[0] < 0.01 < errors[1]

@@ -7,16 +7,18 @@ import pytest
 import torch
 import yaml
 
-from cmpolicy.cli.image_train import PACKAGE
-from cmpolicy.cli.parse import compose_settings
+from cmpolicy.cli.parse import Composition
 from cmpolicy.experiment.image.config import ImageTrainConfig
 from cmpolicy.experiment.run import read_yaml
 from cmpolicy.image.net import DiTConfig, UNetConfig
 from cmpolicy.schema import ConfigError
 
+PACKAGE = "cmpolicy_conf.image"
+COMPOSITION = Composition(ImageTrainConfig, package=PACKAGE)
+
 
 def build(*words: str) -> ImageTrainConfig:
-    settings = compose_settings("train", words, package=PACKAGE)
+    settings = COMPOSITION.compose(words)
     settings.pop("out")
     return ImageTrainConfig.from_mapping(settings)
 
@@ -27,10 +29,10 @@ def choices(group: str) -> list[str]:
 
 def test_defaults_are_digits_by_isd_on_a_small_unet() -> None:
     config = build()
-    assert (config.dataset.name, config.dataset.image_size) == ("digits", 16)
-    assert (config.objective.name, config.objective.sampler) == ("isd", "flow_map")
+    assert (config.dataset.name, config.dataset.size) == ("digits", 16)
+    assert (config.objective.name, config.objective.sampler_kind) == ("isd", "flow_map")
     assert isinstance(config.net.config, UNetConfig)
-    assert (config.guidance, config.eval.nfe, config.path) == (1.0, 1, "linear")
+    assert (config.guidance, config.nfe, config.path) == (1.0, 1, "linear")
 
 
 def test_labels_are_dropped_where_guidance_needs_it() -> None:
@@ -45,7 +47,7 @@ def test_labels_are_dropped_where_guidance_needs_it() -> None:
 def test_every_preset_composes_with_every_objective(preset: str, objective: str) -> None:
     config = build(f"preset={preset}", f"objective={objective}", "dataset=cifar10")
     config.objective.build()
-    assert config.eval.nfe == (1 if objective == "isd" else 10)
+    assert config.nfe == (1 if objective == "isd" else 10)
     assert config.dataset.flips
 
 
@@ -70,9 +72,18 @@ def test_settings_survive_the_yaml_of_a_run(tmp_path: Any) -> None:
 
 
 def test_help_names_every_choice() -> None:
-    text = (files(PACKAGE) / "train.yaml").read_text()
+    text = COMPOSITION.help("", [])
     for group in ("dataset", "net", "preset"):
-        assert f"      {group}: {', '.join(choices(group))}\n" in text
+        assert f"  {group}: {', '.join(choices(group))}\n" in text
+
+
+def test_the_yaml_files_hold_only_what_differs_from_the_defaults() -> None:
+    for preset in choices("preset"):
+        chosen = yaml.safe_load((files(PACKAGE) / "preset" / f"{preset}.yaml").read_text())
+        default = COMPOSITION.compose([])
+        for group in ("optim", "ema", "eval", "log"):
+            for key, value in chosen.get(group, {}).items():
+                assert default[group][key] != value, f"{preset}: {group}.{key}"
 
 
 @pytest.mark.parametrize(

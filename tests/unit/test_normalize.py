@@ -37,8 +37,27 @@ def test_constant_dimension_is_centred_and_comes_back_exactly() -> None:
     assert torch.equal(y[:, [0, 2]], torch.zeros(20, 2))
     back = normalizer.unnormalize("state", y)
     assert torch.equal(back[:, [0, 2]], torch.as_tensor(values)[:, [0, 2]])
-    # a value never seen in the data moves by its own unit: nothing is blown up
-    assert normalizer.normalize("state", torch.tensor([5.25, 0.0, 0.1]))[0] == 1.0
+    # a value never seen in the data is nothing to the network, and what it says is not asked for
+    assert normalizer.normalize("state", torch.tensor([5.25, 0.0, 0.1]))[0] == 0.0
+    generated = normalizer.unnormalize("state", torch.randn(5, 3))
+    assert torch.equal(generated[:, [0, 2]], torch.as_tensor(values)[:5, [0, 2]])
+
+
+def test_a_tiny_range_is_no_constant() -> None:
+    """Actions of a few micrometres, in metres: decided by precision, not by the unit."""
+    values = np.random.default_rng(0).uniform(-6e-5, 6e-5, (100, 2))
+    normalizer = Normalizer.fit({"action": values})
+    y = normalizer.normalize("action", torch.as_tensor(values))
+    assert y.abs().amax() > 0.9
+    back = normalizer.unnormalize("action", y)
+    torch.testing.assert_close(back, torch.as_tensor(values), rtol=1e-5, atol=1e-10)
+
+
+def test_rounding_is_taken_for_constant_with_a_warning() -> None:
+    values = np.array([[1e6, 0.0], [1e6 + 0.0625, 1.0]])
+    with pytest.warns(UserWarning, match=r"state\[0\] is taken for constant: it varies by 0\.0625"):
+        normalizer = Normalizer.fit({"state": values})
+    assert not normalizer.normalize("state", torch.as_tensor(values))[:, 0].any()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -106,8 +125,8 @@ def test_buffers_follow_the_module() -> None:
     [
         ({"action.offset": None}, "'action' has no offset"),
         ({"action.offset": torch.zeros(3)}, "'action' has no offset of its scale's shape"),
-        ({"action.scale": torch.tensor([1.0, 0.0])}, "'action' holds zeros or non-finite"),
-        ({"action.offset": torch.tensor([1.0, torch.nan])}, "'action' holds zeros or non-finite"),
+        ({"action.scale": torch.tensor([1.0, torch.inf])}, "'action' holds non-finite"),
+        ({"action.offset": torch.tensor([1.0, torch.nan])}, "'action' holds non-finite"),
     ],
 )
 def test_from_arrays_refuses_what_cannot_be_inverted(

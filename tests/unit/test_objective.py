@@ -18,7 +18,7 @@ D = 3
 
 def _isd(**settings: Any) -> Any:
     """The paper's iSD, unless told otherwise."""
-    paper = {"sd_begin": 0.0, "zero_share": 0.0, "epsilon": 0.005}
+    paper = {"sd_begin": 0.0, "zero_share": 0.0, "one_share": 0.0, "epsilon": 0.005}
     return build_objective("isd", **(paper | settings))
 
 
@@ -254,6 +254,14 @@ def test_zero_share() -> None:
     for share in (0.0, 0.3, 1.0):
         draws = _isd(zero_share=share).draw(4000, (2,), torch.Generator().manual_seed(0), CPU)
         assert (draws.s == 0).double().mean().item() == pytest.approx(share, abs=0.03)
+
+
+def test_one_share() -> None:
+    """So many draws begin at t = 1 exactly, where one-step sampling does."""
+    for share in (0.0, 0.25, 1.0):
+        draws = _isd(one_share=share).draw(4000, (2,), torch.Generator().manual_seed(0), CPU)
+        assert (draws.t == 1).double().mean().item() == pytest.approx(share, abs=0.03)
+        assert (draws.s <= draws.t).all()
 
 
 def test_condition_of_one_sample_is_its_own_affair() -> None:

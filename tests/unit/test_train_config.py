@@ -1,28 +1,28 @@
 """Settings: what is accepted, and what a wrong one is answered with."""
 
 import re
+from importlib.resources import files
 from typing import Any
 
 import pytest
+import yaml
 
-from cmpolicy.cli.parse import apply, compose_settings, parse
+from cmpolicy.cli.parse import parse
+from cmpolicy.cli.train import COMPOSITION, compose
 from cmpolicy.nn.encoders.state import StateEncoderConfig
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.schema import ConfigError
-from cmpolicy.training.config import TrainConfig
+from cmpolicy.training.config import DataConfig, TaskConfig, TrainConfig
 
-CUSTOM = ["task=custom", "data.path=my.zarr", "data.obs=[state]"]
+CUSTOM = ["task=custom", "data.path=my.zarr", "data.obs=[state]", "control_hz=10"]
 
 
-def build(*words: str) -> TrainConfig:
-    settings = compose_settings("train", words)
-    settings.pop("out")
-    return TrainConfig.from_mapping(settings)
+build = compose
 
 
 @pytest.fixture(scope="module")
 def defaults() -> dict[str, Any]:
-    settings = compose_settings("train", [])
+    settings = COMPOSITION.compose([])
     settings.pop("out")
     return settings
 
@@ -33,7 +33,7 @@ def test_defaults_are_push_t_on_the_bundled_demonstrations() -> None:
     assert config.data.name == "pusht_scripted"
     assert dict(config.data.obs) == {"agent_pos": "state[:2]", "keypoint": "keypoint"}
     assert config.objective.name == "isd"
-    assert config.eval.nfe == 1
+    assert config.nfe == 1
 
 
 @pytest.mark.parametrize("preset", ["quick", "standard", "gpu", "demo"])
@@ -41,7 +41,8 @@ def test_defaults_are_push_t_on_the_bundled_demonstrations() -> None:
 def test_every_preset_composes_with_every_objective(preset: str, objective: str) -> None:
     config = build(f"preset={preset}", f"objective={objective}")
     config.objective.build()
-    assert config.eval.nfe == (1 if objective == "isd" else 10)
+    assert config.nfe == (1 if objective == "isd" else 10)
+    assert config.objective.sampler_kind == ("flow_map" if objective == "isd" else "diagonal")
 
 
 def test_what_the_user_types_wins_over_presets_and_groups() -> None:
@@ -109,14 +110,17 @@ def test_a_word_that_means_nothing_is_explained(words: str, message: str) -> Non
         ("policy.horizon=15", r"policy.horizon=15 is not divisible by 4.*horizon=12 or 16"),
         ("policy.n_action_steps=16", r"policy.horizon=16 is too short.*n_obs_steps=2.*least 17"),
         ("net.down_dims=[20]", r"down_dims=\[20\]: 20 is not a multiple of n_groups=8"),
-        ("data.augment=flip", r"data.augment='flip' is not one of mirror"),
+        ("data.short_episodes=drop", r"data.short_episodes='drop' is not one of pad, skip"),
+        ("data.action_rotations=[euler:1]", r"cannot read 'euler:1': unknown rotation"),
+        ("control_hz=0", r"control_hz=0.0 must be above 0"),
+        ("log.trackers=[mlflow]", r"log.trackers\[0\]='mlflow' is not one of tensorboard, wandb"),
         ("data.obs=state", r"data.obs=state must be a list: data.obs=\[state\]"),
         ("data.obs=[action]", r"data.obs has the key 'action'"),
     ],
 )
 def test_a_wrong_value_is_explained(defaults: dict[str, Any], words: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        TrainConfig.from_mapping(apply(defaults, parse([words])))
+        TrainConfig.from_mapping(COMPOSITION.replace(defaults, parse([words])))
     assert re.search(message, str(error.value)), str(error.value)
 
 
@@ -129,5 +133,43 @@ def test_unknown_keys_list_only_their_own_group() -> None:
 
 
 def test_overrides_of_finished_settings() -> None:
-    changed = apply({"examples": 10, "optim": {"lr": 1.0}}, parse(["examples=20", "optim.lr=0.5"]))
+    before = {"examples": 10, "optim": {"lr": 1.0}}
+    changed = COMPOSITION.replace(before, parse(["examples=20", "optim.lr=0.5"]))
     assert changed == {"examples": 20, "optim": {"lr": 0.5}}
+
+
+def test_python_and_the_command_line_train_the_same_thing() -> None:
+    """The dataclasses hold the default recipe; the YAML files hold only what differs from it."""
+    data = DataConfig(
+        name="pusht_scripted",
+        obs={"agent_pos": "state[:2]", "keypoint": "keypoint"},
+        action_rotations=(),
+    )
+    task = TaskConfig(name="pusht", protocol="pusht-dp")
+    assert TrainConfig(data=data, task=task, control_hz=10) == compose()
+
+
+@pytest.mark.parametrize("group", ["preset", "net", "encoder", "task", "data", "objective"])
+def test_the_yaml_files_hold_only_what_differs_from_the_defaults(group: str) -> None:
+    def repeated(chosen: dict[str, Any], default: dict[str, Any], where: str) -> list[str]:
+        found = []
+        for key, value in chosen.items():
+            if isinstance(value, dict) and isinstance(default.get(key), dict):
+                found += repeated(value, default[key], f"{where}.{key}")
+            elif key in default and default[key] == value and key not in ("kind", "name"):
+                found.append(f"{where}.{key}={value}")
+        return found
+
+    bare = TrainConfig.complete({})
+    for file in sorted((files("cmpolicy_conf") / group).iterdir(), key=str):
+        chosen = yaml.safe_load(file.read_text()) or {}
+        chosen.pop("defaults", None)
+        is_global = file.read_text().startswith("# @package _global_")
+        default = bare if is_global or not chosen else bare[group]
+        assert repeated(chosen, default, file.name) == []
+
+
+@pytest.mark.parametrize("word", ["out=20240116", "out=true", "out=1e5", "out=läuft/über"])
+def test_text_stays_text(word: str) -> None:
+    assert COMPOSITION.compose([word])["out"] == word.partition("=")[2]
+    assert compose("task=custom", "data.obs=[a]", "data.path=20240115").data.path == "20240115"

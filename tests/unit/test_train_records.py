@@ -1,6 +1,7 @@
 """What a run writes down: JSON lines, TensorBoard, the terminal, curves, training states."""
 
 import io
+import sys
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cmpolicy.training.checkpoint import CheckpointError, TrainingState, load_state, save_state
 from cmpolicy.training.curves import draw_curves, smoothed
-from cmpolicy.training.trackers import JsonLines, TensorBoard, Terminal, read_log
+from cmpolicy.training.trackers import Accelerated, JsonLines, Terminal, read_log
 
 
 def test_json_lines_hold_kind_samples_and_null_for_nan(tmp_path: Path) -> None:
@@ -35,7 +36,7 @@ def test_a_resumed_log_drops_what_it_will_write_again(tmp_path: Path) -> None:
 
 
 def test_tensorboard_counts_samples(tmp_path: Path) -> None:
-    board = TensorBoard(tmp_path)
+    board = Accelerated("tensorboard", tmp_path)
     board.log("train", 128, {"loss": 0.25})
     board.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()  # type: ignore[no-untyped-call]
@@ -55,6 +56,28 @@ def test_terminal_without_a_terminal_writes_few_lines() -> None:
     assert lines[0] == "  1%    0.0k examples  loss 0.1"
     assert lines[-1] == "100%    1.0k examples  success 0.5  score 0.75"
     assert lines[-2].startswith("100%")
+
+
+def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers go to a run that a later part of the same run goes on with; no network is asked."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for examples in (100, 200):
+        tracker = Accelerated("wandb", tmp_path, start=examples)
+        tracker.log("train", examples, {"loss": 0.5})
+        tracker.close()
+    files = list((tmp_path / "wandb").rglob("*.wandb"))
+    identity = (tmp_path / "wandb-id.txt").read_text()
+    assert files
+    assert all(identity in file.name for file in files)
+
+
+def test_a_tracker_whose_package_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match=r"log.trackers=wandb .*pip install 'cmpolicy\[wandb\]'"):
+        Accelerated("wandb", tmp_path)
 
 
 def test_terminal_shows_a_bar_when_asked() -> None:

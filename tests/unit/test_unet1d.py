@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cmpolicy.cli.parse import compose_settings
+from cmpolicy.cli.train import compose
 from cmpolicy.nn.embeddings import MAX_FREQUENCY_DELTA, MAX_FREQUENCY_T, TwoTimeEmbedding
-from cmpolicy.nn.registry import encoder_config, net_config, to_mapping
+from cmpolicy.nn.registry import net_config, to_mapping
 from cmpolicy.nn.unet1d import UNet1D, UNet1DConfig
 from cmpolicy.policy.bundle import FORMAT_VERSION
 
@@ -43,11 +43,10 @@ def _inputs(batch: int = 3, horizon: int = 16, action_dim: int = 2) -> tuple[Ten
 )
 def test_sizes(size: str, low: float, high: float) -> None:
     """``net=<size>``; small fits a bundled policy: 8 MB in half precision."""
-    settings = compose_settings("train", [f"net={size}"])
-    encoder = encoder_config(settings["encoder"])
+    config = compose(f"net={size}")
     with torch.device("meta"):  # shapes alone: nothing is allocated
-        net = net_config(settings["net"]).build(action_dim=2, feature_dim=encoder.feature_dim)
-        first = encoder.build({"state": (20,)}, 2)
+        net = config.net.build(action_dim=2, feature_dim=config.encoder.feature_dim)
+        first = config.encoder.build({"state": (20,)}, 2)
     count = sum(p.numel() for module in (net, first) for p in module.parameters())
     assert low <= count <= high
     assert size != "small" or 2 * count < 8e6

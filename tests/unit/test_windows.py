@@ -27,12 +27,20 @@ def test_a_window_index_is_frozen():
         windows.obs = windows.action
 
 
-def test_a_short_episode_is_named_with_its_length_and_what_is_needed():
-    with pytest.raises(WindowError, match=r"Episode 1 has 5 steps.*needs at least 8") as error:
-        window_index([20, 25, 50], horizon=16, n_obs_steps=2, n_action_steps=8)
-    assert "Remove the short episodes or choose a shorter horizon" in str(error.value)
-    with pytest.raises(WindowError, match=r"Episode 0 has 3 .*2 of 3 episodes are too short"):
-        window_index([3, 6, 50], horizon=16, n_obs_steps=2, n_action_steps=8)
+def test_a_long_horizon_reaches_every_decision():
+    """Horizon 64, 8 executed, 60 steps: every step up to the last 8 is trained on."""
+    windows = window_index([60], horizon=64, n_obs_steps=1, n_action_steps=8)
+    assert windows.action[:, 0].tolist() == list(range(53))
+    assert windows.action_is_pad[-1].sum() == 64 - 8
+
+
+def test_one_short_episode_among_good_ones():
+    sizes = {"horizon": 8, "n_obs_steps": 1, "n_action_steps": 4}
+    padded = window_index([10, 13, 23], **sizes)
+    assert padded.select([1]).action.tolist() == [[10, 11, 12, 12, 12, 12, 12, 12]]
+    assert padded.select([1]).action_is_pad.tolist() == [[False] * 3 + [True] * 5]
+    skipped = window_index([10, 13, 23], **sizes, short_episodes="skip")
+    assert set(skipped.episode.tolist()) == {0, 2}
 
 
 def test_an_episode_of_just_enough_steps_has_one_window():
