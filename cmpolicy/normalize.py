@@ -14,6 +14,8 @@ from torch import Tensor, nn
 #: A dimension counts as constant if its range is below this share of its largest magnitude: float32
 #: holds seven digits, so what varies less is rounding.
 CONSTANT_SHARE = 1e-6
+#: No range below this can be scaled to 2 in float32.
+_SMALLEST_RANGE = 1e-37
 
 
 class Normalizer(nn.Module):
@@ -74,7 +76,8 @@ class Normalizer(nn.Module):
                     "`cmpolicy data validate <path>` names the steps"
                 )
             span, middle = high - low, (low + high) / 2
-            constant = span <= CONSTANT_SHARE * np.maximum(np.abs(low), np.abs(high))
+            magnitude = np.maximum(np.abs(low), np.abs(high))
+            constant = span <= np.maximum(CONSTANT_SHARE * magnitude, _SMALLEST_RANGE)
             if unchanged is not None and key in unchanged:
                 constant &= ~unchanged[key]
             _warn_of_rounding(key, constant & (span > 0), span, middle)

@@ -74,7 +74,7 @@ def test_every_file_of_a_package_is_shipped(
 
 def test_data_files_are_there(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
-    assert {"cmpolicy_conf/train.yaml", "cmpolicy_conf/eval.yaml"} <= names
+    assert {"cmpolicy_conf/train.yaml", "cmpolicy_conf/encoder/mlp.yaml"} <= names
     assert "cmpolicy_data/assets/pusht_scripted.zarr.zip" in names
     bundle = ("config.json", "model.safetensors", "normalizer.safetensors", "README.md")
     assert {f"cmpolicy/pretrained/pusht/{name}" for name in bundle} <= names

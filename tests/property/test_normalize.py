@@ -28,7 +28,7 @@ def test_round_trip(values: np.ndarray) -> None:
     y = normalizer.normalize("key", x)
     low, high = values.min(0).astype(np.float64), values.max(0).astype(np.float64)
     magnitude = np.maximum(np.abs(low), np.abs(high))
-    constant = high - low <= CONSTANT_SHARE * magnitude
+    constant = high - low <= np.maximum(CONSTANT_SHARE * magnitude, 1e-37)
     slack = 1e-6 * (1 + magnitude / np.where(constant, 1, high - low))
     assert (np.abs(y.double().numpy()) <= np.where(constant, 0, 1 + slack)).all()
     back = normalizer.unnormalize("key", y).double().numpy()

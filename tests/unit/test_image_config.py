@@ -29,7 +29,7 @@ def choices(group: str) -> list[str]:
 
 def test_defaults_are_digits_by_isd_on_a_small_unet() -> None:
     config = build()
-    assert (config.dataset.name, config.dataset.size) == ("digits", 16)
+    assert (config.dataset.name, config.dataset.image_size) == ("digits", None)
     assert (config.objective.name, config.objective.sampler_kind) == ("isd", "flow_map")
     assert isinstance(config.net.config, UNetConfig)
     assert (config.guidance, config.nfe, config.path) == (1.0, 1, "linear")
