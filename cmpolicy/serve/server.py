@@ -57,6 +57,8 @@ _GOING_AWAY, _TRY_AGAIN_LATER = 1001, 1013
 class ServerError(RuntimeError):
     """The server cannot be started."""
 
+    exit_status = 2
+
 
 class PolicyServer:
     """Serves a policy to several clients at once, each with its own history and noise.

@@ -226,8 +226,8 @@ class RobomimicFile:
             raise RobomimicFileError(
                 f"{self.path} lacks the attribute env_args of data (JSON with env_name, type and "
                 "env_kwargs): without it nobody knows in which environment it was recorded. "
-                "Demonstrations straight from robosuite (env_info instead) are not read: robomimic's "
-                "conversion scripts bring them into its layout."
+                "Demonstrations straight from robosuite (env_info instead) are not read: "
+                "robomimic's conversion scripts bring them into its layout."
             )
         text = text_of(value)
         try:

@@ -210,7 +210,14 @@ def test_rollout_beside_bare_environments(
 
 def test_step(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "step.json"
-    words = ["task=custom", f"data.path={store}", "data.obs=[state]", "net=tiny", "device=cpu"]
+    words = [
+        "task=custom",
+        "control_hz=10",
+        f"data.path={store}",
+        "data.obs=[state]",
+        "net=tiny",
+        "device=cpu",
+    ]
     words += ["batch_size=8", "objective.sd_share=0.25", "pairs=2", "warmup=1", f"out={out}"]
     assert main(["step", *words]) == 0
     content = _read(out)
@@ -252,13 +259,13 @@ def test_pairs_alternate_and_warmup_is_dropped() -> None:
         (["latency", "policy=x", "nfe=[]"], "nfe=[] names no number of evaluations"),
         (["latency", "policy=x", "cals=5"], "did you mean 'calls'?"),
         (["latency", "policy=x", "500"], "'500' is not a setting; settings are given as key=value"),
-        (["latency", "policy=x", "nfe=[1"], "cannot read 'nfe=[1': its value is not YAML"),
-        (["latency", "policy=x", "device=warp"], "device='warp' is no device; use cpu or cuda"),
+        (["latency", "policy=x", "nfe=[1"], "cannot read 'nfe=[1': quote values"),
+        (["latency", "policy=x", "device=warp"], "device=warp is no device; use auto, cpu or cuda"),
         (["rollout", "policy=x", "episodes=0"], "episodes=0 must be at least 1"),
         (["step", "pairs=0"], "pairs=0 must be at least 1"),
         (["step", "objective=fm"], "leave out objective=..."),
         (["step", "batchsize=3"], "did you mean 'batch_size'?"),
-        (["speed"], "unknown command 'speed'; choose one of step, latency, rollout"),
+        (["speed"], "unknown benchmark 'speed'"),
     ],
 )
 def test_bad_input(

@@ -117,7 +117,14 @@ def test_a_store_of_another_robot_may_call_its_attributes_so(tmp_path: Path) -> 
     steps = np.random.default_rng(0).uniform(size=(40, 6)).astype(np.float32)
     for _ in range(2):
         buffer.append_episode({"state": steps, "action": steps})
-    words = ["task=custom", "data.path=my.zarr", "data.obs=[state]", *TINY, "out=run"]
+    words = [
+        "task=custom",
+        "control_hz=20",
+        "data.path=my.zarr",
+        "data.obs=[state]",
+        *TINY,
+        "out=run",
+    ]
     assert train(words) == 0
     assert "simulator" not in read_metadata("run/policy")
 
@@ -127,7 +134,7 @@ def test_a_store_of_another_robot_may_call_its_attributes_so(tmp_path: Path) -> 
     [
         (["task=can", "data.path=lift.zarr"], "task=can, but the demonstrations are of 'lift'"),
         (["task=lift", "data=robomimic"], "data=robomimic needs data.path"),
-        (["task=lift", "data.path=nowhere.zarr"], "no data at nowhere.zarr"),
+        (["task=lift", "data.path=nowhere.zarr"], "nowhere.zarr"),
         (
             ["task=lift", "data.path=lift.zarr", "eval.first_seed=100050"],
             "takes seeds 100050-",

@@ -65,7 +65,7 @@ _AS_USERS = ("-m", "cmpolicy.cli.serve")
 _WITHOUT_TORCH = (
     "-c",
     "import sys; sys.modules['torch'] = None\n"
-    "from cmpolicy.cli.serve import main; sys.exit(main())",
+    "from cmpolicy.cli.main import main; sys.exit(main(['serve', *sys.argv[1:]]))",
 )
 
 
@@ -207,7 +207,7 @@ def test_warnings(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["policy=x", "nfe=0"], "nfe=0 must be at least 1"),
         (["policy=x", "threads=0"], "threads=0 must be at least 1"),
         (["policy=x", "seed=-1"], "seed=-1 must be at least 0"),
-        (["policy=x", "device=warp"], "device='warp' is no device"),
+        (["policy=x", "device=warp"], "device=warp is no device"),
         (["policy={bundle}", "token=''"], "the token must be of visible ASCII"),
     ],
 )

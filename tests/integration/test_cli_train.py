@@ -73,7 +73,7 @@ def store(tmp_path: Path) -> Path:
 
 
 def custom(store: Path, *words: str) -> list[str]:
-    return ["task=custom", f"data.path={store}", "data.obs=[state]", *TINY, *words]
+    return ["task=custom", "control_hz=10", f"data.path={store}", "data.obs=[state]", *TINY, *words]
 
 
 def test_a_store_of_ones_own_gives_a_bundle_that_infers(
@@ -81,12 +81,12 @@ def test_a_store_of_ones_own_gives_a_bundle_that_infers(
 ) -> None:
     words = [
         "task=custom",
-        "task.control_hz=20",
+        "control_hz=20",
         f"data.path={store}",
         "data.obs={arm: 'state[:2]', force: force}",
         *TINY,
         "out=run",
-        "log.tensorboard=true",
+        "log.trackers=[tensorboard]",
     ]
     assert main(words) == 0
     printed = capsys.readouterr().out
@@ -314,7 +314,7 @@ def test_help_lists_groups_and_settings(capsys: pytest.CaptureFixture[str]) -> N
 
 def start(words: list[str], **environ: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "cmpolicy.cli.train", *words],
+        [sys.executable, "-m", "cmpolicy", "train", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

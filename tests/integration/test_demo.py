@@ -68,7 +68,7 @@ def test_the_demo_leaves_a_policy_a_result_a_video_and_curves(
     assert float(np.abs(frames[0].astype(int) - frames[-1]).mean()) > 0.1
     policy = ConsistencyPolicy.from_pretrained(out / "policy")
     assert policy.spec.obs == {"agent_pos": (2,), "keypoint": (9, 2)}
-    assert (out / COMMAND_FILE).read_text().startswith("make demo")
+    assert (out / COMMAND_FILE).read_text().startswith("cmpolicy demo")
 
     # again: the same demo is only scored again, another one goes beside it
     log = (out / "log.jsonl").read_bytes()

@@ -266,7 +266,7 @@ def test_an_attempt_that_raises_is_an_error_that_names_the_seed() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "Name the task (lift, can, square)"),
+        ([], "name the task (lift, can, square)"),
         (["task=lfit"], "lfit"),
         (["task=transport"], "no scripted expert for 'transport', only for lift, can, square"),
         (["task=lift", "episodes=0"], "episodes must be at least 1, got 0"),
@@ -275,7 +275,7 @@ def test_an_attempt_that_raises_is_an_error_that_names_the_seed() -> None:
         (["task=lift", "seed=99999"], "at most 100000"),
         (["task=lift", "out=lift.zarr"], "must be a path that ends in .hdf5"),
         (["task=lift", "out=nowhere/lift.hdf5"], "nowhere is not a folder"),
-        (["task=lift", "episode=3"], "the keys of this command are task, episodes"),
+        (["task=lift", "episode=3"], "unknown setting 'episode'; did you mean 'episodes'?"),
     ],
 )
 def test_bad_arguments(

@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 NET = ["net.down_dims=[8,16]", "net.n_groups=4", "net.time_dim=8", "encoder.dim=8"]
 RUN = ["examples=16", "batch_size=8", "optim.warmup=0", "eval.episodes=0", "eval.windows=8"]
 IMAGE = ["net.widths=[8]", "net.groups=4", "net.embedding=8", "eval.images=8", "eval.per_class=1"]
-TRAIN = [*NET, *RUN, "log.tensorboard=false", "device=cpu"]
+TRAIN = [*NET, *RUN, "log.trackers=[]", "device=cpu"]
 #: What makes each README command short, by the beginning of the command; the longest match counts.
 SHORT = {
     "cmpolicy train task=": TRAIN,

@@ -1,4 +1,4 @@
-"""Conversion with the simulator: absolute actions, open-loop replay, robosuite's own files."""
+"""Conversion with the simulator: absolute actions, open-loop replay."""
 
 import json
 import os
@@ -280,8 +280,8 @@ class TestCommand:
             (["convert", "robomimic", "SOURCE", "out=x.hdf5"], "ending in .zarr"),
             (["convert", "robomimic", "SOURCE", "out=x.zarr", "filter=test"], "no filter 'test'"),
             (["convert", "robomimic", "SOURCE", "workers=two"], "workers must be a whole number"),
-            (["convert", "robomimic", "SOURCE", "mode=delta"], "'mode=delta': options are written"),
-            (["convert", "robosuite", "SOURCE", "workers=2"], "'workers=2': options are written"),
+            (["convert", "robomimic", "SOURCE", "mode=delta"], "unknown setting 'mode'"),
+            (["convert", "robosuite", "SOURCE"], "unknown layout 'robosuite'"),
             (["replay", "robomimic", "nope.zarr"], "There is no data at nope.zarr"),
         ],
     )

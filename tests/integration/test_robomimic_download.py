@@ -154,11 +154,10 @@ def test_paths(type: str):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Name the task"),
+        ([], "name the task"),
         (["task=door"], "no ph demonstrations of the task 'door'; tasks: lift, can, square"),
         (["task=square", "type=mg"], "no mg demonstrations of the task 'square'; tasks: lift, can"),
         (["task=lift", "type=pro"], "of type 'pro'; types: ph, mh, mg, paired"),
-        (["task=lift", "url=x"], "'url=x': options are written key=value"),
     ],
 )
 def test_bad_arguments(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str):

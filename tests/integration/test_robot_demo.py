@@ -92,13 +92,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_ctrl_c_ends_the_demo_with_its_report(tmp_path: Path) -> None:
     code = (
-        "import sys; from cmpolicy.cli.robot_demo import main\n"
+        "import sys; from cmpolicy.cli.main import main\n"
         "from cmpolicy_envs.simulated_robot import SimulatedPushT\n"
         "send = SimulatedPushT.send_action\n"
         "def tell(self, action):\n"
         "    send(self, action); print('sent', flush=True)\n"
         "SimulatedPushT.send_action = tell\n"
-        f"sys.exit(main(['seconds=600', 'out={tmp_path}']))"
+        f"sys.exit(main(['robot-demo', 'seconds=600', 'out={tmp_path}']))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code],

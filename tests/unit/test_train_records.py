@@ -1,8 +1,8 @@
 """What a run writes down: JSON lines, TensorBoard, the terminal, curves, training states."""
 
 import io
-import sys
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
