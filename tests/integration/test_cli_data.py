@@ -39,8 +39,8 @@ def test_inspect(capsys: pytest.CaptureFixture[str], store: Path):
 
 def test_validate_a_good_and_a_bad_store(capsys: pytest.CaptureFixture[str], store: Path):
     assert run(capsys, "validate", store)[:2] == (0, f"{store}: no problems\n")
-    assert run(capsys, "validate", store, "keys=[action,state[:3]]")[0] == 0
-    status, out, _ = run(capsys, "validate", store, "keys=pose, action")
+    assert run(capsys, "validate", store, "keys=[action,'state[:3]']")[0] == 0
+    status, out, _ = run(capsys, "validate", store, "keys=[pose,action]")
     assert status == 1
     assert "data/pose: missing key 'pose' (keys: action, state)" in out
     root = zarr.open_group(store, mode="r+")

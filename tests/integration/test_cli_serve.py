@@ -61,7 +61,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-_AS_USERS = ("-m", "cmpolicy.cli.serve")
+_AS_USERS = ("-m", "cmpolicy", "serve")
 _WITHOUT_TORCH = (
     "-c",
     "import sys; sys.modules['torch'] = None\n"
