@@ -205,7 +205,7 @@ def test_no_held_out_episodes(store: Path, tmp_path: Path) -> None:
         (["data.obs=[state,'state[:9]']"], "but state has 5 columns"),
         (["data.action=force"], "have shape (3, 2) per step"),
         (
-            ["policy.horizon=32", "policy.n_action_steps=20", "data.short_episodes=skip"],
+            ["policy.horizon=64", "policy.n_action_steps=20", "data.short_episodes=skip"],
             "all 3 episodes are shorter than the",
         ),
         (["data.val_fraction=0.9"], "leaves none to train on"),
