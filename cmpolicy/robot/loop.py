@@ -16,7 +16,7 @@ from cmpolicy.robot.inference import Inference, InlineInference, ThreadedInferen
 from cmpolicy.robot.noise import NoiseSource
 from cmpolicy.robot.policy import ChunkPolicy, plan_window
 from cmpolicy.robot.report import LoopReport
-from cmpolicy.robot.robot import Robot, RobotError, check_rates, check_robot
+from cmpolicy.robot.robot import Robot, RobotError, check_rates, check_robot, rate_of
 from cmpolicy.robot.safety import SafetyFilter, SafetyLimits
 from cmpolicy.robot.schedule import Asynchronous, Schedule, Synchronous
 from cmpolicy.robot.signals import SignalGuard, raise_for
@@ -30,7 +30,7 @@ _PATIENCE = 2.0
 class ControlLoop:
     """Observes, infers and acts ``hz`` times a second::
 
-        with ControlLoop(policy, robot, hz=10) as loop:
+        with ControlLoop(policy, robot) as loop:
             report = loop.run(seconds=60)
         print(report)
 
@@ -47,7 +47,7 @@ class ControlLoop:
             :class:`~cmpolicy.robot.policy.ChunkPolicy`.
         robot: see :class:`~cmpolicy.robot.robot.Robot`; for LeRobot's dictionaries of floats there
             is :class:`~cmpolicy.robot.adapter.LeRobotAdapter`.
-        hz: actions per second; the rate of the demonstrations.
+        hz: actions per second; None takes the rate of the demonstrations, which the policy knows.
         schedule: ``Asynchronous(...)``, the default, or ``Synchronous()``: see
             :mod:`cmpolicy.robot.schedule`.
         safety: limits on the actions, and what to do without one; give at least ``low`` and
@@ -60,7 +60,7 @@ class ControlLoop:
 
     Raises:
         TypeError: no policy, or no robot.
-        ValueError: a limit or rate that is impossible.
+        ValueError: a limit or rate that is impossible, or no rate where the policy knows none.
         RateMismatchError: robot or policy are made for another rate.
     """
 
@@ -68,7 +68,7 @@ class ControlLoop:
         self,
         policy: ChunkPolicy,
         robot: Robot,
-        hz: float = 10.0,
+        hz: float | None = None,
         *,
         schedule: Schedule | None = None,
         safety: SafetyLimits | None = None,
@@ -78,10 +78,10 @@ class ControlLoop:
     ) -> None:
         self._window = plan_window(policy)
         check_robot(robot)
-        check_rates(hz, robot, policy)
+        self._hz = rate_of(policy) if hz is None else float(hz)
+        check_rates(self._hz, robot, policy)
         self._policy = policy
         self._robot = robot
-        self._hz = float(hz)
         self._schedule: Schedule = schedule if schedule is not None else Asynchronous()
         if not isinstance(self._schedule, Synchronous | Asynchronous):
             raise TypeError(

@@ -64,6 +64,21 @@ def check_robot(robot: object) -> None:
         )
 
 
+def rate_of(policy: object) -> float:
+    """Actions per second of the demonstrations that the policy was trained on.
+
+    Raises:
+        ValueError: the policy does not know it.
+    """
+    rate: float | None = getattr(policy, "control_hz", None)
+    if rate is None:
+        raise ValueError(
+            f"{type(policy).__name__} does not know the rate of its demonstrations (control_hz): "
+            "give the loop hz=, in actions per second"
+        )
+    return float(rate)
+
+
 def check_rates(hz: float, robot: object, policy: object) -> None:
     """That the loop runs at the rate of robot (``hz``, ``fps``) and policy (``control_hz``).
 

@@ -548,6 +548,18 @@ def test_rates_that_do_not_match() -> None:
     assert late.log == ["connect", "disconnect"]
 
 
+def test_the_rate_is_the_policys_where_none_is_given() -> None:
+    policy, robot = CountingPolicy(), CountingRobot()
+    with pytest.raises(ValueError, match="CountingPolicy does not know the rate"):
+        ControlLoop(policy, robot)
+    assert robot.log == []
+    policy.control_hz = HZ  # type: ignore[attr-defined]
+    with ControlLoop(policy, robot, schedule=Synchronous()) as loop:
+        report = loop.run(steps=5)
+    assert report.hz == HZ
+    assert report.ticks == 5
+
+
 # -- stopping -------------------------------------------------------------------------------------
 
 
