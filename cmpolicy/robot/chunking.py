@@ -44,7 +44,8 @@ class ActionChunker:
 
     Raises:
         TypeError: the policy is none.
-        ValueError: ``ensemble`` is not finite.
+        ValueError: ``ensemble`` is not finite, or the policy does not say which dimensions of its
+            actions are rotations.
     """
 
     def __init__(
@@ -54,11 +55,7 @@ class ActionChunker:
         self._policy = policy
         self._history = ObservationHistory(policy.spec)
         self._noise = NoiseSource(policy.spec.noise_shape, seed)
-        self._ensemble = (
-            None
-            if ensemble is None
-            else TemporalEnsemble(window.n_plan_steps, window.action_dim, ensemble)
-        )
+        self._ensemble = None if ensemble is None else TemporalEnsemble(window, ensemble)
         self._window = window
         self._planner = SyncPlanner(window)
         self._calls = 0

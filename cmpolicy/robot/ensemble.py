@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cmpolicy.robot.schedule import Window
+
 Array = NDArray[Any]
 
 
@@ -27,19 +29,25 @@ class TemporalEnsemble:
     reach a tick, its share of that tick's mean is ``w_n / (w_0 + ... + w_n)``.
 
     Args:
-        n_plan_steps: P.
-        action_dim: A.
+        window: of the policy; its rotations are averaged as rotations.
         coefficient: see above.
 
     Raises:
-        ValueError: ``coefficient`` is not finite.
+        ValueError: ``coefficient`` is not finite, or it is unknown whether actions hold rotations.
     """
 
-    def __init__(self, n_plan_steps: int, action_dim: int, coefficient: float) -> None:
+    def __init__(self, window: Window, coefficient: float) -> None:
         if not math.isfinite(coefficient):
             raise ValueError(f"ensemble={coefficient} must be a finite number, e.g. 0.01 as in ACT")
-        self._mean = np.zeros((n_plan_steps, action_dim))
-        self._change = np.zeros_like(self._mean)
+        if window.rotations is None:
+            raise ValueError(
+                f"ensemble={coefficient} averages plans, and the policy does not say which action "
+                "dimensions are rotations, which must not be averaged number by number; train it "
+                "with data.action_rotations ([] where none is)"
+            )
+        n_plan_steps = window.n_plan_steps
+        self._mean = np.zeros((n_plan_steps, window.action_dim))
+        self._mix = window.mix
         # w_n / (w_0 + ... + w_n) = 1 / sum_{j <= n} exp(coefficient * j): no weight underflows
         with np.errstate(over="ignore"):
             share = 1 / np.cumsum(np.exp(coefficient * np.arange(n_plan_steps)))
@@ -55,14 +63,12 @@ class TemporalEnsemble:
 
     def add(self, plan: Array) -> Array:
         """Take in this tick's plan (P, A); the action of this tick, (A,) float32."""
-        mean, change = self._mean, self._change
+        mean = self._mean
         if self._ticks == 0:
             mean[...] = plan
         else:
             mean[:-1] = mean[1:]  # a tick has passed
-            np.subtract(plan, mean, out=change)
-            change *= self._shares[min(self._ticks, len(self._shares) - 1)]
-            mean += change
+            mean[...] = self._mix(mean, plan, self._shares[min(self._ticks, len(self._shares) - 1)])
             mean[-1] = plan[-1]
         self._ticks += 1
         action: Array = mean[0].astype(np.float32)

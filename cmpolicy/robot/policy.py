@@ -79,4 +79,4 @@ def plan_window(policy: ChunkPolicy) -> Window:
             "(cmpolicy.robot.policy)"
         )
     spec = policy.spec
-    return Window(spec.n_plan_steps, spec.n_action_steps, spec.action_dim)
+    return Window(spec.n_plan_steps, spec.n_action_steps, spec.action_dim, spec.action_rotations)

@@ -34,6 +34,7 @@ of the actions (root mean square).
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -41,19 +42,70 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cmpolicy.spec import Rotation
+
 Array = NDArray[Any]
+
+_log = logging.getLogger(__name__)
 
 LATENCY_WINDOW = 64
 """Latest latencies that the estimate looks at."""
 
 
+def _rewritten(actions: Array, like: Array, rotations: tuple[Rotation, ...]) -> Array:
+    """The same rotations (n, A), each in its description that is nearest to that in ``like``."""
+    if all(rotation.kind == "rotation_6d" for rotation in rotations):
+        return actions
+    actions = actions.copy()
+    for rotation in rotations:
+        dims = list(rotation.dims)
+        part, target = actions[:, dims], like[:, dims]
+        if rotation.kind == "angle":
+            turns = np.round((target - part) / (2 * np.pi))
+            actions[:, dims] = part + 2 * np.pi * turns
+        elif rotation.kind == "quaternion":  # q and -q are one rotation
+            sign = np.where((part * target).sum(1, keepdims=True) < 0, -1, 1)
+            length = np.linalg.norm(part, axis=1, keepdims=True)
+            actions[:, dims] = sign * part / np.where(length > 0, length, 1)
+        elif rotation.kind == "axis_angle":  # a turn more about the same axis changes nothing
+            angle = np.linalg.norm(part, axis=1, keepdims=True)
+            axis = part / np.where(angle > 0, angle, 1)
+            turns = np.round(((target * axis).sum(1, keepdims=True) - angle) / (2 * np.pi))
+            actions[:, dims] = part + 2 * np.pi * turns * axis
+    return actions
+
+
 @dataclass(frozen=True)
 class Window:
-    """The sizes a schedule needs: P planned actions, Ta of them executed, A numbers each."""
+    """What a schedule has to know: P planned actions, Ta of them executed, A numbers each.
+
+    ``rotations`` are those of the action (:attr:`~cmpolicy.spec.PolicySpec.action_rotations`); None
+    where nothing is known about it.
+    """
 
     n_plan_steps: int
     n_action_steps: int
     action_dim: int
+    rotations: tuple[Rotation, ...] | None = ()
+
+    def mix(self, old: Array, new: Array, share: Array) -> Array:
+        """Actions between those of two plans: ``old`` where ``share`` is 0, ``new`` where it is 1.
+
+        Numbers are mixed linearly. A rotation has several descriptions, so the new one is first
+        written in the way that is nearest to the old one, and the result in the way of the new one:
+        3.13 and -3.13 rad meet at pi, not at 0. 6D rotations need no such care; the two columns are
+        made orthonormal by whoever reads them.
+
+        Args:
+            old: (n, A).
+            new: (n, A).
+            share: (n, 1) or a number, in [0, 1].
+
+        Returns:
+            (n, A).
+        """
+        near = _rewritten(new, old, self.rotations or ())
+        return _rewritten(old + share * (near - old), new, self.rotations or ())
 
 
 class Planner(Protocol):
@@ -229,6 +281,13 @@ class AsyncPlanner:
             (np.arange(1, n + 1, dtype=np.float32) / (n + 1))[:, None]
             for n in range(settings.blend + 1)
         ]
+        if window.rotations is None and settings.blend:
+            self._fade = self._fade[:1]
+            _log.info(
+                "plans are not blended: the policy does not say which action dimensions are "
+                "rotations, which must not be averaged (data.action_rotations, [] where none is)"
+            )
+        self._mix = window.mix
         self._actions = np.zeros((self._size, window.action_dim), np.float32)
         self._spare = np.zeros_like(self._actions)
         self._origin = 0  # tick of row 0
@@ -274,7 +333,7 @@ class AsyncPlanner:
         if n > 0:
             new = merged[passed : passed + n]
             old = self._actions[tick - self._origin : tick - self._origin + n]
-            new += (1 - self._fade[n]) * (old - new)
+            new[...] = self._mix(old, new, self._fade[n])
             self.seams += 1
         self._spare, self._actions = self._actions, merged
         self._origin, self._end = self._begun, self._begun + self._size

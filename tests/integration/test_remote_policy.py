@@ -30,7 +30,9 @@ from cmpolicy.serve.client import PolicyUnavailableError, RemotePolicyError
 from cmpolicy.serve.wire import pack
 from cmpolicy.spec import PolicySpec
 
-SPEC = PolicySpec({"state": (3,)}, action_dim=2, horizon=8, n_obs_steps=1, n_action_steps=4)
+SPEC = PolicySpec(
+    {"state": (3,)}, action_dim=2, horizon=8, n_obs_steps=1, n_action_steps=4, action_rotations=()
+)
 OBS = {"state": np.ones((1, 1, 3), np.float32)}
 NOISE = np.ones((1, 8, 2), np.float32)
 WAIT = 30.0  # s

@@ -33,7 +33,9 @@ from cmpolicy.robot.engine import HELD, PLANNED, WAITED
 from cmpolicy.spec import PolicySpec
 
 HZ = 50.0
-SPEC = PolicySpec({"tick": (1,)}, action_dim=2, horizon=9, n_obs_steps=2, n_action_steps=4)
+SPEC = PolicySpec(
+    {"tick": (1,)}, action_dim=2, horizon=9, n_obs_steps=2, n_action_steps=4, action_rotations=()
+)
 SCHEDULES = [Asynchronous(), Synchronous()]
 
 

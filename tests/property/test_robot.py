@@ -24,7 +24,7 @@ def test_ensembling_online_is_the_weighted_mean_offline(
     n_plan_steps: int, ticks: int, coefficient: float, seed: int
 ) -> None:
     plans = np.random.default_rng(seed).normal(size=(ticks, n_plan_steps, 2)).astype(np.float32)
-    online = TemporalEnsemble(n_plan_steps, 2, coefficient)
+    online = TemporalEnsemble(Window(n_plan_steps, 1, 2), coefficient)
     for episode in range(2):
         for tick in range(ticks):
             first = max(0, tick - n_plan_steps + 1)

@@ -18,7 +18,12 @@ from cmpolicy.spec import PolicySpec
 
 NET = UNet1DConfig((8, 16), kernel_size=3, n_groups=4, time_dim=8)
 SPEC = PolicySpec(
-    {"pos": (2,), "grip": ()}, action_dim=3, horizon=8, n_obs_steps=2, n_action_steps=4
+    {"pos": (2,), "grip": ()},
+    action_dim=3,
+    horizon=8,
+    n_obs_steps=2,
+    n_action_steps=4,
+    action_rotations=(),
 )
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from cmpolicy.robot.ensemble import TemporalEnsemble
 from cmpolicy.robot.schedule import (
     LATENCY_WINDOW,
     Asynchronous,
@@ -11,6 +12,8 @@ from cmpolicy.robot.schedule import (
     Synchronous,
     Window,
 )
+from cmpolicy.spec import Rotation
+from cmpolicy_envs.rotations import axis_angle_to_matrix
 
 WINDOW = Window(n_plan_steps=7, n_action_steps=4, action_dim=1)
 
@@ -182,3 +185,57 @@ def test_latency_quantile() -> None:
 def test_impossible_settings(settings: dict[str, float], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Asynchronous(**settings)  # type: ignore[arg-type]
+
+
+def _matrix(kind: str, value: np.ndarray) -> np.ndarray:
+    if kind == "angle":
+        return axis_angle_to_matrix(np.array([0, 0, value[0]]))
+    if kind == "axis_angle":
+        return axis_angle_to_matrix(value)
+    angle = 2 * np.arctan2(np.linalg.norm(value[:3]), value[3])  # (x, y, z, w)
+    return axis_angle_to_matrix(angle * value[:3] / np.linalg.norm(value[:3]))
+
+
+def _described(kind: str, angle: float) -> np.ndarray:
+    """A turn about z by ``angle``, in (-pi, pi]."""
+    half = [0, 0, np.sin(angle / 2), np.cos(angle / 2)]
+    values = {"angle": [angle], "axis_angle": [0, 0, angle], "quaternion": half}
+    return np.array(values[kind], float)
+
+
+@pytest.mark.parametrize("kind", ["angle", "axis_angle", "quaternion"])
+def test_rotations_are_mixed_the_short_way(kind: str) -> None:
+    old, new = _described(kind, np.pi - 0.1), _described(kind, -np.pi + 0.1)
+    size = len(old)
+    window = Window(4, 2, size + 1, (Rotation(kind, tuple(range(size))),))  # type: ignore[arg-type]
+    rows = [np.append(v, x)[None] for v, x in ((old, 0.0), (new, 1.0))]
+    mixed = window.mix(*rows, np.array([[0.5]]))
+    assert mixed[0, -1] == 0.5
+    half_way = _described(kind, np.pi)
+    np.testing.assert_allclose(_matrix(kind, mixed[0, :size]), _matrix(kind, half_way), atol=1e-9)
+    for share, end in ((0.0, old), (1.0, new)):
+        got = window.mix(*rows, np.array([[share]]))[0, :size]
+        np.testing.assert_allclose(_matrix(kind, got), _matrix(kind, end), atol=1e-9)
+    np.testing.assert_allclose(got, new, atol=1e-12)  # in the policy's own way of writing it
+
+
+def test_nothing_is_averaged_where_rotations_are_not_known(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    window = Window(6, 2, 1, None)
+    with caplog.at_level("INFO"):
+        planner = Asynchronous(blend=2).planner(window)
+    assert "plans are not blended" in caplog.text
+    for tick, value in ((0, 1.0), (2, 5.0)):
+        planner.begin(tick)
+        planner.arrive(tick, np.full((6, 1), value, np.float32))
+        assert planner.choose(tick) == value
+    assert planner.seams == 0
+    with pytest.raises(ValueError, match=r"data\.action_rotations"):
+        TemporalEnsemble(window, 0.01)
+
+
+def test_an_ensemble_of_angles() -> None:
+    ensemble = TemporalEnsemble(Window(2, 1, 1, (Rotation("angle", (0,)),)), 0.0)
+    ensemble.add(np.full((2, 1), 3.1))
+    assert abs(ensemble.add(np.full((2, 1), -3.1))[0]) == pytest.approx(np.pi, abs=1e-6)
