@@ -156,7 +156,7 @@ def _is_setting(word: str) -> bool:
 @contextmanager
 def _bar(total: int | None, unit: str) -> Iterator[Callable[..., None]]:
     """A progress bar on a terminal; what is yielded takes what is done and a count beside it."""
-    with tqdm(total=total, unit=unit, disable=None) as bar:
+    with tqdm(total=total, unit=unit, unit_scale=unit == "B", disable=None) as bar:
 
         def show(done: int, other: int | None = None) -> None:
             if total is None:
@@ -247,7 +247,14 @@ def _download(settings: DownloadSettings, what: str) -> int:
         return _download_robomimic(settings)
     from cmpolicy_data.download import DATASETS, download
 
-    path = download(DATASETS[what], settings.out, url=settings.url, sha256=settings.sha256)
+    with _bar(None, "B") as progress:
+        path = download(
+            DATASETS[what],
+            settings.out,
+            url=settings.url,
+            sha256=settings.sha256,
+            progress=progress,
+        )
     print(f"{path}: verified")
     print(
         "train on it with: cmpolicy train task=pusht data=pusht_human "

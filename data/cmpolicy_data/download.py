@@ -3,7 +3,8 @@
 ``fetch`` downloads one file: into ``<target>.part``, picked up where it stopped (HTTP Range,
 guarded by If-Range, so that a file that changed on the server is never glued to an old half).
 ``download`` fetches the archive, unpacks it aside, compares its arrays with known hashes and only
-then moves the store into place. Standard library only: urllib follows redirects and knows proxies.
+then moves the store into place. The library for this, pooch, starts a broken download over from
+its beginning; this one goes on.
 """
 
 from __future__ import annotations
