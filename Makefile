@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 SOURCES := cmpolicy envs data eval conf tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types imports unit gpu bench clean
+.PHONY: help install demo test lint types imports unit attack gpu bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,10 @@ imports: install  ## import-linter: the layers of the architecture
 # One torch thread per worker: JOBS workers on JOBS cores.
 unit: install  ## pytest alone (JOBS=2 workers; PYTEST_ARGS="-k windows" to choose)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+# The attacks of tests/attack a thousand times as long as in the suite.
+attack: install  ## attack server, robot loop, stores and bundles at full counts (hours)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -s tests/attack --attack-scale 1000
 
 gpu: install  ## figures of a GPU, its tests, and ten minutes of training on it
 	$(BIN)/cmpolicy bench gpu out=outputs/gpu/figures.json

@@ -12,6 +12,12 @@ import pytest
 hypothesis.settings.register_profile("cmpolicy", deadline=None)
 hypothesis.settings.load_profile("cmpolicy")
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How much tests/attack does; here, since options of a folder's conftest come too late."""
+    parser.addoption("--attack-scale", type=int, default=1, help="factor on attacks (suite: 1)")
+
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 

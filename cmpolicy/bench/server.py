@@ -1,4 +1,4 @@
-"""What the policy server costs on loopback, whether it serves all alike, and what it survives."""
+"""What the policy server costs on loopback, and whether it serves many clients alike."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 
 import numpy as np
-import psutil
 import torch
 from numpy.typing import NDArray
 
-from cmpolicy.bench.fuzz import fuzz
 from cmpolicy.bench.report import Cell, Report
 from cmpolicy.export.plan_map import example_inputs
 from cmpolicy.policy.policy import ConsistencyPolicy
@@ -41,8 +38,7 @@ class ServerSettings:
         pairs: measured pairs of one call here and one round trip.
         clients: at once.
         seconds: that they ask for.
-        fuzz: messages that no client should send.
-        seed: of observations, noise and messages.
+        seed: of observations and noise.
         out: JSON file.
     """
 
@@ -51,13 +47,12 @@ class ServerSettings:
     pairs: int = 2000
     clients: int = 16
     seconds: float = 10.0
-    fuzz: int = 10_000
     seed: int = 0
     out: str = "outputs/bench/server.json"
 
     def __post_init__(self) -> None:
         at_least("nfe", 1 if self.nfe is None else self.nfe, 1)
-        for name in ("pairs", "clients", "fuzz"):
+        for name in ("pairs", "clients"):
             at_least(name, getattr(self, name), 1)
         at_least("seed", self.seed, 0)
         if not self.seconds > 0:
@@ -68,26 +63,12 @@ class ServerFailedError(ConnectionError):
     """The server under test does not do what it is tested for."""
 
 
-@dataclass(frozen=True)
-class ServerProcess:
-    """A ``cmpolicy serve`` of this machine.
-
-    Attributes:
-        url: where it listens.
-        pid: its process.
-    """
-
-    url: str
-    pid: int
-
-
 def measure_server(settings: ServerSettings) -> Report:
-    """Round trips beside the policy's own time, many clients at once, and a fuzz.
+    """Round trips beside the policy's own time, and many clients at once.
 
     Raises:
         BundleError: the policy cannot be loaded.
         ServerFailedError: the server did not start, or did not serve.
-        FuzzError: nor did it survive.
     """
     policy = ConsistencyPolicy.from_pretrained(settings.policy).eval()
     policy.nfe = settings.nfe or policy.nfe
@@ -95,13 +76,12 @@ def measure_server(settings: ServerSettings) -> Report:
     torch.set_num_threads(1)
     try:
         where = describe_device(torch.device("cpu"))
-        with serving(settings) as server:
+        with serving(settings) as url:
             inputs, _ = example_inputs(policy, 1, settings.seed)
             obs = {k: v.numpy() for k, v in zip(policy.spec.obs, inputs, strict=True)}
-            alone, remote, inside = _pairs(policy, server.url, obs, settings)
-            clients = _crowd(server.url, obs, settings)
-            outcomes, memory = _fuzz(server, obs, settings)
-            with RemotePolicy(server.url) as last:  # still there, and still right
+            alone, remote, inside = _pairs(policy, url, obs, settings)
+            clients = _crowd(url, obs, settings)
+            with RemotePolicy(url) as last:  # still there, and still right
                 noise = np.zeros((1, *policy.spec.noise_shape), np.float32)
                 error = np.abs(last.infer(obs, noise) - policy.infer(obs, noise)).max()
     except RemotePolicyError as failure:
@@ -117,7 +97,6 @@ def measure_server(settings: ServerSettings) -> Report:
         *(_row(f"client {i} of {len(clients)}", ms) for i, ms in enumerate(clients, 1)),
     ]
     served = [len(ms) for ms in clients]
-    growth = memory["after"] - memory["settled"]
     summary = {
         "policy_ms_p50": _p50(alone),
         "round_trip_ms_p50": _p50(remote),
@@ -127,10 +106,6 @@ def measure_server(settings: ServerSettings) -> Report:
         "served_fewest": float(min(served)),
         "served_most": float(max(served)),
         "slowest_ms": float(max(ms.max() for ms in clients)),
-        "fuzz_messages": float(settings.fuzz),
-        **{f"fuzz_{name}": float(n) for name, n in sorted(outcomes.items())},
-        **{f"server_rss_mb_{name}": value for name, value in memory.items()},
-        "fuzz_growth_mb": growth,
         "error_after": float(error),
     }
     return Report(
@@ -143,10 +118,6 @@ def measure_server(settings: ServerSettings) -> Report:
             f"the round trip adds {summary['added_ms_p50']:.2f} ms (p50 of paired differences)",
             f"{len(clients)} clients in {settings.seconds:g} s: {min(served)} to {max(served)} "
             f"answers each, the slowest took {summary['slowest_ms']:.1f} ms",
-            f"{settings.fuzz} fuzzed messages: "
-            + ", ".join(f"{n} {name}" for name, n in sorted(outcomes.items()))
-            + f"; server memory {memory['before']:.1f} -> {memory['settled']:.1f} (first tenth) -> "
-            f"{memory['after']:.1f} MB",
         ),
         settings=asdict(settings),
         device=where,
@@ -154,8 +125,8 @@ def measure_server(settings: ServerSettings) -> Report:
 
 
 @contextmanager
-def serving(settings: ServerSettings) -> Iterator[ServerProcess]:
-    """A real ``cmpolicy serve`` in a process of its own, ended by SIGINT.
+def serving(settings: ServerSettings) -> Iterator[str]:
+    """The url of a real ``cmpolicy serve`` in a process of its own, ended by SIGINT.
 
     Raises:
         ServerFailedError: it did not start, or did not end with status 0.
@@ -179,7 +150,7 @@ def serving(settings: ServerSettings) -> Iterator[ServerProcess]:
                 "cmpolicy serve did not start; see what it says: cmpolicy serve " + " ".join(words)
             )
         watchdog.cancel()
-        yield ServerProcess(found[0], process.pid)
+        yield found[0]
         process.send_signal(signal.SIGINT)
         status = process.wait(timeout=30)
         if status != 0:
@@ -249,27 +220,6 @@ def _crowd(
     if failures:
         raise ServerFailedError(f"a client was not served: {failures[0]}") from failures[0]
     return [np.array(mine) for mine in times]
-
-
-def _fuzz(
-    server: ServerProcess, obs: dict[str, NDArray[np.float32]], settings: ServerSettings
-) -> tuple[Counter[str], dict[str, float]]:
-    """Outcomes by name, and the server's resident memory (MB) before, settled and after."""
-    process = psutil.Process(server.pid)
-    memory = {"before": _megabytes(process)}
-
-    def note(done: int) -> None:
-        if done == max(1, settings.fuzz // 10):  # buffers and caches have their size by now
-            memory["settled"] = _megabytes(process)
-
-    one_step = {key: value[0, -1] for key, value in obs.items()}
-    outcomes = fuzz(server.url, one_step, settings.fuzz, settings.seed, after=note)
-    memory["after"] = _megabytes(process)
-    return outcomes, memory
-
-
-def _megabytes(process: psutil.Process) -> float:
-    return float(process.memory_info().rss) / 1e6
 
 
 def _row(what: str, ms: NDArray[np.float64]) -> tuple[Cell, ...]:

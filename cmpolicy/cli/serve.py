@@ -43,6 +43,8 @@ class ServeSettings:
         threads: of the CPU, for one policy call.
         sessions: clients at once.
         batch: observations per policy call.
+        max_message_mb: longest message of a client, in MiB; null: 16, or as much as `batch`
+            observations need.
         seed: of the sessions' noise; null: another one each time.
     """
 
@@ -55,6 +57,7 @@ class ServeSettings:
     threads: int = 1
     sessions: int = 64
     batch: int = 64
+    max_message_mb: float | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -62,6 +65,8 @@ class ServeSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1")
+        if self.max_message_mb is not None and not 0 < self.max_message_mb <= 1024:
+            raise ConfigError(f"max_message_mb={self.max_message_mb} must lie in (0, 1024]")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port={self.port} must lie between 0 and 65535")
         if self.seed is not None and self.seed < 0:
@@ -98,6 +103,9 @@ def _serve(settings: ServeSettings) -> int:
         name=settings.policy,
         max_sessions=settings.sessions,
         max_batch=settings.batch,
+        max_message_bytes=(
+            None if settings.max_message_mb is None else round(settings.max_message_mb * 2**20)
+        ),
         seed=settings.seed,
     )
     server.run(lambda ready: _announce(ready, settings, nfe, needs_token=token is not None))

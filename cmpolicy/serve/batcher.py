@@ -1,8 +1,8 @@
-"""One policy for many clients: what waits together is answered by one policy call.
+"""One policy for many clients: requests that wait at the same time share one policy call.
 
-Nothing ever waits for company. While a call runs, requests queue; when it ends, the next call takes
-the queue from its front, up to a number of rows. First come, first served, so none starves, and a
-request's wait is bounded by the calls ahead of it.
+No request waits in order to be batched. While a call runs, requests queue; when it ends, the next
+call takes requests from the front of the queue, up to a number of rows. First come, first served:
+no client starves, and a request waits only for the calls ahead of it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cmpolicy.robot.policy import Array, ChunkPolicy
-from cmpolicy.serve.session import Request
+from cmpolicy.serve.requests import Answer, Request
 
 _logger = logging.getLogger(__name__)
 
@@ -29,23 +29,6 @@ class InferenceError(RuntimeError):
 
 class StoppedError(Exception):
     """The batcher was closed before the policy answered."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A decision.
-
-    Attributes:
-        plan: (B, P, A).
-        infer_ms: of the policy call.
-        queue_ms: from the request to the beginning of that call.
-        batch_rows: rows of that call, of all requests together.
-    """
-
-    plan: Array
-    infer_ms: float
-    queue_ms: float
-    batch_rows: int
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@
                                                   or what was wrong (text); the connection goes on
 
 Messages are packed by :mod:`cmpolicy.serve.wire`; what a request may hold is described in
-:mod:`cmpolicy.serve.session`. ``GET /healthz`` answers 200 on the same port.
+:mod:`cmpolicy.serve.requests`. ``GET /healthz`` answers 200 on the same port.
 """
 
 from __future__ import annotations
@@ -26,10 +26,16 @@ import numpy as np
 
 from cmpolicy import __version__
 from cmpolicy.robot.policy import ChunkPolicy
-from cmpolicy.serve.access import Token
 from cmpolicy.serve.batcher import Batcher, InferenceError, StoppedError
-from cmpolicy.serve.responder import message_bound, metadata, respond
-from cmpolicy.serve.session import RESERVED, Session
+from cmpolicy.serve.requests import (
+    RESERVED,
+    RequestError,
+    Session,
+    Token,
+    message_bound,
+    reply,
+)
+from cmpolicy.serve.wire import WireError, pack, unpack
 
 try:
     from websockets.asyncio.server import Server, ServerConnection, serve
@@ -79,8 +85,9 @@ class PolicyServer:
         name: of the policy, told to clients.
         max_sessions: connections at once; further ones get HTTP 503.
         max_batch: observations per policy call and per message.
-        max_message_bytes: larger messages close their connection with code 1009. None: as long as
-            ``max_batch`` observations in float64 need, up to 16 MiB, but room for one at least.
+        max_message_bytes: larger messages are refused with a text; messages of more than twice the
+            bound close their connection with code 1009. None: 16 MiB, or as much as ``max_batch``
+            observations in float64 need.
         seed: of the sessions' noise; None takes one from the operating system.
         grace: seconds that running requests get to end when the server stops.
 
@@ -130,12 +137,21 @@ class PolicyServer:
         self._max_batch = max_batch
         self._max_bytes = max_message_bytes
         self._grace = grace
-        self._metadata = metadata(
-            spec,
-            name,
-            control_hz=getattr(policy, "control_hz", None),
-            max_batch=max_batch,
-            max_message_bytes=max_message_bytes,
+        self._greeting = pack(
+            {
+                "server": "cmpolicy",
+                "cmpolicy_version": __version__,
+                "policy": name,
+                "spec": spec.to_dict(),
+                "n_obs_steps": spec.n_obs_steps,
+                "n_action_steps": spec.n_action_steps,
+                "n_plan_steps": spec.n_plan_steps,
+                "horizon": spec.horizon,
+                "action_dim": spec.action_dim,
+                "control_hz": getattr(policy, "control_hz", None),
+                "max_batch": max_batch,
+                "max_message_bytes": max_message_bytes,
+            }
         )
         self._seeds = np.random.SeedSequence(seed)
         self._sessions = self._connections = self._in_flight = 0
@@ -272,7 +288,7 @@ class PolicyServer:
                 close_timeout=_CLOSE_TIMEOUT,
                 ping_interval=_PING_INTERVAL,
                 ping_timeout=_PING_INTERVAL,
-                max_size=self._max_bytes,
+                max_size=2 * self._max_bytes,  # up to here, the refusal is a text
                 max_queue=_MAX_FRAMES,
                 server_header=f"cmpolicy/{__version__}",
                 logger=_library_logger,
@@ -342,7 +358,7 @@ class PolicyServer:
         session = Session(self.spec, max_batch=self._max_batch, seed=self._seeds.spawn(1)[0])
         begin, counts = time.monotonic(), [0, 0]
         try:
-            await connection.send(self._metadata)
+            await connection.send(self._greeting)
             await self._converse(connection, session, counts)
         except ConnectionClosed:
             pass  # also in the middle of a request: its answer is dropped
@@ -375,20 +391,27 @@ class PolicyServer:
             self._in_flight += 1
             self._idle.clear()
             try:
-                reply = await respond(
-                    data,
-                    session,
-                    self._batcher,
-                    max_bytes=self._max_bytes,
-                    previous_ms=previous_ms,
-                )
-                counts[isinstance(reply, str)] += 1
-                await connection.send(reply)
+                answer = await self._respond(data, session, previous_ms)
+                counts[isinstance(answer, str)] += 1
+                await connection.send(answer)
             finally:
                 self._in_flight -= 1
                 if not self._in_flight:
                     self._idle.set()
             previous_ms = (time.perf_counter() - begin) * 1e3
+
+    async def _respond(
+        self, data: str | bytes, session: Session, previous_ms: float | None
+    ) -> str | bytes:
+        """The answer to a frame: bytes, or text that says what is wrong with it."""
+        try:
+            if isinstance(data, str):
+                raise RequestError("messages are binary frames of msgpack, got a text frame")
+            request = session.read(unpack(data, max_bytes=self._max_bytes))
+            answer = None if request is None else await self._batcher.infer(request)
+        except (WireError, RequestError, InferenceError) as error:
+            return str(error)
+        return reply(request, answer, self.spec, previous_ms)
 
 
 def _peer(connection: ServerConnection) -> str:

@@ -237,7 +237,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_bench(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     out = tmp_path / "server.json"
-    words = [f"policy={bundle}", "pairs=10", "clients=4", "seconds=0.5", "fuzz=200", f"out={out}"]
+    words = [f"policy={bundle}", "pairs=10", "clients=4", "seconds=0.5", f"out={out}"]
     assert bench(["server", *words]) == 0
     content = json.loads(out.read_text())
     summary = content["summary"]
@@ -245,10 +245,7 @@ def test_bench(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert summary["served_fewest"] > 0
     assert summary["round_trip_ms_p50"] > 0
     assert summary["policy_ms_p50"] > 0
-    kinds = ("answered", "refused", "closed", "raw")
-    assert sum(summary.get(f"fuzz_{kind}", 0) for kind in kinds) == 200
     assert summary["error_after"] < 1e-4
-    assert summary["server_rss_mb_after"] > 10
-    assert "200 fuzzed messages" in capsys.readouterr().out
+    assert "4 clients in 0.5 s" in capsys.readouterr().out
     assert bench(["server", "policy=x", "clients=0"]) == 2
     assert "clients=0 must be at least 1" in capsys.readouterr().err

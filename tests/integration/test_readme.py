@@ -46,7 +46,7 @@ SHORT = {
     "cmpolicy bench step": [*NET, "pairs=2", "warmup=0", "batch_size=8", "threads=1"],
     "cmpolicy bench latency": ["calls=2", "nfe=[1,2]", "threads=1"],
     "cmpolicy bench latency net=": ["net=tiny", "calls=2", "threads=1", "diffusion=false"],
-    "cmpolicy bench server": ["pairs=5", "clients=2", "seconds=0.3", "fuzz=60"],
+    "cmpolicy bench server": ["pairs=5", "clients=2", "seconds=0.3"],
     "cmpolicy bench loop": ["seconds=1"],
     "cmpolicy bench delay": ["seeds=500000", "delays_ms=[0,100]", "workers=1"],
     "cmpolicy export": [],

@@ -291,9 +291,10 @@ def test_a_message_that_the_server_finds_too_long(policy: ConsistencyPolicy) -> 
         PolicyServer(policy, port=0, max_message_bytes=400) as server,
         RemotePolicy(server.address) as remote,
     ):
-        rows = {"state": np.ones((9, 1, 3), np.float32)}
-        with pytest.raises(RemotePolicyError, match="as too long; it takes 400"):
-            remote.infer(rows, np.ones((9, 8, 2), np.float32))
+        for n, words in ((9, "at most 400 are accepted"), (30, "as too long; it takes 400")):
+            rows = {"state": np.ones((n, 1, 3), np.float32)}
+            with pytest.raises(RemotePolicyError, match=words):
+                remote.infer(rows, np.ones((n, 8, 2), np.float32))
         assert remote.infer(OBS).shape == (1, 4, 2)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cmpolicy.nn.conv import MAX_BATCH, by_library, by_product, by_rows, convolution_for
+from cmpolicy.nn.conv import MAX_BATCH, by_library, by_product, convolution_for
 
 each_convolution = pytest.mark.parametrize(
     "convolution",
@@ -42,39 +42,15 @@ def test_product_is_the_convolution(
     assert torch.equal(x, before)
 
 
-@each_convolution
-def test_rows_are_the_convolution_with_its_derivatives(convolution: nn.Module) -> None:
-    """Value, both gradients and the forward-mode derivative."""
-    convolution = copy.deepcopy(convolution).double()
-    generator = torch.Generator().manual_seed(0)
-    x, tangent = torch.randn(2, 3, 6, 8, generator=generator, dtype=torch.float64)
-    inputs = (x.requires_grad_(), *convolution.parameters())
-    found, expected = by_rows(convolution, x), by_library(convolution, x)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
-    assert found.is_contiguous()
-    upstream = torch.randn(found.shape, generator=generator, dtype=torch.float64)
-    gradients = torch.autograd.grad(found, inputs, upstream)
-    torch.testing.assert_close(
-        gradients, torch.autograd.grad(expected, inputs, upstream), rtol=0, atol=1e-12
-    )
-    assert gradients[0].is_contiguous()
-    torch.testing.assert_close(
-        torch.func.jvp(lambda y: by_rows(convolution, y), (x.detach(),), (tangent,))[1],
-        torch.func.jvp(lambda y: by_library(convolution, y), (x.detach(),), (tangent,))[1],
-        rtol=0,
-        atol=1e-13,
-    )
-
-
 def test_each_way_in_its_place() -> None:
-    """Few observations are products, training is rows, a GPU's and what is compiled the library."""
+    """Small batches without gradients are products; everything else is torch's convolution."""
     one, many = torch.zeros(MAX_BATCH, 8, 2), torch.zeros(MAX_BATCH + 1, 8, 2)
     with torch.inference_mode():
         assert convolution_for(one) is by_product
         assert convolution_for(many) is by_library
     with torch.no_grad():
-        assert convolution_for(one) is by_rows
-    assert convolution_for(many) is by_rows
+        assert convolution_for(one) is by_library
+    assert convolution_for(many) is by_library
     assert convolution_for(one.to("meta")) is by_library
     chosen = []
 

@@ -1,4 +1,7 @@
-"""Messages that no client should send, and what a policy server makes of them."""
+"""Thousands of invalid messages to a policy server: each is answered, refused or closed.
+
+``make attack`` sends a million (``--attack-scale``); the suite sends a thousand.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,18 @@ from urllib.parse import urlsplit
 
 import msgpack
 import numpy as np
+import psutil
+import torch
 from numpy.typing import NDArray
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
+from cmpolicy import PolicyServer, RemotePolicy
+from cmpolicy.nn.unet1d import UNet1DConfig
+from cmpolicy.normalize import Normalizer
+from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.serve.wire import pack
+from cmpolicy.spec import PolicySpec
 
 Message = str | bytes
 Observation = Mapping[str, NDArray[Any]]
@@ -22,8 +32,55 @@ _TIMEOUT = 30.0  # s: a server that does not answer by then has failed
 _FROM_OUTSIDE_EVERY = 50  # messages, of which one is bytes on a bare socket
 
 
+_SHAPES = {"agent_pos": (2,), "keypoint": (9, 2)}
+_MAX_BYTES = 100_000  # of a message: a bound that the test can exceed cheaply
+_GROWTH = 20e6  # bytes of resident memory
+
+
 class FuzzError(ConnectionError):
     """The server did not answer, or closed the connection where it should have gone on."""
+
+
+def test_invalid_messages(attack_scale: int) -> None:
+    """The server survives, does not grow, and answers rightly afterwards."""
+    rng = np.random.default_rng(0)
+    policy = _policy()
+    batch = {
+        key: rng.uniform(0, 512, (1, 2, *shape)).astype(np.float32)
+        for key, shape in _SHAPES.items()
+    }
+    step = {key: value[0, -1] for key, value in batch.items()}
+    count = 1000 * attack_scale
+    process, settled = psutil.Process(), 0
+
+    def note(done: int) -> None:
+        nonlocal settled
+        if done == count // 10:  # buffers and caches have their size by now
+            settled = process.memory_info().rss
+
+    with PolicyServer(policy, port=0, max_message_bytes=_MAX_BYTES) as server:
+        outcomes = fuzz(server.address, step, count, seed=3, after=note)
+        growth = process.memory_info().rss - settled
+        noise = rng.standard_normal((1, 16, 2), dtype=np.float32)
+        with RemotePolicy(server.address) as remote:
+            plan = remote.infer_plan(batch, noise)
+    print(f"{count} messages: {dict(outcomes)}, memory grew by {growth / 1e6:.1f} MB")
+    assert outcomes.total() == count
+    assert outcomes["refused"] > 0.5 * count
+    assert min(outcomes["closed"], outcomes["answered"], outcomes["raw"]) > 0
+    assert growth < _GROWTH
+    np.testing.assert_allclose(plan, policy.infer_plan(batch, noise), atol=1e-3)
+
+
+def _policy() -> ConsistencyPolicy:
+    """A small untrained Push-T policy."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    arrays = {key: rng.uniform(0, 512, (64, *shape)) for key, shape in _SHAPES.items()}
+    normalizer = Normalizer.fit({**arrays, "action": rng.uniform(0, 512, (64, 2))})
+    spec = PolicySpec(_SHAPES, action_dim=2, horizon=16, n_obs_steps=2, n_action_steps=8)
+    net = UNet1DConfig((8, 16), kernel_size=3, n_groups=4, time_dim=8)
+    return ConsistencyPolicy(spec, net, normalizer).eval()
 
 
 def fuzz(
@@ -72,7 +129,7 @@ def _outcome(connection: ClientConnection, kind: str, message: Message, bound: i
         reply = connection.recv(timeout=_TIMEOUT)
     except ConnectionClosed as error:
         code = None if error.rcvd is None else error.rcvd.code
-        if len(message) > bound and code == 1009:
+        if len(message) > 2 * bound and code == 1009:
             return "closed"
         raise FuzzError(f"a message of kind {kind!r} closed its connection: {error}") from error
     except TimeoutError as error:
@@ -132,7 +189,7 @@ def _messages(
     names = list(makers)
     while True:
         if rng.random() < 0.01:
-            yield "too long", bytes(bound + int(rng.integers(1, 1000)))
+            yield "too long", bytes(int(rng.integers(1, 3)) * bound + int(rng.integers(1, 1000)))
         else:
             name = names[int(rng.integers(len(names)))]
             yield name, makers[name]()

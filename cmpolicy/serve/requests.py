@@ -1,4 +1,4 @@
-"""What one client's messages mean: checked observations, its history and its noise.
+"""What a client's messages mean, and how they are answered: no network and no policy here.
 
 A message is a map of observation keys to arrays, in one of three forms for all keys alike:
 
@@ -8,50 +8,61 @@ A message is a map of observation keys to arrays, in one of three forms for all 
 
 and beside them, each optional:
 
-    step   a whole number: at which control step, at the policy's rate, the one step was observed
+    step   a whole number: the control step (at the policy's rate) of the one observed step
     reset  true: a new episode begins, with this observation if there is one
-    seed   a whole number: the session's noise starts anew from it
+    seed   a whole number: the session's noise starts again from this seed
     noise  (T, A), or (B, T, A) for a batch: standard normal, instead of the session's own
 
-The session remembers observations that say their ``step``, and puts the history together from
-those of the last To steps; a missing one is taken from the nearest older, or else newer one, so an
-episode begins as in training, with its first observation repeated. A smaller ``step`` than the last
-begins a new episode. One step without ``step`` stands for the whole history: when the observation
-before was made cannot be known (openpi's ActionChunkBroker asks once per chunk, so that one is a
-whole chunk old; a policy that takes it for the step before sees a speed that never was).
+Other keys (a prompt, images that this policy does not use) are ignored; the server logs them once
+per session. Lists of numbers and plain numbers are accepted where an array is meant.
+
+The session keeps observations that have a ``step`` and builds the history from those of the last To
+steps. A missing step is taken from the nearest older one, or else the nearest newer one, so an
+episode begins as in training: its first observation is repeated. A smaller ``step`` than the last
+begins a new episode. One step without ``step`` stands for the whole history, because its age is
+unknown (openpi's ActionChunkBroker asks once per chunk: its last observation is a whole chunk old,
+and a policy that takes it for the step before would see a speed that never was).
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import logging
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cmpolicy.serve.wire import MAX_BYTES, pack
 from cmpolicy.spec import PolicySpec
 
-#: Keys of a message that are no observations.
+_logger = logging.getLogger(__name__)
+
+#: Keys of a message that are not observations.
 RESERVED = ("step", "reset", "seed", "noise")
+
+_OVERHEAD = 65_536  # bytes for keys and fields
 
 _Form = Literal["step", "history", "batch"]
 _FORMS: dict[int, _Form] = {0: "step", 1: "history", 2: "batch"}
 
 
 class RequestError(ValueError):
-    """A message that the policy cannot answer; the text is for whoever sent it."""
+    """A message that the policy cannot answer; the text is sent to the client."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A checked decision to make.
+    """A checked request for one decision per row.
 
     Attributes:
         obs: (B, To, ...) float32 per key.
         noise: (B, T, A) float32.
-        is_batch: whether the client sent a batch, and is answered with one.
+        is_batch: whether the client sent a batch, and gets a batch back.
     """
 
     obs: dict[str, NDArray[np.float32]]
@@ -62,6 +73,92 @@ class Request:
     def rows(self) -> int:
         """B."""
         return len(self.noise)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The decision for one request.
+
+    Attributes:
+        plan: (B, P, A).
+        infer_ms: duration of the policy call.
+        queue_ms: time between the request and the start of that call.
+        batch_rows: rows of that call, of all requests together.
+    """
+
+    plan: NDArray[Any]
+    infer_ms: float
+    queue_ms: float
+    batch_rows: int
+
+
+def message_bound(spec: PolicySpec, max_batch: int) -> int:
+    """Default bound of a message in bytes.
+
+    16 MiB, so that clients may send camera frames that this policy ignores, or as much as
+    ``max_batch`` observations in float64 need, whichever is more.
+    """
+    row = 8 * (spec.n_obs_steps * spec.obs_dim + spec.horizon * spec.action_dim)
+    fields = sum(len(key.encode()) for key in spec.obs) + _OVERHEAD
+    return max(MAX_BYTES, max_batch * row) + fields
+
+
+def reply(
+    request: Request | None, answer: Answer | None, spec: PolicySpec, previous_ms: float | None
+) -> bytes:
+    """The packed answer to a message.
+
+    Args:
+        request: that was answered; None for a message of ``reset`` or ``seed`` alone.
+        answer: to it.
+        spec: of the policy.
+        previous_ms: duration of the message before, including the sending of its answer.
+    """
+    # Numbers only: openpi's ActionChunkBroker slices every array of an answer.
+    timing: dict[str, float] = {} if previous_ms is None else {"prev_total_ms": previous_ms}
+    if request is None or answer is None:
+        return pack({"server_timing": timing})
+    timing["infer_ms"] = answer.infer_ms
+    timing["queue_ms"] = answer.queue_ms
+    timing["batch_rows"] = answer.batch_rows
+    plan = answer.plan if request.is_batch else answer.plan[0]
+    return pack(
+        {
+            "actions": plan[..., : spec.n_action_steps, :],
+            "plan": plan,
+            "server_timing": timing,
+        }
+    )
+
+
+class Token:
+    """A bearer token. Only its digest is kept.
+
+    Raises:
+        ValueError: the text is empty or does not fit into an HTTP header.
+    """
+
+    def __init__(self, text: str) -> None:
+        if not text or not all("!" <= character <= "~" for character in text):
+            raise ValueError(
+                "the token must be of visible ASCII characters without spaces, at least one"
+            )
+        self._digest = _digest(text)
+
+    def allows(self, authorization: Sequence[str]) -> bool:
+        """Whether the ``Authorization`` headers of a request are one header with this token.
+
+        ``Bearer <token>``, or openpi's ``Api-Key <token>``. Digests of one length are compared in
+        constant time, so the duration tells nothing about the token.
+        """
+        value = authorization[0] if len(authorization) == 1 else ""
+        scheme, _, text = value.strip().partition(" ")
+        is_equal = hmac.compare_digest(_digest(text.strip()), self._digest)
+        return is_equal and scheme.lower() in ("bearer", "api-key")
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
 
 
 @dataclass(frozen=True)
@@ -88,6 +185,7 @@ class Session:
         self._max_batch = max_batch
         self._rng = np.random.default_rng(seed)
         self._seen: list[_Seen] = []  # within the last To steps, oldest first
+        self._told_unknown = False
 
     def read(self, message: Any) -> Request | None:
         """Check a message and take it in.
@@ -134,10 +232,16 @@ class Session:
     def _check_keys(self, message: Mapping[Any, Any]) -> None:
         missing = sorted(self.spec.obs.keys() - message.keys())
         unknown = sorted(str(k) for k in message.keys() - {*self.spec.obs, *RESERVED})
-        if missing or unknown:
+        if missing:
             raise RequestError(
-                f"observation keys do not match the policy: missing {missing}, unknown "
-                f"{reprlib.repr(unknown)}; it needs {sorted(self.spec.obs)}"
+                f"the observation lacks the keys {missing}; this policy needs "
+                f"{sorted(self.spec.obs)}, the message has {reprlib.repr(unknown)} beside them"
+            )
+        if unknown and not self._told_unknown:
+            self._told_unknown = True
+            _logger.info(
+                "a client sends keys that this policy does not use, they are ignored: %s",
+                reprlib.repr(unknown),
             )
 
     def _arrays(self, message: Mapping[str, Any]) -> tuple[_Form, dict[str, NDArray[np.float32]]]:
@@ -147,6 +251,8 @@ class Session:
         arrays: dict[str, NDArray[np.float32]] = {}
         for key, shape in self.spec.obs.items():
             array = _numbers(f"observation {key!r}", message[key])
+            if array.ndim == 0 and shape == (1,):  # one sensor, sent as a plain number
+                array = array[None]
             own = _FORMS.get(array.ndim - len(shape))
             history = (self.spec.n_obs_steps, *shape)
             expected = {"step": shape, "history": history, "batch": (*array.shape[:1], *history)}
@@ -215,9 +321,12 @@ def _numbers(what: str, value: Any) -> NDArray[np.float32]:
     Raises:
         RequestError: no numbers, or some that are not finite in float32.
     """
-    if not isinstance(value, np.ndarray | np.generic | int | float):
+    if not isinstance(value, np.ndarray | np.generic | int | float | list):
         raise RequestError(f"{what} is a {type(value).__name__}; send a numpy array of numbers")
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise RequestError(f"{what} is a list of rows of different lengths") from error
     if array.dtype.kind not in "biuf":
         raise RequestError(f"{what} has dtype {array.dtype}; send numbers, best float32")
     with np.errstate(over="ignore"):  # too large for float32: infinite, and refused below

@@ -1,0 +1,10 @@
+"""How much the attacks do: little in the suite, a thousand times as much in ``make attack``."""
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def attack_scale(request: pytest.FixtureRequest) -> int:
+    """Factor on the number of messages, kills and damaged files."""
+    scale: int = request.config.getoption("--attack-scale")
+    return scale
