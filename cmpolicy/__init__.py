@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cmpolicy.export.onnx import OnnxPolicy
     from cmpolicy.image.pipeline import ConsistencyImagePipeline
     from cmpolicy.policy.policy import ConsistencyPolicy
-    from cmpolicy.robot.chunking import ActionChunker
+    from cmpolicy.robot.chunker import ActionChunker
     from cmpolicy.robot.loop import ControlLoop
     from cmpolicy.serve.client import RemotePolicy
     from cmpolicy.serve.server import PolicyServer
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "ActionChunker": "cmpolicy.robot.chunking",
+    "ActionChunker": "cmpolicy.robot.chunker",
     "ConsistencyImagePipeline": "cmpolicy.image.pipeline",
     "ConsistencyPolicy": "cmpolicy.policy.policy",
     "ControlLoop": "cmpolicy.robot.loop",

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cmpolicy.robot.noise import NoiseSource
 from cmpolicy.robot.policy import ChunkPolicy, plan_window
 from cmpolicy.robot.schedule import Planner, Schedule
+from cmpolicy.robot.worker import NoiseSource
 from cmpolicy_envs.realtime_pusht import CONTROL_HZ, SUBSTEPS, LateActions
 from cmpolicy_eval.episode import ChunkOutcome
 from cmpolicy_eval.policy import check_policy_fits

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from cmpolicy.bench.report import Report
 from cmpolicy.export.runtime import is_exported, open_exported
 from cmpolicy.policy.policy import ConsistencyPolicy
-from cmpolicy.robot.engine import Tick
+from cmpolicy.robot.episode import Tick
 from cmpolicy.robot.loop import ControlLoop
 from cmpolicy.robot.policy import ChunkPolicy
 from cmpolicy.robot.schedule import Asynchronous, Schedule, Synchronous

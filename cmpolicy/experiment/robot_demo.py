@@ -98,7 +98,7 @@ def drive(settings: RobotDemoSettings) -> int:
 
     from cmpolicy.experiment.robot_film import Recording, write_plot, write_video
     from cmpolicy.policy.policy import ConsistencyPolicy
-    from cmpolicy.robot.engine import Tick, Timestamps
+    from cmpolicy.robot.episode import Tick, Timestamps
     from cmpolicy.robot.loop import ControlLoop
     from cmpolicy.robot.safety import SafetyLimits
     from cmpolicy.robot.schedule import Asynchronous, Schedule, Synchronous

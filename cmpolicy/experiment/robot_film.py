@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from cmpolicy.robot.engine import HELD, WAITED, Tick
+from cmpolicy.robot.episode import HELD, WAITED, Tick
 from cmpolicy_envs.pusht import SUCCESS_COVERAGE, PushTEnv
 from cmpolicy_eval.video import Moment, annotate
 

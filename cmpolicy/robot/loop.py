@@ -9,22 +9,30 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from cmpolicy.robot.claim import Claim
-from cmpolicy.robot.engine import Run, Tick, Timestamps
+from cmpolicy.robot.episode import Episode, Tick, Timestamps
 from cmpolicy.robot.history import ObservationHistory
-from cmpolicy.robot.inference import Inference, InlineInference, ThreadedInference
-from cmpolicy.robot.noise import NoiseSource
+from cmpolicy.robot.metronome import clock
 from cmpolicy.robot.policy import ChunkPolicy, plan_window
 from cmpolicy.robot.report import LoopReport
-from cmpolicy.robot.robot import Robot, RobotError, check_rates, check_robot, rate_of
+from cmpolicy.robot.robot import Robot, RobotError, RobotLock, check_rates, check_robot, rate_of
 from cmpolicy.robot.safety import SafetyFilter, SafetyLimits
 from cmpolicy.robot.schedule import Asynchronous, Schedule, Synchronous
-from cmpolicy.robot.signals import SignalGuard, raise_for
+from cmpolicy.robot.watchdog import SignalGuard, Watchdog, raise_for
+from cmpolicy.robot.worker import InlineWorker, NoiseSource, ThreadedWorker, Worker
 
 _log = logging.getLogger(__name__)
 
 _PATIENCE = 2.0
 """Seconds that the end of a run waits for an inference under way, and leaving for such a run."""
+
+_SLICE = 0.05
+"""Seconds between two looks whether a second signal wants no more waiting."""
+
+_WORDS = {
+    "stop": "stop the robot",
+    "send_action": "send the last action",
+    "disconnect": "disconnect the robot",
+}
 
 
 class ControlLoop:
@@ -39,8 +47,10 @@ class ControlLoop:
     ends with the robot at rest: by ``robot.stop()`` if it has that, else by ``safety.rest``, else
     by the last safe action once more.
 
-    Ctrl-C and SIGTERM end a run after the present tick; a second one interrupts at once whatever
-    call hangs. A run that was ended so is the loop's last.
+    Ctrl-C and SIGTERM end a run after the present tick. From then until the robot is at rest and
+    disconnected, further signals are held: they interrupt a call of the robot or the policy and
+    skip waiting, but never the calls that stop and disconnect. A loop that was ended so does not
+    run again. Calls that do not return are interrupted: see :mod:`cmpolicy.robot.watchdog`.
 
     Args:
         policy: a ConsistencyPolicy, OnnxPolicy, RemotePolicy or another
@@ -55,7 +65,7 @@ class ControlLoop:
         seed: of the policy's noise; None takes a new one for every run.
         timestamps: the observations' own, for the watchdog; None takes the time when
             ``get_observation`` was called.
-        on_tick: is called with a :class:`~cmpolicy.robot.engine.Tick` at the end of every tick, to
+        on_tick: is called with a :class:`~cmpolicy.robot.episode.Tick` at the end of every tick, to
             record or to watch; the loop waits for it.
 
     Raises:
@@ -92,21 +102,36 @@ class ControlLoop:
         self._new_filter()  # says what is wrong with the limits before anything is connected
         self._history = ObservationHistory(policy.spec)
         self._noise = NoiseSource(policy.spec.noise_shape, seed)
-        self._inference: Inference = (
-            InlineInference(policy, self._noise)
+        self._worker: Worker = (
+            InlineWorker(policy, self._noise)
             if isinstance(self._schedule, Synchronous)
-            else ThreadedInference(policy, self._noise)
+            else ThreadedWorker(policy, self._noise)
         )
         self._timestamps = timestamps
         self._on_tick = on_tick
-        self._guard = SignalGuard(lambda: self._running or self._leaving, self._signalled)
-        self._claim: Claim | None = None
+        self._guard = SignalGuard(
+            self,
+            (
+                ControlLoop.__enter__.__code__,
+                ControlLoop.__exit__.__code__,
+                ControlLoop.run.__code__,
+            ),
+            self._signalled,
+        )
+        self._watchdog = Watchdog(
+            limit=self._limits.max_call_seconds,
+            connect_limit=self._limits.max_connect_seconds,
+            hung=self.stop,
+            rest=self._halt_from_outside,
+            disconnect=robot.disconnect,
+        )
+        self._lock: RobotLock | None = None
         self._run_lock = threading.Lock()
-        self._running = False
-        self._leaving = False
         self._at_rest = False
         self._stop_reason: str | None = None
         self._signal: str | None = None
+        self._unreported: str | None = None  # a signal that nobody was told of yet
+        self._hurried = False  # by a second signal
         self._safety: SafetyFilter | None = None
         self.report: LoopReport | None = None
         """Of the last run, also when it raised."""
@@ -114,14 +139,20 @@ class ControlLoop:
     # -- connecting and leaving -------------------------------------------------------------------
 
     def __enter__(self) -> ControlLoop:
-        self._claim = Claim(self._robot)
-        self._signal = self._stop_reason = None
-        self._at_rest = False
+        self._guard.install()  # from here on signals are held in this method
         try:
-            self._guard.install()
+            self._lock = RobotLock(self._robot)
+        except BaseException:
+            self._guard.restore()
+            raise
+        self._signal = self._unreported = self._stop_reason = None
+        self._at_rest = self._hurried = False
+        try:
+            self._watchdog.start(self._guard)
             if getattr(self._robot, "is_connected", False) is not True:
-                self._robot.connect()
+                self._watchdog.call("connect", self._robot.connect)
             check_rates(self._hz, self._robot, self._policy)  # it may know its rate only now
+            self._raise_held_signal()
         except BaseException as error:
             self._leave(error)
             raise
@@ -136,30 +167,28 @@ class ControlLoop:
         self._leave(error)
 
     def _leave(self, error: BaseException | None) -> None:
-        """Stop, disconnect, and give everything back; each of it, whatever goes wrong before."""
+        """Stop, disconnect, and give everything back; each of it, whatever goes wrong before.
+
+        Signals are held meanwhile: only what robot, policy or watchdog raise is to be expected.
+        """
         failures: list[tuple[str, BaseException]] = []
-        signal_before = self._signal
-        alone = False
-        self._leaving = True
+        alone = self._end_other_run()
+        if not self._at_rest:
+            failures += self._halt()
+        self._attempt("disconnect", self._robot.disconnect, failures)
+        self._watchdog.close()
+        if alone:
+            self._run_lock.release()
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+        self._safety = None
         try:
-            alone = self._end_other_run()
-            try:
-                if not self._at_rest:
-                    failures += self._halt()
-            finally:
-                _attempt("disconnect the robot", self._robot.disconnect, failures)
+            _raise(failures, error)
         finally:
             self._guard.restore()
-            self._leaving = False
-            if alone:
-                self._run_lock.release()
-            if self._claim is not None:
-                self._claim.release()
-                self._claim = None
-            self._safety = None
-        _raise(failures, error)
-        if error is None and self._signal is not None and self._signal != signal_before:
-            raise_for(self._signal)  # it came while leaving, and no run has reported it
+        if error is None:
+            self._raise_held_signal()
 
     def _end_other_run(self) -> bool:
         """A run that still goes on in another thread must not send actions after the last one.
@@ -170,8 +199,10 @@ class ControlLoop:
         if self._run_lock.acquire(blocking=False):
             return True
         self.stop("the loop was left")
-        if self._run_lock.acquire(timeout=1 / self._hz + 2 * _PATIENCE):
-            return True
+        deadline = clock() + 1 / self._hz + 2 * _PATIENCE
+        while clock() < deadline and not self._hurried:
+            if self._run_lock.acquire(timeout=_SLICE):
+                return True
         _log.error("a run in another thread did not end; the robot is stopped in spite of it")
         self._at_rest = False
         return False
@@ -202,10 +233,11 @@ class ControlLoop:
     def _run(self, n_ticks: int) -> LoopReport:
         self._check_may_run()
         self._safety = self._new_filter()
-        run = Run(
+        episode = Episode(
             self._robot,
+            watchdog=self._watchdog,
             planner=self._schedule.planner(self._window),
-            inference=self._inference,
+            worker=self._worker,
             noise=self._noise,
             history=self._history,
             limits=self._limits,
@@ -216,25 +248,25 @@ class ControlLoop:
             on_tick=self._on_tick,
         )
         failure: BaseException | None = None
-        self._running = True
         self._at_rest = False
         try:
             self._noise.reset()
-            self._inference.start()
-            run.play(n_ticks)
+            self._worker.start()
+            episode.play(n_ticks)
         except BaseException as error:
-            run.stopped_by = f"{type(error).__name__}: {error}"
+            episode.stopped_by = f"{type(error).__name__}: {error}"
             failure = error
             raise
         finally:
             # The robot first: the inference under way may take its time.
             failures = self._halt()
             self._at_rest = not failures
-            _attempt("end the inference", lambda: self._inference.close(_PATIENCE), failures)
-            self.report = run.report(self._schedule.name)
-            if run.stopped_by == self._stop_reason:  # one that came later ends the next run
+            self._worker.close(_PATIENCE, lambda: self._hurried)
+            self.report = episode.report(self._schedule.name)
+            if episode.stopped_by == self._stop_reason:  # one that came later ends the next run
                 self._stop_reason = None
-            self._running = False
+            if not self._hurried:
+                self._unreported = None
             _raise(failures, failure)
         return self.report
 
@@ -246,18 +278,27 @@ class ControlLoop:
         self._stop_reason = reason
 
     def _check_may_run(self) -> None:
-        if self._claim is None:
+        if self._lock is None:
             raise RuntimeError(
                 "the robot is not connected: `with ControlLoop(policy, robot) as loop: loop.run()`"
             )
-        if self._signal is not None:
-            raise RuntimeError(f"the loop was stopped by {self._signal}; it does not start again")
+        signal = self._signal  # read first: one that comes later ends the run that now begins
+        self._raise_held_signal()
+        if signal is not None:
+            raise RuntimeError(f"the loop was stopped by {signal}; it does not start again")
 
     def _why_stopped(self) -> str | None:
         return self._signal or self._stop_reason
 
+    def _raise_held_signal(self) -> None:
+        name, self._unreported = self._unreported, None
+        if name is not None:
+            raise_for(name)
+
     def _signalled(self, name: str) -> None:
-        self._signal = name
+        self._hurried = self._signal is not None
+        self._signal = self._signal or name
+        self._unreported = name
 
     def _new_filter(self) -> SafetyFilter:
         return SafetyFilter(self._limits, self._window.action_dim, 1 / self._hz)
@@ -267,13 +308,32 @@ class ControlLoop:
         failures: list[tuple[str, BaseException]] = []
         stop = getattr(self._robot, "stop", None)
         if callable(stop):
-            _attempt("stop the robot", stop, failures)
+            self._attempt("stop", stop, failures)
             if not failures:
                 return failures
         hold = None if self._safety is None else self._safety.hold
         if hold is not None:
-            _attempt("send the last action", lambda: self._robot.send_action(hold), failures)
+            self._attempt("send_action", lambda: self._robot.send_action(hold), failures)
         return failures
+
+    def _halt_from_outside(self) -> None:
+        """As :meth:`_halt`, while the loop's own thread hangs in a call of the robot."""
+        if getattr(self._robot, "stop_from_any_thread", True) is False:
+            _log.error(
+                "%s.stop_from_any_thread is False: it stops when its call returns",
+                type(self._robot).__name__,
+            )
+            return
+        self._halt()
+
+    def _attempt(
+        self, name: str, call: Callable[[], Any], failures: list[tuple[str, BaseException]]
+    ) -> None:
+        try:
+            self._watchdog.call(name, call)
+        except BaseException as error:  # nothing must skip the steps after this one
+            _log.error("could not %s: %s", _WORDS[name], error)
+            failures.append((_WORDS[name], error))
 
 
 def _n_ticks(seconds: float | None, steps: int | None, hz: float) -> int:
@@ -288,14 +348,6 @@ def _n_ticks(seconds: float | None, steps: int | None, hz: float) -> int:
     if not 0 < seconds < math.inf:
         raise ValueError(f"seconds={seconds} must be above 0; leave it out to run without end")
     return max(1, round(seconds * hz))
-
-
-def _attempt(what: str, call: Callable[[], Any], failures: list[tuple[str, BaseException]]) -> None:
-    try:
-        call()
-    except BaseException as error:  # a second Ctrl-C, too, must not skip the steps after this one
-        _log.error("could not %s: %s", what, error)
-        failures.append((what, error))
 
 
 def _raise(failures: list[tuple[str, BaseException]], cause: BaseException | None) -> None:

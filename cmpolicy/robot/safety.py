@@ -48,6 +48,10 @@ class SafetyLimits:
             commands. None re-sends the last safe action, which is right for absolute targets.
         max_observation_age: seconds. When the newest good observation is older, the robot is held.
         max_misses: so many ticks in a row may pass without a usable action; one more ends the run.
+        max_call_seconds: seconds that a call of the robot (or of ``on_tick``) may take. After them
+            the call is named in the log, the robot is stopped from another thread, and the run ends
+            with an error: see :mod:`cmpolicy.robot.watchdog`.
+        max_connect_seconds: likewise for ``connect``, which may home or calibrate the robot.
 
     Raises:
         ValueError: limits that contradict each other or are no numbers.
@@ -60,6 +64,8 @@ class SafetyLimits:
     rest: PerDimension | None = None
     max_observation_age: float = 0.5
     max_misses: int = 10
+    max_call_seconds: float = 5.0
+    max_connect_seconds: float = 120.0
 
     def __post_init__(self) -> None:
         if not self.max_observation_age > 0:
@@ -68,6 +74,9 @@ class SafetyLimits:
             )
         if self.max_misses < 0:
             raise ValueError(f"max_misses={self.max_misses} must be at least 0 ticks")
+        for name in ("max_call_seconds", "max_connect_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0 seconds")
 
 
 class SafetyFilter:

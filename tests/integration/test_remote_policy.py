@@ -23,7 +23,7 @@ from cmpolicy import PolicyServer, RemotePolicy
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
 from cmpolicy.policy.policy import ConsistencyPolicy
-from cmpolicy.robot.engine import Tick
+from cmpolicy.robot.episode import Tick
 from cmpolicy.robot.loop import ControlLoop
 from cmpolicy.robot.safety import SafetyLimits
 from cmpolicy.serve.client import PolicyUnavailableError, RemotePolicyError

@@ -29,7 +29,7 @@ from cmpolicy.robot import (
     Tick,
     Timestamps,
 )
-from cmpolicy.robot.engine import HELD, PLANNED, WAITED
+from cmpolicy.robot.episode import HELD, PLANNED, WAITED
 from cmpolicy.spec import PolicySpec
 
 HZ = 50.0

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cmpolicy.robot.ensemble import TemporalEnsemble
+from cmpolicy.robot.chunker import TemporalEnsemble
 from cmpolicy.robot.safety import SafetyFilter, SafetyLimits
 from cmpolicy.robot.schedule import Asynchronous, Synchronous, Window
 

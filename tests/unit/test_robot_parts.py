@@ -11,12 +11,17 @@ import numpy as np
 import pytest
 
 from cmpolicy.robot.adapter import LeRobotAdapter
-from cmpolicy.robot.claim import Claim, lock_path
 from cmpolicy.robot.history import ObservationError
 from cmpolicy.robot.metronome import Metronome
-from cmpolicy.robot.report import LoopReport
-from cmpolicy.robot.robot import RateMismatchError, RobotError, check_rates, check_robot
-from cmpolicy.robot.stats import Histogram, Quantiles
+from cmpolicy.robot.report import Histogram, LoopReport, Quantiles
+from cmpolicy.robot.robot import (
+    RateMismatchError,
+    RobotError,
+    RobotLock,
+    check_rates,
+    check_robot,
+    lock_path,
+)
 
 # -- statistics -----------------------------------------------------------------------------------
 
@@ -173,13 +178,13 @@ def test_a_robot_has_four_calls() -> None:
 
 def test_one_claim_per_robot() -> None:
     arm = Arm()
-    claim = Claim(LeRobotAdapter(arm, observation={"state": ["a.pos"]}))
+    claim = RobotLock(LeRobotAdapter(arm, observation={"state": ["a.pos"]}))
     with pytest.raises(RobotError, match="another control loop already drives this Arm"):
-        Claim(arm)
-    Claim(Arm()).release()  # another arm
+        RobotLock(arm)
+    RobotLock(Arm()).release()  # another arm
     claim.release()
     claim.release()
-    Claim(arm).release()
+    RobotLock(arm).release()
 
 
 def test_a_named_robot_is_claimed_across_processes() -> None:
@@ -198,12 +203,12 @@ def test_a_named_robot_is_claimed_across_processes() -> None:
         assert other.stdout is not None
         assert other.stdout.readline() == "taken\n"
         with pytest.raises(RobotError, match="another process already drives robot 'Arm-test/"):
-            Claim(arm)
+            RobotLock(arm)
         with pytest.raises(RobotError, match="another process"):  # not: "another control loop"
-            Claim(arm)
+            RobotLock(arm)
     finally:
         other.communicate()
-    claim = Claim(arm)  # the operating system gave it back
+    claim = RobotLock(arm)  # the operating system gave it back
     claim.release()
     path.unlink()
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cmpolicy.robot.ensemble import TemporalEnsemble
+from cmpolicy.robot.chunker import TemporalEnsemble
 from cmpolicy.robot.schedule import (
     LATENCY_WINDOW,
     Asynchronous,

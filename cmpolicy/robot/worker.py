@@ -1,4 +1,4 @@
-"""Where a control loop's inferences run: in the loop itself, or in a thread beside it."""
+"""Where a control loop runs its inferences: in the loop itself, or in a thread beside it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import queue
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cmpolicy.robot.metronome import clock
-from cmpolicy.robot.noise import NoiseSource
 from cmpolicy.robot.policy import ChunkPolicy
 
 Array = NDArray[Any]
@@ -30,8 +29,34 @@ _SWITCH_INTERVAL = 0.0002
 5 ms are half a tick at 100 Hz."""
 
 
+_SLICE = 0.02
+"""Seconds between two looks whether there is a hurry."""
+
+
+class NoiseSource:
+    """Standard normal noise (1, T, A), one draw per plan; reproducible from ``seed``.
+
+    The numbers are those of ``rollout`` for the same seed.
+    """
+
+    def __init__(self, shape: tuple[int, int], seed: int | None) -> None:
+        self._shape = shape
+        self._noise = np.zeros((1, *shape), np.float32)
+        self._seed = seed
+        self.reset()
+
+    def reset(self) -> None:
+        """Start the stream again."""
+        self._rng = np.random.default_rng(self._seed)
+
+    def draw(self) -> Array:
+        """(1, T, A); the next draw overwrites it."""
+        self._rng.standard_normal(self._shape, dtype=np.float32, out=self._noise[0])
+        return self._noise
+
+
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class InferenceResult:
     """How an inference ended: with a plan (P, A), or with an error."""
 
     plan: Array | None
@@ -42,7 +67,7 @@ class Outcome:
     """On the loop's clock."""
 
 
-class Inference(Protocol):
+class Worker(Protocol):
     """Takes one observation history at a time, and has its plan some time later."""
 
     def start(self) -> None:
@@ -53,22 +78,22 @@ class Inference(Protocol):
         """Begin an inference; the one before must have been polled."""
         ...
 
-    def poll(self) -> Outcome | None:
+    def poll(self) -> InferenceResult | None:
         """The outcome, once; None while there is none."""
         ...
 
-    def close(self, timeout: float) -> bool:
-        """End; False if it is still busy after ``timeout`` seconds."""
+    def close(self, timeout: float, hurried: Callable[[], bool]) -> bool:
+        """End; False if it is still busy after ``timeout`` seconds, or when it is ``hurried``."""
         ...
 
 
-class InlineInference:
+class InlineWorker:
     """Runs the policy within :meth:`submit`; the caller waits."""
 
     def __init__(self, policy: ChunkPolicy, noise: NoiseSource) -> None:
         self._policy = policy
         self._noise = noise
-        self._outcome: Outcome | None = None
+        self._outcome: InferenceResult | None = None
 
     def start(self) -> None:
         """Nothing is left of an earlier run."""
@@ -78,17 +103,17 @@ class InlineInference:
         """Infer now."""
         self._outcome = infer(self._policy, obs, self._noise.draw())
 
-    def poll(self) -> Outcome | None:
-        """See :class:`Inference`."""
+    def poll(self) -> InferenceResult | None:
+        """See :class:`Worker`."""
         outcome, self._outcome = self._outcome, None
         return outcome
 
-    def close(self, timeout: float) -> bool:
+    def close(self, timeout: float, hurried: Callable[[], bool]) -> bool:
         """Nothing to end."""
         return True
 
 
-class ThreadedInference:
+class ThreadedWorker:
     """Runs the policy in a thread. The networks' libraries release the interpreter lock meanwhile.
 
     The observations are copied into buffers of its own, which are free whenever nothing is under
@@ -106,7 +131,7 @@ class ThreadedInference:
         }
         self._busy = False
         self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self._outcomes: queue.SimpleQueue[InferenceResult] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._straggler: threading.Thread | None = None
         self._switch_interval = sys.getswitchinterval()
@@ -141,36 +166,38 @@ class ThreadedInference:
         self._busy = True
         self._requests.put(True)
 
-    def poll(self) -> Outcome | None:
-        """See :class:`Inference`."""
+    def poll(self) -> InferenceResult | None:
+        """See :class:`Worker`."""
         if not self._busy or self._outcomes.empty():
             return None
         self._busy = False
         return self._outcomes.get()
 
-    def close(self, timeout: float) -> bool:
+    def close(self, timeout: float, hurried: Callable[[], bool]) -> bool:
         """End the thread once its inference, if there is one, is done."""
         thread, self._thread = self._thread, None
         if thread is None:
             return True
         sys.setswitchinterval(self._switch_interval)
         self._requests.put(False)
-        thread.join(timeout)
+        deadline = clock() + timeout
+        while thread.is_alive() and clock() < deadline and not hurried():
+            thread.join(_SLICE)
         if thread.is_alive():
-            _log.warning("the policy still runs %.1f s after the end of the loop", timeout)
+            _log.warning("the policy still runs after the end of the loop; nobody waits for it")
             self._straggler = thread
             return False
         return True
 
     def _work(
-        self, requests: queue.SimpleQueue[bool], outcomes: queue.SimpleQueue[Outcome]
+        self, requests: queue.SimpleQueue[bool], outcomes: queue.SimpleQueue[InferenceResult]
     ) -> None:
         obs = self._obs
         while requests.get():
             outcomes.put(infer(self._policy, obs, self._noise.draw()))
 
 
-def infer(policy: ChunkPolicy, obs: Mapping[str, Array], noise: Array) -> Outcome:
+def infer(policy: ChunkPolicy, obs: Mapping[str, Array], noise: Array) -> InferenceResult:
     """One call of the policy, timed; what it raises is in the outcome."""
     spec = policy.spec
     expected = (1, spec.n_plan_steps, spec.action_dim)
@@ -184,6 +211,6 @@ def infer(policy: ChunkPolicy, obs: Mapping[str, Array], noise: Array) -> Outcom
             )
     except BaseException as error:  # also what only a thread would see
         end = clock()
-        return Outcome(None, error, end - begin, end)
+        return InferenceResult(None, error, end - begin, end)
     end = clock()
-    return Outcome(plan[0], None, end - begin, end)
+    return InferenceResult(plan[0], None, end - begin, end)

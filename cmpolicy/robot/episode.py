@@ -1,4 +1,4 @@
-"""One run of a control loop: tick by tick, from the first observation to why it ended."""
+"""One episode of a control loop: tick by tick, from the first observation to why it ended."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ from cmpolicy.robot.history import (
     ObservationError,
     ObservationHistory,
 )
-from cmpolicy.robot.inference import UNAVAILABLE, Inference, Outcome
 from cmpolicy.robot.metronome import Metronome, clock
-from cmpolicy.robot.noise import NoiseSource
-from cmpolicy.robot.report import COMPLETED, LoopReport
+from cmpolicy.robot.report import COMPLETED, Histogram, LoopReport
 from cmpolicy.robot.robot import Robot
 from cmpolicy.robot.safety import SafetyFilter, SafetyLimits
 from cmpolicy.robot.schedule import Planner
-from cmpolicy.robot.stats import Histogram
+from cmpolicy.robot.watchdog import Watchdog
+from cmpolicy.robot.worker import UNAVAILABLE, InferenceResult, NoiseSource, Worker
 
 Array = NDArray[Any]
 
@@ -74,14 +73,15 @@ class Timestamps:
     clock: Callable[[], float] = time.monotonic
 
 
-class Run:
+class Episode:
     """State of one run; everything that grows is of fixed size.
 
     Args:
         robot: connected.
+        watchdog: that every call of robot, policy and ``on_tick`` goes through.
         planner: new.
-        inference: neither started nor closed here.
-        noise: that ``inference`` draws from.
+        worker: neither started nor closed here.
+        noise: that ``worker`` draws from.
         history: of the policy's observations.
         limits: of the safety layer.
         safety: the same limits at work, new.
@@ -95,8 +95,9 @@ class Run:
         self,
         robot: Robot,
         *,
+        watchdog: Watchdog,
         planner: Planner,
-        inference: Inference,
+        worker: Worker,
         noise: NoiseSource,
         history: ObservationHistory,
         limits: SafetyLimits,
@@ -109,8 +110,9 @@ class Run:
         self.safety = safety
         self.stopped_by = COMPLETED
         self._robot = robot
+        self._call = watchdog.call
         self._planner = planner
-        self._inference = inference
+        self._worker = worker
         self._noise = noise
         self._history = history
         self._limits = limits
@@ -179,15 +181,15 @@ class Run:
     def _warm_up(self) -> bool:
         """Run the policy on the first observation, without moving; False if stopped meanwhile."""
         self._history.reset()
-        self._history.push(self._robot.get_observation())
+        self._history.push(self._call("get_observation", self._robot.get_observation))
         for call in range(_WARM_UP):
-            self._inference.submit(self._history.obs)
-            outcome = self._inference.poll()
+            self._call("policy", self._worker.submit, self._history.obs)
+            outcome = self._worker.poll()
             while outcome is None:
                 if self._is_stopped():
                     return False
                 time.sleep(0.001)
-                outcome = self._inference.poll()
+                outcome = self._worker.poll()
             if outcome.error is not None:
                 raise outcome.error
             if call > 0:  # the first is not like the others
@@ -209,20 +211,21 @@ class Run:
         if is_new and fresh and self._planner.due(tick):
             self._planner.begin(tick)
             self._begun = tick
-            self._inference.submit(self._history.obs)
+            self._call("policy", self._worker.submit, self._history.obs)
             self._collect(tick)  # there already, if the loop is one that waits
         plan = None if self._on_tick is None else self._planner.upcoming(tick).copy()
         action, source = self._act(tick, fresh)
         if action is not None:
-            self._robot.send_action(action)
+            self._call("send_action", self._robot.send_action, action)
         if self._on_tick is not None and plan is not None:
             sent = None if action is None else action.copy()
-            self._on_tick(Tick(tick, late, observation, sent, source, plan))
+            done = Tick(tick, late, observation, sent, source, plan)
+            self._call("on_tick", self._on_tick, done)
 
     def _observe(self) -> tuple[Mapping[str, Any], bool]:
         """The robot's observation, and whether it went into the history."""
         now = clock()
-        observation = self._robot.get_observation()
+        observation = self._call("get_observation", self._robot.get_observation)
         try:
             self._history.push(observation)
         except NonFiniteObservationError as error:
@@ -255,7 +258,7 @@ class Run:
 
     def _collect(self, tick: int) -> None:
         """Take in the plan that has arrived, if there is one."""
-        outcome = self._inference.poll()
+        outcome = self._worker.poll()
         if outcome is None:
             return
         self._latency.add(outcome.seconds)
@@ -271,7 +274,7 @@ class Run:
             self._planner.measured(self._metronome.elapsed(outcome.finished) - self._begun)
             self._planner.arrive(tick, outcome.plan)
 
-    def _failed(self, outcome: Outcome) -> None:
+    def _failed(self, outcome: InferenceResult) -> None:
         error = outcome.error
         if not isinstance(error, UNAVAILABLE):
             raise error if error is not None else RuntimeError("an inference without outcome")
