@@ -12,7 +12,7 @@ as in Diffusion Policy (Chi et al., RSS 2023, figure 2).
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 class SpecError(ValueError):
     """A policy specification, or an observation handed to a policy, that does not fit."""
 
+
+_log = logging.getLogger(__name__)
 
 RotationKind = Literal["angle", "quaternion", "axis_angle", "rotation_6d"]
 _ROTATION_SIZES = {"angle": 1, "quaternion": 4, "axis_angle": 3, "rotation_6d": 6}
@@ -142,7 +144,7 @@ class PolicySpec:
     def check_obs(self, obs: Mapping[str, Tensor] | Mapping[str, npt.NDArray[Any]]) -> int:
         """Check a batch of observation histories, (B, To, ...) per key, and return B.
 
-        Keys that the policy does not know are ignored; the first time, a warning names them.
+        Keys that the policy does not know are ignored; the first time, the log names them.
 
         Raises:
             SpecError: naming the missing keys, or the key whose shape does not fit.
@@ -172,7 +174,7 @@ class PolicySpec:
         return batch
 
     def check_keys(self, obs: Mapping[str, Any]) -> None:
-        """Whether every key of the policy is there; other keys are ignored, with one warning.
+        """Whether every key of the policy is there; other keys are ignored, and logged once.
 
         Raises:
             SpecError: naming the missing keys.
@@ -183,17 +185,21 @@ class PolicySpec:
                 f"observation keys are missing: {missing}; the policy was trained on "
                 f"{sorted(self.obs)}, got {sorted(map(str, obs))}"
             )
+        self.note_ignored(obs)
+
+    def note_ignored(self, obs: Mapping[str, Any]) -> None:
+        """Log the keys that the policy does not know, once per process."""
         unknown = tuple(sorted(str(key) for key in obs.keys() - self.obs.keys()))
         if unknown and unknown not in _ignored:
             _ignored.add(unknown)
-            warnings.warn(
-                f"observation keys {list(unknown)} are ignored: the policy was trained on "
-                f"{sorted(self.obs)}",
-                stacklevel=3,
+            _log.warning(
+                "observation keys %s are ignored: the policy was trained on %s",
+                list(unknown),
+                sorted(self.obs),
             )
 
 
-#: Sets of ignored keys that were warned about in this process.
+#: Sets of ignored keys that were logged in this process.
 _ignored: set[tuple[str, ...]] = set()
 
 

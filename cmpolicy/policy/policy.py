@@ -205,7 +205,7 @@ class ConsistencyPolicy(nn.Module):
 
         Args:
             obs: (B, To, ...) per key, env units, oldest first, on the policy's device. Keys that
-                the policy does not know are ignored, with one warning.
+                the policy does not know are ignored and logged once.
             nfe: network evaluations; None takes the policy's own :attr:`nfe`.
             noise: (B, T, A) standard normal; drawn here if not given. It is multiplied by the
                 policy's ``noise_scale``: below 1 samples are less diverse and more typical (the

@@ -32,6 +32,7 @@ class ObservationHistory:
     """
 
     def __init__(self, spec: PolicySpec) -> None:
+        self._spec = spec
         self._shapes = dict(spec.obs)
         self._to = spec.n_obs_steps
         self._buffers = {
@@ -62,7 +63,8 @@ class ObservationHistory:
         return self._views[self._oldest]
 
     def push(self, obs: Mapping[str, Any]) -> None:
-        """Add one observation step, (...) per key; keys that the policy does not know are left.
+        """Add one observation step, (...) per key; keys that the policy does not know are ignored,
+        and logged once.
 
         Raises:
             ObservationError: no mapping, a missing key, a wrong shape or kind of number. The
@@ -74,6 +76,8 @@ class ObservationHistory:
                 f"an observation must be a mapping from {sorted(self._shapes)} to arrays, "
                 f"got {type(obs).__name__}"
             )
+        if self._empty and obs.keys() != self._shapes.keys():  # once per episode is enough
+            self._spec.note_ignored(obs)
         for key, scratch in self._scratch.items():
             self._read(key, obs, scratch)
         for key, scratch in self._scratch.items():

@@ -12,6 +12,7 @@ from cmpolicy.flow.objectives import build_objective
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
 from cmpolicy.policy.policy import Batch
+from cmpolicy.robot.history import ObservationHistory
 from cmpolicy.spec import PolicySpec, SpecError
 
 NET = UNet1DConfig((16, 32), kernel_size=3, n_groups=4, time_dim=16)
@@ -163,14 +164,22 @@ def test_the_policys_own_number_of_evaluations() -> None:
         _policy(nfe=0)
 
 
-def test_unknown_observations_are_ignored_with_one_warning() -> None:
+def test_unknown_observations_are_ignored_and_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """By ``infer``, and by the history of chunker and control loop."""
     policy = _policy()
     obs, noise = _numpy(_obs(policy, 1)), _noise(policy, 1).numpy()
     expected = policy.infer(obs, noise)
     more = {**obs, "prompt": "push the T", "stranger": np.full(3, np.nan)}
-    with pytest.warns(UserWarning, match=r"\['prompt', 'stranger'\] are ignored") as caught:
-        found = [policy.infer(more, noise) for _ in range(3)]
-    assert len(caught) == 1
+    found = [policy.infer(more, noise) for _ in range(3)]
+    history = ObservationHistory(policy.spec)
+    history.push({key: value[0, 0] for key, value in obs.items()} | {"camera": np.zeros(3)})
+    texts = [record.getMessage() for record in caplog.records]
+    assert [text[:55] for text in texts] == [
+        "observation keys ['prompt', 'stranger'] are ignored: th",
+        "observation keys ['camera'] are ignored: the policy was",
+    ]
     assert all(np.array_equal(chunk, expected) for chunk in found)
 
 
