@@ -12,6 +12,7 @@ from cmpolicy.cli.main import main
 from cmpolicy_eval.result import Result
 
 README = (Path(__file__).resolve().parents[2] / "eval/README.md").read_text()
+README = README.partition("## A simulator of your own")[2]
 TRAIN = "net.down_dims=[8,16] examples=64 batch_size=16 optim.warmup=0 device=cpu eval.windows=8"
 ROLLOUTS = "eval.episodes=2 eval.workers=1 log.trackers=[]"
 SHORT = {

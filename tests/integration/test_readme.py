@@ -1,4 +1,4 @@
-"""Every command and every Python block of the README runs, with short settings where it is long."""
+"""Every command and Python block of the READMEs runs, with short settings where it is long."""
 
 import re
 import shlex
@@ -12,7 +12,16 @@ from cmpolicy.cli.main import main
 from cmpolicy_data import ReplayBuffer, bundled_path
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text()
+#: Each is run in a folder of its own; of eval's the last part has a test of its own.
+READMES = [
+    "README.md",
+    "data/README.md",
+    "eval/README.md",
+    *(
+        f"cmpolicy/{name}/README.md"
+        for name in ("training", "pretrained", "robot", "serve", "export", "image", "bench")
+    ),
+]
 
 NET = ["net.down_dims=[8,16]", "net.n_groups=4", "net.time_dim=8", "encoder.dim=8"]
 RUN = ["examples=16", "batch_size=8", "optim.warmup=0", "eval.episodes=0", "eval.windows=8"]
@@ -21,11 +30,10 @@ TRAIN = [*NET, *RUN, "log.trackers=[]", "device=cpu"]
 #: What makes each README command short, by the beginning of the command; the longest match counts.
 SHORT = {
     "cmpolicy train task=": TRAIN,
-    "cmpolicy train task=pusht preset=": [*TRAIN, "out=outputs/my-run"],
+    "cmpolicy train -m": ["task=pusht", *TRAIN],
     "cmpolicy train task=pusht preset=standard data=pusht_human "
     "data.path=pusht_cchi_v7_replay.zarr data.augment=mirror precision=bf16": [
         *TRAIN,
-        "out=outputs/the-bundled",
     ],
     "cmpolicy train task=pusht preset=standard data=pusht_human "
     "data.path=pusht_cchi_v7_replay.zarr data.augment=mirror init=": TRAIN,
@@ -57,46 +65,55 @@ SHORT = {
 ELSEWHERE = ("make demo", "make test", "make help", "cmpolicy data download", "cmpolicy serve")
 
 
-def _blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def _text(readme: str) -> str:
+    return (ROOT / readme).read_text().partition("## A simulator of your own")[0]
 
 
-def _commands() -> list[str]:
-    lines = (line.split("  #")[0].split(" # ")[0] for b in _blocks("sh") for line in b.splitlines())
-    return [line.strip() for line in lines if line.strip()]
+def _blocks(readme: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", _text(readme), flags=re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the stores that the README speaks of."""
-    folder = tmp_path_factory.mktemp("readme")
+def _commands(readme: str) -> list[str]:
+    lines = (line.split("  #")[0] for b in _blocks(readme, "sh") for line in b.splitlines())
+    return [line.split(" # ")[0].strip() for line in lines if line.strip()]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    """A folder with the stores and the run that the READMEs speak of."""
     whole = ReplayBuffer.open(bundled_path("pusht"))
-    few = ReplayBuffer.create(folder / "pusht_cchi_v7_replay.zarr")
-    start = 0
-    for end in whole.episode_ends[:3]:
-        few.append_episode({key: whole[key][start:end] for key in list(whole.keys())})
-        start = int(end)
-    return folder
+    for name in ("pusht_cchi_v7_replay.zarr", "my.zarr"):
+        few = ReplayBuffer.create(tmp_path / name)
+        start = 0
+        for end in whole.episode_ends[:3]:
+            steps = {key: whole[key][start:end] for key in list(whole.keys())}
+            few.append_episode(steps)
+            start = int(end)
+    return tmp_path
 
 
+@pytest.mark.parametrize("readme", READMES)
 def test_commands_and_code(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    readme: str,
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """In the order of the README, in one folder, since later ones use what earlier ones made."""
     monkeypatch.chdir(workplace)
-    blocks = _blocks("python")
-    assert len(blocks) >= 2
-    for block in reversed(blocks):  # the store of the last block is used by the commands
-        exec(compile(block, "README.md", "exec"), {})
-    commands = _commands()
-    # the run that is resumed and published is made by a command further down the same block, and
-    # the one that starts from it comes after it
-    commands.sort(key=lambda c: ("outputs/my-run" in c) + 2 * ("outputs/further/" in c))
+    commands = _commands(readme)
+    blocks = _blocks(readme, "python")
+    if readme == "data/README.md":
+        shutil.rmtree("my.zarr")  # it is made by the first block
+    if any("outputs/my-run" in command for command in commands):
+        assert main(["train", "task=pusht", *TRAIN, "out=outputs/my-run"]) == 0
+    for block in blocks:
+        exec(compile(block, readme, "exec"), {})
     for command in commands:
         if command.startswith(ELSEWHERE):
             continue
         starts = [start for start in SHORT if command.startswith(start)]
-        assert starts, f"no short form for the README's command: {command}"
+        assert starts, f"no short form for the command: {command}"
         _, *words = shlex.split(command)
         status = main([*words, *SHORT[max(starts, key=len)]])
         assert status == 0, f"{command}: {capsys.readouterr().err}"
@@ -107,12 +124,13 @@ def test_make_targets() -> None:
     listed = subprocess.run(
         [shutil.which("make") or "make", "help"], cwd=ROOT, capture_output=True, text=True
     ).stdout
-    targets = re.findall(r"make (\w+)", "\n".join(_blocks("sh")))
+    targets = re.findall(r"make (\w+)", "\n".join(_blocks("README.md", "sh")))
     assert {"demo", "test"} <= set(targets)
     assert all(f"make {target} " in listed for target in targets)
 
 
-def test_links_and_pictures_exist() -> None:
-    """Every relative link of the README leads to a file of the repository."""
-    for link in re.findall(r"\]\((?!https?://|#)([^)]+)\)", README):
-        assert (ROOT / link).exists(), link
+@pytest.mark.parametrize("readme", [*READMES, "cmpolicy/image/RECIPE.md"])
+def test_links_and_pictures_exist(readme: str) -> None:
+    """Every relative link leads to a file of the repository."""
+    for link in re.findall(r"\]\((?!https?://|#)([^)]+)\)", (ROOT / readme).read_text()):
+        assert (ROOT / readme).parent.joinpath(link).exists(), link
