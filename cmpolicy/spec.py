@@ -73,6 +73,7 @@ class PolicySpec:
         n_action_steps: Ta, actions executed before the next decision.
         action_rotations: which action dimensions are rotations; empty where none is, None where
             nothing is known about it (plans are then not blended).
+        images: keys of ``obs`` that are camera frames, (H, W, 3) uint8 RGB. All others are numbers.
 
     Raises:
         SpecError: where the numbers cannot go together; the message holds them.
@@ -84,6 +85,7 @@ class PolicySpec:
     n_obs_steps: int
     n_action_steps: int
     action_rotations: tuple[Rotation, ...] | None = None
+    images: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("action_dim", "horizon", "n_obs_steps", "n_action_steps"):
@@ -91,6 +93,14 @@ class PolicySpec:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise SpecError(f"{name} must be a whole number of at least 1, got {value!r}")
         object.__setattr__(self, "obs", _checked_shapes(self.obs))
+        object.__setattr__(self, "images", tuple(str(key) for key in self.images))
+        for key in self.images:
+            shape = self.obs.get(key)
+            if shape is None or len(shape) != 3 or shape[2] != 3:
+                raise SpecError(
+                    f"image {key!r} has shape {shape}, expected (height, width, 3): RGB, channels "
+                    "last"
+                )
         if self.action_rotations is not None:
             object.__setattr__(self, "action_rotations", tuple(self.action_rotations))
             _check_rotations(self.action_rotations, self.action_dim)
@@ -103,9 +113,26 @@ class PolicySpec:
             )
 
     @property
-    def obs_dim(self) -> int:
-        """Numbers in one observation step, all keys together."""
-        return sum(int(np.prod(shape)) for shape in self.obs.values())
+    def states(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the keys that are not images."""
+        return {key: shape for key, shape in self.obs.items() if key not in self.images}
+
+    def dtype(self, key: str) -> type[np.uint8] | type[np.float32]:
+        """Of a key's values: uint8 for images, else float32."""
+        return np.uint8 if key in self.images else np.float32
+
+    def zeros(self, batch: int = 1) -> dict[str, npt.NDArray[Any]]:
+        """Observation histories of zeros, (batch, To, ...) per key, of the right dtypes."""
+        return {
+            key: np.zeros((batch, self.n_obs_steps, *shape), self.dtype(key))
+            for key, shape in self.obs.items()
+        }
+
+    def message_bytes(self, number: int = 8) -> int:
+        """Bytes of one history and its noise, with so many bytes a number and one a grey level."""
+        sizes = {key: int(np.prod(shape)) for key, shape in self.obs.items()}
+        step = sum(n if key in self.images else number * n for key, n in sizes.items())
+        return self.n_obs_steps * step + number * self.horizon * self.action_dim
 
     @property
     def noise_shape(self) -> tuple[int, int]:
@@ -120,6 +147,10 @@ class PolicySpec:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form; :meth:`from_dict` is its inverse."""
         plain = asdict(self) | {"obs": {key: list(shape) for key, shape in self.obs.items()}}
+        if self.images:
+            plain["images"] = list(self.images)
+        else:
+            del plain["images"]  # older readers know no images
         if self.action_rotations is None:
             del plain["action_rotations"]
         else:
@@ -135,6 +166,7 @@ class PolicySpec:
         try:
             obs = {str(key): tuple(shape) for key, shape in data["obs"].items()}
             rest = {n: data[n] for n in ("action_dim", "horizon", "n_obs_steps", "n_action_steps")}
+            rest["images"] = tuple(data.get("images", ()))
             if data.get("action_rotations") is not None:
                 rest["action_rotations"] = tuple(Rotation(**r) for r in data["action_rotations"])
         except (KeyError, TypeError, AttributeError) as error:

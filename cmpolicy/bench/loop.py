@@ -134,7 +134,7 @@ def measure_loop(settings: LoopSettings) -> Report:
     device = choose_device(settings.device)
     policy = _open(settings, device)
     schedule: Schedule = Asynchronous() if settings.mode == "async" else Synchronous()
-    robot = StillRobot({k: np.zeros(s, np.float32) for k, s in policy.spec.obs.items()})
+    robot = StillRobot({k: v[0, 0] for k, v in policy.spec.zeros().items()})
     memory = MemoryLog(settings.hz, settings.seconds)
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads)

@@ -99,7 +99,8 @@ class ExportedRuntimes:
     @cached_property
     def _exported_network(self) -> Network:
         module = _TimedNetwork(self._policy, is_image=self._format == "onnx").eval()
-        spec, feature_dim = self._policy.spec, self._policy.encoder_config.feature_dim
+        spec = self._policy.spec
+        feature_dim = int(cast(Any, self._policy.encoder).feature_dim)
         x = torch.zeros(1, spec.horizon, spec.action_dim)
         inputs = (x, torch.ones(1), torch.zeros(1), torch.zeros(1, feature_dim))
         if self._format == "pt2":

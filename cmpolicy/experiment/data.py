@@ -70,19 +70,27 @@ class TrainingData:
             n_obs_steps=config.n_obs_steps,
             n_action_steps=config.n_action_steps,
             action_rotations=self.rotations,
+            images=self.arrays.images,
         )
 
     def normalizer(self) -> Normalizer:
         """Fitted to the training episodes."""
         rows = np.unique(self.windows.select(self.split.train_ids).action)
-        named = {**self.arrays.obs, ACTION: self.arrays.action}
+        states = {k: v for k, v in self.arrays.obs.items() if k not in self.arrays.images}
+        named = {**states, ACTION: self.arrays.action}
         unchanged = {}
         if self.simulator.actions == "absolute":
             unchanged[ACTION] = ~is_position(self.arrays.action.shape[1])
         return Normalizer.fit({key: value[rows] for key, value in named.items()}, unchanged)
 
     def loader(
-        self, *, train: bool, batch_size: int, seed: int, device: torch.device
+        self,
+        *,
+        train: bool,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        n_augment: int = 0,
     ) -> DeviceLoader | None:
         """Batches of the training or of the held-out episodes; None where none are held out."""
         episodes = self.split.train_ids if train else self.split.val_ids
@@ -96,6 +104,7 @@ class TrainingData:
             batch_size=batch_size,
             seed=seed,
             device=device,
+            n_augment=n_augment,
         )
 
     @property
@@ -123,10 +132,13 @@ def load_training_data(config: TrainConfig) -> TrainingData:
             "data/<key> (N, ...) and meta/episode_ends (E,)"
         )
     path = resolve(data.name, data.path)
-    arrays = load_demonstrations(path, data.obs, data.action, data.augment)
+    arrays = load_demonstrations(
+        path, data.obs, data.action, data.augment, image_memory=data.image_memory
+    )
     for key, values in arrays.obs.items():
-        _check_state(data.obs[key], values, path)
-        _check_finite(data.obs[key], values, path)
+        if key not in arrays.images:
+            _check_state(key, values, path)
+            _check_finite(key, values, path)
     _check_finite(data.action, arrays.action, path)
     sizes = {
         "horizon": config.policy.horizon,
@@ -247,17 +259,17 @@ def _rotations(
     return None
 
 
-def _check_state(selector: str, values: npt.NDArray[Any], path: Path) -> None:
-    """Refuse what is no low-dimensional observation."""
+def _check_state(key: str, values: npt.NDArray[Any], path: Path) -> None:
+    """Refuse numbers that are too many for an observation of the robot's state."""
     shape = values.shape[1:]
-    is_image = len(shape) == 3 and (values.dtype == np.uint8 or min(shape[0], shape[2]) <= 4)
-    if not is_image and int(np.prod(shape)) <= MAX_STATE_SIZE:
+    size = int(np.prod(shape))
+    if size <= MAX_STATE_SIZE:
         return
-    what = "an image" if is_image else f"{int(np.prod(shape))} numbers a step"
     raise ConfigError(
-        f"{path}: {selector!r} has shape {shape} {values.dtype} per step, which is {what}; this "
-        f"version trains on low-dimensional observations of at most {MAX_STATE_SIZE} numbers. "
-        "Leave it out of data.obs, or store features of it"
+        f"{path}: observation {key!r} has shape {shape} {values.dtype} per step, {size} numbers; a "
+        f"state has at most {MAX_STATE_SIZE}. Frames are (H, W, 3) and hold whole numbers in "
+        f"[0, 255]; channels first are data.obs.{key}={{key: ..., layout: chw}}. Point clouds are "
+        "not supported: leave them out of data.obs, or store features of them"
     )
 
 

@@ -131,7 +131,7 @@ def _clear_the_place(out: Path, config: TrainConfig) -> tuple[bool, bool]:
 def _chunk_time(policy: ConsistencyPolicy) -> float:
     """Median milliseconds of one decision at batch 1."""
     spec = policy.spec
-    obs = {k: np.zeros((1, spec.n_obs_steps, *s), np.float32) for k, s in spec.obs.items()}
+    obs = spec.zeros()
     times = []
     for _ in range(_CALLS):
         start = time.perf_counter()

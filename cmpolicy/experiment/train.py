@@ -124,7 +124,13 @@ def _train(
         start_from(policy, config.init)
     if config.compile and isinstance(policy.flow_map.net, nn.Module):
         policy.flow_map.net.compile()  # in place: names of weights stay; the loss itself is cheap
-    loader = data.loader(train=True, batch_size=config.batch_size, seed=config.seed, device=device)
+    loader = data.loader(
+        train=True,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        device=device,
+        n_augment=getattr(policy.encoder, "n_augment", 0),
+    )
     if loader is None:
         raise ConfigError("no episodes are left to train on; lower data.val_fraction")
     scorer = PolicyScorer(config, data, _validator(config, data, device), command=folder.command)
@@ -174,6 +180,7 @@ def start_from(policy: ConsistencyPolicy, name_or_path: str) -> None:
     source = ConsistencyPolicy.from_pretrained(name_or_path)
     for what, setting, mine, theirs in (
         ("observations", "data.obs", policy.spec.obs, source.spec.obs),
+        ("images", "data.obs", policy.spec.images, source.spec.images),
         ("action size", "data.action", policy.spec.action_dim, source.spec.action_dim),
         ("horizon", "policy.horizon", policy.spec.horizon, source.spec.horizon),
         ("observation steps", "policy.n_obs_steps", policy.n_obs_steps, source.n_obs_steps),

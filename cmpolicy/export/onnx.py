@@ -21,6 +21,7 @@ from cmpolicy.export.runtime import (
     KEY,
     NOISE,
     PLAN,
+    Array,
     ExportedRuntime,
     ExportError,
     ExportFacts,
@@ -75,7 +76,7 @@ class OnnxPolicy(ExportedRuntime):
         if sorted(found) != sorted(self._names):
             raise ExportError(f"{file} is damaged: inputs {found}, expected {self._names}")
 
-    def _run(self, obs: Sequence[Floats], noise: Floats, *, output: int) -> Floats:
+    def _run(self, obs: Sequence[Array], noise: Floats, *, output: int) -> Floats:
         feeds = dict(zip(self._names, [*obs, noise], strict=True))
         # a session may run in several threads at once, and lets go of Python's lock meanwhile
         result: Floats = np.asarray(self._session.run(self._outputs[output], feeds)[0])

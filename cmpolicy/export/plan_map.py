@@ -60,7 +60,7 @@ class PlanMap(nn.Module):
     def forward(self, obs: tuple[Tensor, ...], noise: Tensor) -> tuple[Tensor, Tensor]:
         """See the class."""
         normal = {
-            key: self.normalizer.normalize(key, value)
+            key: value if key in self.spec.images else self.normalizer.normalize(key, value)
             for key, value in zip(self.spec.obs, obs, strict=True)
         }
         condition = self.net.condition(self.encoder(normal))
@@ -99,7 +99,9 @@ def example_inputs(
     rng = torch.Generator().manual_seed(seed)
     spec, normalizer = policy.spec, copy.deepcopy(policy.normalizer).cpu()
     obs = tuple(
-        normalizer.unnormalize(
+        torch.randint(256, (batch, spec.n_obs_steps, *shape), generator=rng, dtype=torch.uint8)
+        if key in spec.images
+        else normalizer.unnormalize(
             key, torch.rand(batch, spec.n_obs_steps, *shape, generator=rng) * 2 - 1
         )
         for key, shape in spec.obs.items()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from cmpolicy.export.runtime import KEY, ExportedRuntime, ExportError, ExportFacts, Floats
+from cmpolicy.export.runtime import KEY, Array, ExportedRuntime, ExportError, ExportFacts, Floats
 
 
 class Pt2Policy(ExportedRuntime):
@@ -63,7 +63,7 @@ class Pt2Policy(ExportedRuntime):
         self._turn = threading.Lock()  # torch's check of the inputs' sizes is for one at a time
 
     @torch.inference_mode()
-    def _run(self, obs: Sequence[Floats], noise: Floats, *, output: int) -> Floats:
+    def _run(self, obs: Sequence[Array], noise: Floats, *, output: int) -> Floats:
         tensors = tuple(torch.from_numpy(value) for value in obs)
         with self._turn:
             result: Floats = self._module(tensors, torch.from_numpy(noise))[output].numpy()

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cmpolicy.observation import read_numbers, read_observation
 from cmpolicy.spec import PolicySpec, SpecError
 
 FORMAT = "cmpolicy export"
@@ -134,7 +135,7 @@ class ExportedRuntime(ABC):
         self._rng = np.random.default_rng(seed)  # locks itself around every draw
 
     @abstractmethod
-    def _run(self, obs: Sequence[Floats], noise: Floats, *, output: int) -> Floats:
+    def _run(self, obs: Sequence[Array], noise: Floats, *, output: int) -> Floats:
         """Output 0, the actions, or 1, the plan; ``obs`` in the order of the spec."""
 
     @property
@@ -186,14 +187,14 @@ class ExportedRuntime(ABC):
 
     def _inputs(
         self, obs: Mapping[str, Array], noise: Array | None, nfe: int | None
-    ) -> tuple[list[Floats], Floats]:
+    ) -> tuple[list[Array], Floats]:
         if nfe not in (None, self.nfe):
             raise ValueError(
                 f"nfe={nfe}, but this file was exported with nfe={self.nfe}; leave nfe out, or "
                 f"export the policy again with nfe={nfe}"
             )
         batch = self.spec.check_obs(obs)
-        arrays = [_floats(obs[key], f"observation {key!r}") for key in self.spec.obs]
+        arrays = [read_observation(self.spec, key, obs[key]) for key in self.spec.obs]
         want = (batch, *self.spec.noise_shape)
         if noise is None:
             return arrays, self._rng.standard_normal(want, dtype=np.float32)
@@ -201,24 +202,7 @@ class ExportedRuntime(ABC):
             raise SpecError(
                 f"noise has shape {np.shape(noise)}, expected {want} (batch, horizon, action_dim)"
             )
-        return arrays, _floats(noise, "noise")
-
-
-def _floats(value: Array, what: str) -> Floats:
-    """The values as contiguous float32, without a copy where they are that.
-
-    Raises:
-        SpecError: not real numbers, or not finite as float32.
-    """
-    array = np.asarray(value)
-    if array.dtype.kind not in "fiub":
-        raise SpecError(f"{what} holds {array.dtype} values, expected real numbers")
-    with np.errstate(over="ignore"):  # counted below
-        floats = np.ascontiguousarray(array, dtype=np.float32)
-    bad = floats.size - np.count_nonzero(np.isfinite(floats))
-    if bad:
-        raise SpecError(f"{what} holds {bad} NaN or infinite numbers, expected none")
-    return floats
+        return arrays, read_numbers("noise", noise)
 
 
 def is_exported(path: str | os.PathLike[str]) -> bool:

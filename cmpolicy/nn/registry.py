@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, cast
 from torch import nn
 
 from cmpolicy.schema import ConfigError, choose, from_mapping
+from cmpolicy.spec import PolicySpec
 
 
 class NetConfig(Protocol):
@@ -35,18 +36,19 @@ class EncoderConfig(Protocol):
 
     kind: ClassVar[str]
 
-    @property
-    def feature_dim(self) -> int:
-        """D."""
+    def build(self, spec: PolicySpec) -> nn.Module:
+        """A fresh encoder, with the attribute ``feature_dim``, D.
 
-    def build(self, obs: Mapping[str, tuple[int, ...]], n_obs_steps: int) -> nn.Module:
-        """A fresh encoder: forward(normalised obs (B, To, ...) per key) -> features (B, D)."""
+        forward(obs, augment=None) -> features (B, D). ``obs`` holds (B, To, ...) per key:
+        normalised numbers, and uint8 frames of ``spec.images``. An encoder of frames also has
+        ``n_augment``: so many uniform numbers per row it takes, (B, n_augment), in training.
+        """
 
 
 NETS: dict[str, type[NetConfig]] = {}
 ENCODERS: dict[str, type[EncoderConfig]] = {}
 #: The modules that register what comes with cmpolicy.
-_BUILT_IN = ("cmpolicy.nn.unet1d", "cmpolicy.nn.encoders.state")
+_BUILT_IN = ("cmpolicy.nn.unet1d", "cmpolicy.nn.encoders.state", "cmpolicy.nn.encoders.image")
 
 C = TypeVar("C")
 
@@ -84,9 +86,14 @@ def to_mapping(config: NetConfig | EncoderConfig) -> dict[str, Any]:
     return {"kind": config.kind, **plain}
 
 
-def _read(known: dict[str, type[Any]], settings: Mapping[str, Any], where: str) -> Any:
+def load_built_in() -> None:
+    """Import what comes with cmpolicy, which registers it."""
     for module in _BUILT_IN:
         import_module(module)
+
+
+def _read(known: dict[str, type[Any]], settings: Mapping[str, Any], where: str) -> Any:
+    load_built_in()
     if isinstance(settings, tuple(known.values())):
         return settings
     if not isinstance(settings, Mapping):

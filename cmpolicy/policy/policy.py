@@ -9,9 +9,8 @@ import tempfile
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from cmpolicy.flow.sampler import SAMPLERS, SamplerKind, sample
 from cmpolicy.nn.encoders.state import StateEncoderConfig
 from cmpolicy.nn.registry import EncoderConfig, NetConfig
 from cmpolicy.normalize import Normalizer
+from cmpolicy.observation import read_observation
 from cmpolicy.policy.bundle import Bundle, read_bundle, write_bundle
 from cmpolicy.policy.hub import upload
 from cmpolicy.spec import PolicySpec, SpecError
@@ -35,6 +35,7 @@ class Batch(TypedDict):
     obs: dict[str, Tensor]  # (B, To, ...) per key
     action: Tensor  # (B, T, A)
     action_is_pad: Tensor  # (B, T), true where an edge was repeated
+    augment: NotRequired[Tensor]  # (B, n) in [0, 1), where frames are augmented
 
 
 class ConsistencyPolicy(nn.Module):
@@ -46,7 +47,7 @@ class ConsistencyPolicy(nn.Module):
     Args:
         spec: keys, shapes and window.
         net: settings of the network F, such as ``UNet1DConfig()``.
-        normalizer: knows every observation key and ``action``.
+        normalizer: knows ``action`` and every observation key that is not an image.
         encoder: settings of the observation encoder.
         path: ``linear`` or ``trigonometric``.
         sampler: ``flow_map``, or ``diagonal`` for a network trained by flow matching alone.
@@ -90,9 +91,10 @@ class ConsistencyPolicy(nn.Module):
         self.objective = objective
         self.pad_loss = True  # whether repeated actions beyond an episode's ends are trained on
         self.normalizer = normalizer
-        self.encoder = encoder.build(spec.obs, spec.n_obs_steps)
+        self.encoder = encoder.build(spec)
+        feature_dim = int(cast(Any, self.encoder).feature_dim)
         self.flow_map = FlowMap(
-            net.build(action_dim=spec.action_dim, feature_dim=encoder.feature_dim), get_path(path)
+            net.build(action_dim=spec.action_dim, feature_dim=feature_dim), get_path(path)
         )
 
     # -- what eval, robot and server read -------------------------------------------------------
@@ -151,13 +153,14 @@ class ConsistencyPolicy(nn.Module):
         """
         objective = self._objective()
         action = self.normalizer.normalize("action", batch["action"]).to(self.dtype)
-        features = self.encode(batch["obs"])  # once: every evaluation of this step shares them
+        augment = batch.get("augment")
+        features = self.encode(batch["obs"], augment)  # once: the whole step shares them
         if draws is None:
             draws = self.draw(len(action), generator)
         mask = None if self.pad_loss else ~batch["action_is_pad"][..., None]
         teacher = ema if objective.needs_ema else None
         with torch.no_grad():
-            ema_features = None if teacher is None else teacher.encode(batch["obs"])
+            ema_features = None if teacher is None else teacher.encode(batch["obs"], augment)
         return objective(
             self.flow_map,
             action,
@@ -182,14 +185,25 @@ class ConsistencyPolicy(nn.Module):
 
     # -- inference ------------------------------------------------------------------------------
 
-    def encode(self, obs: Mapping[str, Tensor]) -> Tensor:
+    def encode(self, obs: Mapping[str, Tensor], augment: Tensor | None = None) -> Tensor:
         """Observation histories in env units, (B, To, ...) per key, to features (B, D).
 
         Called once per training step and once per decision; all evaluations share its result.
+
+        Args:
+            obs: numbers, and uint8 frames.
+            augment: (B, n) uniform numbers that augment the frames of each row while training, see
+                :class:`~cmpolicy.nn.encoders.image.ImageEncoder`; None: frames as they are.
         """
         dtype = self.dtype
-        normal = {key: self.normalizer.normalize(key, obs[key]).to(dtype) for key in self.spec.obs}
-        features: Tensor = self.encoder(normal).to(dtype)
+        ready = {
+            key: obs[key]
+            if key in self.spec.images
+            else self.normalizer.normalize(key, obs[key]).to(dtype)
+            for key in self.spec.obs
+        }
+        encoded = self.encoder(ready) if augment is None else self.encoder(ready, augment)
+        features: Tensor = encoded.to(dtype)
         return features
 
     @torch.inference_mode()
@@ -290,15 +304,14 @@ class ConsistencyPolicy(nn.Module):
             SpecError: as :meth:`infer`.
         """
         self.spec.check_obs(obs)
-        known = {key: np.asarray(obs[key]) for key in self.spec.obs}  # also of a list or a tensor
-        for key, array in known.items():
-            bad = array.size - np.count_nonzero(np.isfinite(array))
-            if bad:
-                raise SpecError(
-                    f"observation {key!r} holds {bad} NaN or infinite numbers, expected none"
-                )
+        known = {key: read_observation(self.spec, key, obs[key]) for key in self.spec.obs}
         here: Any = {"dtype": self.dtype, "device": self.device}
-        tensors = {key: torch.as_tensor(value, **here) for key, value in known.items()}
+        tensors = {
+            key: torch.as_tensor(value, device=self.device)
+            if key in self.spec.images
+            else torch.as_tensor(value, **here)
+            for key, value in known.items()
+        }
         z = None if noise is None else torch.as_tensor(noise, **here)
         trajectory = self.predict_trajectory(tensors, nfe=nfe, noise=z)
         plan = trajectory[:, self.spec.n_obs_steps - 1 :]
@@ -411,7 +424,7 @@ class ConsistencyPolicy(nn.Module):
 
 
 def _check_normalizer(spec: PolicySpec, normalizer: Normalizer) -> None:
-    shapes = {**spec.obs, "action": (spec.action_dim,)}
+    shapes = {**spec.states, "action": (spec.action_dim,)}
     arrays = normalizer.to_arrays()
     for key, shape in shapes.items():
         scale = arrays.get(f"{key}.scale")

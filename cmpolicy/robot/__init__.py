@@ -3,10 +3,10 @@
 What a control loop takes is named here; it needs numpy alone.
 """
 
+from cmpolicy.observation import NonFiniteObservationError, ObservationError
 from cmpolicy.robot.adapter import LeRobotAdapter
 from cmpolicy.robot.chunker import ActionChunker
 from cmpolicy.robot.episode import Tick, Timestamps
-from cmpolicy.robot.history import NonFiniteObservationError, ObservationError
 from cmpolicy.robot.loop import ControlLoop
 from cmpolicy.robot.policy import ChunkPolicy
 from cmpolicy.robot.report import LoopReport

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cmpolicy.robot.history import ObservationError
+from cmpolicy.observation import ObservationError
 
 Array = NDArray[Any]
 

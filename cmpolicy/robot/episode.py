@@ -12,12 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cmpolicy.observation import NonFiniteObservationError, ObservationError
 from cmpolicy.robot import safety as kinds
-from cmpolicy.robot.history import (
-    NonFiniteObservationError,
-    ObservationError,
-    ObservationHistory,
-)
+from cmpolicy.robot.history import ObservationHistory
 from cmpolicy.robot.metronome import Metronome, clock
 from cmpolicy.robot.report import COMPLETED, Histogram, LoopReport
 from cmpolicy.robot.robot import Robot

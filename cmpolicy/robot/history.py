@@ -8,24 +8,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cmpolicy.spec import PolicySpec, SpecError
+from cmpolicy.observation import ObservationError, read_observation
+from cmpolicy.spec import PolicySpec
 
 Array = NDArray[Any]
 
 
-class ObservationError(SpecError):
-    """An observation that does not fit the policy; the message names the key."""
-
-
-class NonFiniteObservationError(ObservationError):
-    """An observation of the right form that holds NaN or infinite numbers."""
-
-
 class ObservationHistory:
-    """To observations as the policy wants them, (1, To, ...) float32 per key, oldest first.
+    """To observations as the policy wants them, (1, To, ...) per key, oldest first.
+
+    float32, or uint8 for camera frames.
 
     After :meth:`reset` the first observation stands for all To (Diffusion Policy's padding).
-    Nothing is allocated per observation: a step is written twice, To apart, so that the last To
+    Histories are not copied: a step is written twice, To apart, so that the last To
     steps always lie side by side::
 
         To = 3, after five steps      buffer   3 4 2 3 4 2      view = buffer[2:5] = 2 3 4
@@ -36,9 +31,9 @@ class ObservationHistory:
         self._shapes = dict(spec.obs)
         self._to = spec.n_obs_steps
         self._buffers = {
-            key: np.zeros((2 * self._to, *shape), np.float32) for key, shape in spec.obs.items()
+            key: np.zeros((2 * self._to, *shape), spec.dtype(key))
+            for key, shape in spec.obs.items()
         }
-        self._scratch = {key: np.zeros(shape, np.float32) for key, shape in spec.obs.items()}
         self._views = [
             {key: buffer[None, start : start + self._to] for key, buffer in self._buffers.items()}
             for start in range(self._to)
@@ -78,42 +73,28 @@ class ObservationHistory:
             )
         if self._empty and obs.keys() != self._shapes.keys():  # once per episode is enough
             self._spec.note_ignored(obs)
-        for key, scratch in self._scratch.items():
-            self._read(key, obs, scratch)
-        for key, scratch in self._scratch.items():
+        step = {key: self._read(key, obs) for key in self._shapes}
+        for key, value in step.items():
             buffer = self._buffers[key]
             if self._empty:
-                buffer[...] = scratch
+                buffer[...] = value
             else:
-                buffer[self._oldest] = buffer[self._oldest + self._to] = scratch
+                buffer[self._oldest] = buffer[self._oldest + self._to] = value
         if self._empty:
             self._empty = False
         else:
             self._oldest = (self._oldest + 1) % self._to
 
-    def _read(self, key: str, obs: Mapping[str, Any], out: Array) -> None:
+    def _read(self, key: str, obs: Mapping[str, Any]) -> Array:
         if key not in obs:
             raise ObservationError(
                 f"the observation has no {key!r}; the policy needs {sorted(self._shapes)}, "
                 f"the robot gave {sorted(map(str, obs))}"
             )
-        try:
-            value = np.asarray(obs[key])
-        except (TypeError, ValueError) as error:
-            raise ObservationError(f"observation {key!r} is no array: {error}") from error
-        if value.dtype.kind not in "biuf":
+        value = read_observation(self._spec, key, obs[key])
+        if value.shape != self._shapes[key]:
             raise ObservationError(
-                f"observation {key!r} has dtype {value.dtype}; expected real numbers"
+                f"observation {key!r} has shape {value.shape}, expected {self._shapes[key]}: one "
+                "step, without batch or time axis"
             )
-        if value.shape != out.shape:
-            raise ObservationError(
-                f"observation {key!r} has shape {value.shape}, expected {out.shape}: one step, "
-                "without batch or time axis"
-            )
-        with np.errstate(over="ignore"):  # too large for float32 becomes inf, refused below
-            out[...] = value
-        bad = out.size - np.count_nonzero(np.isfinite(out))
-        if bad:
-            raise NonFiniteObservationError(
-                f"observation {key!r} holds {bad} NaN or infinite numbers, expected none"
-            )
+        return value

@@ -122,13 +122,9 @@ class ThreadedWorker:
     """
 
     def __init__(self, policy: ChunkPolicy, noise: NoiseSource) -> None:
-        spec = policy.spec
         self._policy = policy
         self._noise = noise
-        self._obs = {
-            key: np.zeros((1, spec.n_obs_steps, *shape), np.float32)
-            for key, shape in spec.obs.items()
-        }
+        self._obs = policy.spec.zeros()
         self._busy = False
         self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[InferenceResult] = queue.SimpleQueue()

@@ -73,10 +73,7 @@ class Batcher:
             InferenceError: as :meth:`infer`, for observations of zeros.
         """
         spec = self._policy.spec
-        obs = {
-            key: np.zeros((1, spec.n_obs_steps, *shape), np.float32)
-            for key, shape in spec.obs.items()
-        }
+        obs = spec.zeros()
         noise = np.zeros((1, spec.horizon, spec.action_dim), np.float32)
         for _ in range(3):
             await self.infer(Request(obs, noise, is_batch=False))

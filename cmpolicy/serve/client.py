@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from cmpolicy.observation import read_numbers, read_observation
 from cmpolicy.robot.policy import Array
 from cmpolicy.serve.wire import WireError, pack, unpack
 from cmpolicy.spec import PolicySpec, SpecError
@@ -161,9 +162,9 @@ class RemotePolicy:
             RemotePolicyError: it refuses, or serves another policy now.
         """
         rows = self.spec.check_obs(obs)
-        arrays = {key: _finite(f"observation {key!r}", obs[key]) for key in self.spec.obs}
+        arrays = {key: read_observation(self.spec, key, obs[key]) for key in self.spec.obs}
         if noise is not None:
-            arrays["noise"] = _finite("noise", noise)
+            arrays["noise"] = read_numbers("noise", noise)
             expected = (rows, *self.spec.noise_shape)
             if arrays["noise"].shape != expected:
                 raise SpecError(
@@ -348,23 +349,6 @@ class RemotePolicy:
 
     def _foreign(self, why: str) -> RemotePolicyError:
         return RemotePolicyError(f"{self.url} is no policy server of cmpolicy's: {why}")
-
-
-def _finite(what: str, value: Any) -> Array:
-    """As float32.
-
-    Raises:
-        SpecError: no numbers, or NaN or inf among them.
-    """
-    try:
-        with np.errstate(over="ignore"):
-            array = np.asarray(value).astype(np.float32, copy=False)
-    except (TypeError, ValueError) as error:
-        raise SpecError(f"{what} is no array of numbers: {error}") from error
-    bad = array.size - np.count_nonzero(np.isfinite(array))
-    if bad:
-        raise SpecError(f"{what} holds {bad} NaN or infinite numbers, expected none")
-    return array
 
 
 def _check_url(url: str) -> None:

@@ -37,6 +37,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from cmpolicy.observation import ObservationError, read_numbers, read_observation
 from cmpolicy.serve.wire import MAX_BYTES, pack
 from cmpolicy.spec import PolicySpec
 
@@ -60,12 +61,12 @@ class Request:
     """A checked request for one decision per row.
 
     Attributes:
-        obs: (B, To, ...) float32 per key.
+        obs: (B, To, ...) per key, float32 or uint8 (frames).
         noise: (B, T, A) float32.
         is_batch: whether the client sent a batch, and gets a batch back.
     """
 
-    obs: dict[str, NDArray[np.float32]]
+    obs: dict[str, NDArray[Any]]
     noise: NDArray[np.float32]
     is_batch: bool
 
@@ -98,7 +99,7 @@ def message_bound(spec: PolicySpec, max_batch: int) -> int:
     16 MiB, so that clients may send camera frames that this policy ignores, or as much as
     ``max_batch`` observations in float64 need, whichever is more.
     """
-    row = 8 * (spec.n_obs_steps * spec.obs_dim + spec.horizon * spec.action_dim)
+    row = spec.message_bytes()
     fields = sum(len(key.encode()) for key in spec.obs) + _OVERHEAD
     return max(MAX_BYTES, max_batch * row) + fields
 
@@ -166,7 +167,7 @@ class _Seen:
     """An observation (...) per key, and at which step it was made."""
 
     number: int
-    obs: dict[str, NDArray[np.float32]]
+    obs: dict[str, NDArray[Any]]
 
 
 class Session:
@@ -208,12 +209,19 @@ class Session:
             self._rng = rng or self._rng
             return None
         self._check_keys(message)
-        form, steps = self._arrays(message)
+        try:
+            form, steps = self._arrays(message)
+            noise = (
+                None if message.get("noise") is None else read_numbers("noise", message["noise"])
+            )
+        except ObservationError as error:
+            raise RequestError(str(error)) from error
         number = _whole(message, "step")
         if number is not None and form != "step":
             raise RequestError(f"step={number} belongs to one observation step, this is a {form}")
         rows = len(next(iter(steps.values()))) if form == "batch" else 1
-        noise = self._noise(message, rows, is_batch=form == "batch")
+        if noise is not None:
+            noise = self._shaped_noise(noise, rows, is_batch=form == "batch")
         # everything is in order: from here on the session changes
         if rng is not None:
             self._rng = rng
@@ -244,15 +252,13 @@ class Session:
                 reprlib.repr(unknown),
             )
 
-    def _arrays(self, message: Mapping[str, Any]) -> tuple[_Form, dict[str, NDArray[np.float32]]]:
-        """Form of the observations and the observations: float32, finite, of one form."""
+    def _arrays(self, message: Mapping[str, Any]) -> tuple[_Form, dict[str, NDArray[Any]]]:
+        """Form of the observations and the observations, checked and of one form."""
         form: _Form | None = None
         first, rows = "", 0
-        arrays: dict[str, NDArray[np.float32]] = {}
+        arrays: dict[str, NDArray[Any]] = {}
         for key, shape in self.spec.obs.items():
-            array = _numbers(f"observation {key!r}", message[key])
-            if array.ndim == 0 and shape == (1,):  # one sensor, sent as a plain number
-                array = array[None]
+            array = read_observation(self.spec, key, message[key])
             own = _FORMS.get(array.ndim - len(shape))
             history = (self.spec.n_obs_steps, *shape)
             expected = {"step": shape, "history": history, "batch": (*array.shape[:1], *history)}
@@ -282,13 +288,9 @@ class Session:
         assert form is not None  # a spec has at least one key
         return form, arrays
 
-    def _noise(
-        self, message: Mapping[str, Any], rows: int, *, is_batch: bool
-    ) -> NDArray[np.float32] | None:
-        value = message.get("noise")
-        if value is None:
-            return None
-        noise = _numbers("noise", value)
+    def _shaped_noise(
+        self, noise: NDArray[np.float32], rows: int, *, is_batch: bool
+    ) -> NDArray[np.float32]:
         shape = (self.spec.horizon, self.spec.action_dim)
         expected = (rows, *shape) if is_batch else shape
         if noise.shape != expected:
@@ -297,8 +299,8 @@ class Session:
         return noise.reshape(rows, *shape)
 
     def _history(
-        self, number: int | None, step: dict[str, NDArray[np.float32]]
-    ) -> dict[str, NDArray[np.float32]]:
+        self, number: int | None, step: dict[str, NDArray[Any]]
+    ) -> dict[str, NDArray[Any]]:
         """(To, ...) per key, with the observation of step ``number`` as the newest."""
         n = self.spec.n_obs_steps
         if number is None:
@@ -313,30 +315,6 @@ class Session:
             older = [seen for seen in kept if seen.number <= wanted]
             chosen.append(older[-1] if older else kept[0])
         return {key: np.stack([seen.obs[key] for seen in chosen]) for key in step}
-
-
-def _numbers(what: str, value: Any) -> NDArray[np.float32]:
-    """A value of a message as float32.
-
-    Raises:
-        RequestError: no numbers, or some that are not finite in float32.
-    """
-    if not isinstance(value, np.ndarray | np.generic | int | float | list):
-        raise RequestError(f"{what} is a {type(value).__name__}; send a numpy array of numbers")
-    try:
-        array = np.asarray(value)
-    except ValueError as error:
-        raise RequestError(f"{what} is a list of rows of different lengths") from error
-    if array.dtype.kind not in "biuf":
-        raise RequestError(f"{what} has dtype {array.dtype}; send numbers, best float32")
-    with np.errstate(over="ignore"):  # too large for float32: infinite, and refused below
-        result = array.astype(np.float32)
-    bad = result.size - np.count_nonzero(np.isfinite(result))
-    if bad:
-        raise RequestError(
-            f"{what} holds {bad} NaN or infinite numbers (as float32), expected none"
-        )
-    return result
 
 
 def _flag(message: Mapping[Any, Any], key: str) -> bool:

@@ -21,6 +21,7 @@ from cmpolicy.nn.registry import (
     EncoderConfig,
     NetConfig,
     encoder_config,
+    load_built_in,
     net_config,
     to_mapping,
 )
@@ -230,7 +231,10 @@ class DataConfig:
         name: ``pusht_scripted`` (comes with cmpolicy), ``pusht_human``, ``custom``, ...
         path: Zarr store; null where ``name`` alone says which.
         obs: selector by observation key of the policy, e.g. ``{agent_pos: "state[:2]"}``. A plain
-            list means that keys and selectors are the same.
+            list means that keys and selectors are the same. In the place of a selector may stand
+            ``{key: selector, kind: image|state, layout: hwc|chw}``; a key is an image where its
+            shape is (H, W, 3) and its values are whole numbers in [0, 255], unless ``kind`` says
+            otherwise.
         action: selector of the actions.
         val_fraction: share of the episodes held out for validation.
         augment: what is done to the demonstrations, in this order; of Push-T: ``recentre`` (each
@@ -243,17 +247,20 @@ class DataConfig:
         action_rotations: which action dimensions are rotations, e.g. ``["angle:2",
             "quaternion:3,4,5,6"]``; ``[]`` if none is; null takes what the store says. Plans are
             blended only where this is known.
+        image_memory: GiB of frames that are kept in memory; more are decoded into a file of the
+            download cache once, and read from there.
     """
 
     name: str = "custom"
     path: str | None = None
-    obs: Mapping[str, str]
+    obs: Mapping[str, Any]
     action: str = "action"
     val_fraction: float = 0.02
     augment: tuple[str, ...] = ()
     short_episodes: Literal["pad", "skip"] = "pad"
     pad_loss: bool | None = None
     action_rotations: tuple[str, ...] | None = None
+    image_memory: float = 4.0
 
     def __post_init__(self) -> None:
         if not self.obs:
@@ -265,6 +272,10 @@ class DataConfig:
             )
         for text in self.action_rotations or ():
             parse_rotation(text)
+        for key, source in self.obs.items():
+            _check_source(key, source)
+        if not self.image_memory > 0:
+            raise ConfigError(f"data.image_memory={self.image_memory} must be above 0 GiB")
         if not 0 <= self.val_fraction < 1:
             raise ConfigError(f"data.val_fraction={self.val_fraction} must be in [0, 1)")
 
@@ -281,6 +292,8 @@ class DataConfig:
             raise ConfigError(f"{where}.obs={obs} must be a list: {where}.obs=[{obs}]")
         if isinstance(obs, list | tuple):
             data = {**data, "obs": {str(key): str(key) for key in obs}}
+        elif isinstance(obs, Mapping):  # null takes a key away that a YAML file named
+            data = {**data, "obs": {k: v for k, v in obs.items() if v is not None}}
         if isinstance(data, Mapping):
             augment = data.get("augment") or ()
             data = {**data, "augment": [augment] if isinstance(augment, str) else augment}
@@ -412,6 +425,7 @@ class TrainConfig(LoopConfig):
         }
         filled = complete(cls, {**rest, "net": {}, "encoder": {}})
         for name, (known, default) in parts.items():
+            load_built_in()
             given = dict(data.get(name) or {})
             kind = choose(known, given.get("kind") or default.kind, f"{name}.kind")
             filled[name] = merge({"kind": kind.kind, **complete(kind, {})}, given)
@@ -421,6 +435,24 @@ class TrainConfig(LoopConfig):
         """Plain values; :meth:`from_mapping` is its inverse."""
         kinds = {"net": to_mapping(self.net), "encoder": to_mapping(self.encoder)}
         return super().to_dict() | kinds
+
+
+_SOURCE = {"kind": ("image", "state"), "layout": ("hwc", "chw")}
+
+
+def _check_source(key: str, source: str | Mapping[str, str]) -> None:
+    if isinstance(source, str):
+        return
+    if not isinstance(source, Mapping) or not {"key"} <= set(source) <= {"key", *_SOURCE}:
+        raise ConfigError(
+            f"data.obs.{key}={source!r} must be a selector such as 'state[:7]', or a group with "
+            "the setting key and perhaps kind (image, state) and layout (hwc, chw)"
+        )
+    for name, choices in _SOURCE.items():
+        if source.get(name, choices[0]) not in choices:
+            raise ConfigError(
+                f"data.obs.{key}.{name}={source[name]!r} must be one of {list(choices)}"
+            )
 
 
 def parse_rotation(text: str) -> Rotation:

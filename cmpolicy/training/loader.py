@@ -1,15 +1,18 @@
-"""Training batches from data that lives on the training device.
+"""Training batches, gathered by precomputed row numbers: no worker processes.
 
-A low-dimensional data set is a few megabytes, so it is copied to the device once and every batch
-is gathered there by precomputed row numbers: no worker processes, no host copies per step.
+Numbers are a few megabytes and live on the training device. Camera frames stay uint8: on the
+device where they fit into half of its free memory, else on the host (in memory or mapped from a
+file), from where each batch's frames go to the device once. They are cropped there, by the encoder.
 
-The order of data is a pure function of (seed, example counter), see :mod:`cmpolicy.training.order`.
+The order of data (:mod:`cmpolicy.training.order`) and the numbers that augment frames are pure
+functions of (seed, example counter), so a resumed run sees what it would have seen.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -35,12 +38,13 @@ class DeviceLoader:
     """Batches of windows, gathered on ``device`` (see the module docstring).
 
     Args:
-        obs: arrays (N, ...) by observation key. uint8 (images) stays uint8; all else is float32.
+        obs: arrays (N, ...) by observation key: uint8 frames, all else becomes float32.
         action: (N, A).
         windows: row numbers of W windows.
         batch_size: examples of one whole (global) batch.
         seed: of the order of the data.
-        device: where the data lives.
+        device: of the batches.
+        n_augment: uniform numbers per example that augment its frames, 0 for none.
 
     Raises:
         ValueError: lengths that differ, rows outside the data, no windows, or a bad batch size.
@@ -55,6 +59,7 @@ class DeviceLoader:
         batch_size: int,
         seed: int,
         device: torch.device | str = "cpu",
+        n_augment: int = 0,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
@@ -79,8 +84,9 @@ class DeviceLoader:
         self.seed = seed
         self.device = torch.device(device)
         self.n_windows = n_windows
-        self._obs = {key: self._resident(value) for key, value in obs.items()}
-        self._action = self._resident(action)
+        self.n_augment = n_augment
+        self._obs = {key: self._placed(value) for key, value in obs.items()}
+        self._action = self._placed(action)
         self._obs_rows = torch.from_numpy(np.ascontiguousarray(windows.obs)).to(self.device)
         self._action_rows = torch.from_numpy(np.ascontiguousarray(windows.action)).to(self.device)
         self._is_pad = torch.from_numpy(np.ascontiguousarray(windows.action_is_pad)).to(self.device)
@@ -99,7 +105,11 @@ class DeviceLoader:
         shares side by side are exactly ``batch(first)``. Batches may straddle epochs.
         """
         size = self.batch_size if count is None else count
-        return self.gather(self.window_numbers(first_example, size))
+        batch = self.gather(self.window_numbers(first_example, size))
+        if self.n_augment:
+            numbers = augment_numbers(self.seed, first_example, size, self.n_augment)
+            batch["augment"] = torch.from_numpy(numbers).to(self.device)
+        return batch
 
     def window_numbers(self, first_example: int, count: int) -> Tensor:
         """(count,) int64 on the device: the windows that these examples of the run are."""
@@ -115,11 +125,43 @@ class DeviceLoader:
             "action_is_pad": self._is_pad.index_select(0, window_numbers),
         }
 
-    def _resident(self, value: npt.NDArray[np.generic]) -> Tensor:
-        keep = value if value.dtype == np.uint8 else value.astype(np.float32)
-        return torch.from_numpy(np.array(keep, order="C")).to(self.device)
+    def _placed(self, value: npt.NDArray[np.generic]) -> Tensor:
+        """A key's values where they stay during training."""
+        if value.dtype != np.uint8:
+            return torch.from_numpy(np.array(value, np.float32, order="C")).to(self.device)
+        frames = torch.from_numpy(_writable(value))  # without a copy: frames may be gigabytes
+        if self.device.type != "cuda" or frames.nbytes > torch.cuda.mem_get_info()[0] // 2:
+            return frames
+        return frames.to(self.device)
+
+
+def augment_numbers(seed: int, first_example: int, count: int, n: int) -> npt.NDArray[np.float32]:
+    """(count, n) uniform in [0, 1) for the examples from ``first_example`` on.
+
+    Those of one example are the same in whatever batch it comes: a counter-based generator is set
+    to the example's place (Salmon et al., SC 2011).
+    """
+    blocks = -(-n // 4)  # Philox makes four 64-bit numbers per step of its counter
+    generator = np.random.Philox(key=seed, counter=first_example * blocks)
+    bits = generator.random_raw(count * blocks * 4).reshape(count, blocks * 4)[:, :n]
+    return ((bits >> np.uint64(40)) * 2.0**-24).astype(np.float32)
+
+
+def _writable(value: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The array as torch takes it without a warning: nothing here writes into it."""
+    if value.flags.writeable and value.flags.c_contiguous:
+        return value
+    if value.flags.c_contiguous:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.from_numpy(value).numpy()
+    return np.ascontiguousarray(value)
 
 
 def _take(data: Tensor, rows: Tensor) -> Tensor:
-    """data (N, ...) at rows (B, K) -> (B, K, ...)."""
-    return data.index_select(0, rows.reshape(-1)).reshape(*rows.shape, *data.shape[1:])
+    """data (N, ...) at rows (B, K) -> (B, K, ...), on the device of the rows."""
+    here = rows.reshape(-1).to(data.device)
+    found = data.index_select(0, here).reshape(*rows.shape, *data.shape[1:])
+    if found.device == rows.device:
+        return found
+    return found.pin_memory().to(rows.device, non_blocking=True)

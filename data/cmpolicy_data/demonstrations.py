@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cmpolicy_data.augment import Episodes, augmentation
+from cmpolicy_data.augment import AugmentError, Episodes, augmentation
+from cmpolicy_data.frames import load_frames, looks_like_frames, render_pusht_frames
 from cmpolicy_data.replay_buffer import ReplayBuffer
 from cmpolicy_data.selector import Selector
 from cmpolicy_data.windows import EpisodeSplit
@@ -24,12 +25,14 @@ class Demonstrations:
         obs: policy key -> (N, ...). action: (N, A) float32.
         episode_ends: (E,) int64.
         source_episode: (E,) int64, the stored episode that each one is or mirrors.
+        images: keys of ``obs`` that hold frames, (N, H, W, 3) uint8.
     """
 
     obs: dict[str, npt.NDArray[Any]]
     action: npt.NDArray[np.float32]
     episode_ends: npt.NDArray[np.int64]
     source_episode: npt.NDArray[np.int64]
+    images: tuple[str, ...] = ()
 
     def expand(self, split: EpisodeSplit) -> EpisodeSplit:
         """A split of the stored episodes as one of these: mirror images stay with their source."""
@@ -39,52 +42,111 @@ class Demonstrations:
         )
 
 
+@dataclass(frozen=True)
+class _Source:
+    """Where an observation comes from: see ``data.obs``."""
+
+    selector: Selector
+    kind: str | None = None
+    layout: str = "hwc"
+
+    @classmethod
+    def read(cls, given: str | Mapping[str, str]) -> _Source:
+        if isinstance(given, str):
+            return cls(Selector.parse(given))
+        layout = given.get("layout", "hwc")
+        return cls(Selector.parse(given["key"]), given.get("kind"), layout)
+
+    def is_image(self, buffer: ReplayBuffer) -> bool:
+        key = self.selector.key
+        if self.kind is not None or not self.selector.is_whole:
+            return self.kind == "image"
+        if key not in buffer:
+            return key == _PUSHT_FRAMES and _is_pusht(buffer)
+        return self.layout == "chw" or looks_like_frames(buffer[key])
+
+
+#: Key of Push-T's frames in the public demonstrations; rendered where a store lacks it.
+_PUSHT_FRAMES = "img"
+
+
+def _is_pusht(buffer: ReplayBuffer) -> bool:
+    return "state" in buffer and buffer["state"].shape[1:] == (5,)
+
+
 def load_demonstrations(
     path: str | Path,
-    obs: Mapping[str, str] | Sequence[str],
+    obs: Mapping[str, str | Mapping[str, str]] | Sequence[str],
     action: str = "action",
     augment: Sequence[str] = (),
+    *,
+    image_memory: float = 4.0,
 ) -> Demonstrations:
     """Load what a policy is trained on.
 
     Args:
         path: of the store.
-        obs: policy key -> selector, or a list of keys (then key = selector).
+        obs: policy key -> selector (or ``{key, kind, layout}``, see ``data.obs``), or a list of
+            keys (then key = selector).
         action: selector of the actions.
         augment: transformations of the demonstrations, applied in this order: names of
             :data:`~cmpolicy_data.augment.AUGMENTATIONS` (Push-T only; they need the key ``state``).
+            Push-T's frames are then rendered from the transformed states.
+        image_memory: GiB of frames that are kept in memory, see ``frames``.
 
     Raises:
         FileNotFoundError, ReplayBufferError, SelectorError: see ``ReplayBuffer``.
         AugmentError: an unknown name, or data that is not Push-T's.
         ValueError: no observations, or actions that are no vectors.
     """
-    selectors = dict(obs) if isinstance(obs, Mapping) else {key: key for key in obs}
-    if isinstance(obs, str) or not selectors:
+    if isinstance(obs, str) or not obs:
         raise ValueError(
             f"data.obs must name at least one observation, as a list ([state]) or as policy key: "
             f"selector ({{agent_pos: 'state[:2]'}}); got {obs!r}."
         )
+    named = obs if isinstance(obs, Mapping) else {key: key for key in obs}
     buffer = ReplayBuffer.open(path)
-    source = np.arange(buffer.n_episodes, dtype=np.int64)
-    if not augment:
-        arrays = {key: buffer.load(text) for key, text in selectors.items()}
-        actions, ends = buffer.load(action), buffer.episode_ends
-    else:
-        chosen = {key: Selector.parse(text) for key, text in selectors.items()}
-        chosen_action = Selector.parse(action)
+    sources = {key: _Source.read(given) for key, given in named.items()}
+    images = {key for key, source in sources.items() if source.is_image(buffer)}
+    chosen = {key: s.selector for key, s in sources.items() if key not in images}
+    chosen_action = Selector.parse(action)
+    number = np.arange(buffer.n_episodes, dtype=np.int64)
+    if augment:
         needed = {"state", "action", chosen_action.key, *(s.key for s in chosen.values())}
-        episodes = Episodes({key: buffer.load(key) for key in needed}, buffer.episode_ends, source)
+        episodes = Episodes({key: buffer.load(key) for key in needed}, buffer.episode_ends, number)
         for name in augment:
             episodes = augmentation(name)(episodes)
-        arrays = {
-            key: selector.take(episodes.data[selector.key]) for key, selector in chosen.items()
-        }
+        arrays = {key: s.take(episodes.data[s.key]) for key, s in chosen.items()}
         actions = chosen_action.take(episodes.data[chosen_action.key])
-        ends, source = episodes.episode_ends, episodes.source
+        ends, number = episodes.episode_ends, episodes.source
+        states = episodes.data["state"]
+    else:
+        arrays = {key: buffer.load(str(s)) for key, s in chosen.items()}
+        actions, ends = buffer.load(action), buffer.episode_ends
+        states = None
+    for key in images:
+        source = sources[key]
+        stored = source.selector.key
+        if augment and stored != _PUSHT_FRAMES:
+            raise AugmentError(
+                f"data.augment={list(augment)} cannot transform the frames of {stored!r}; only "
+                f"Push-T's ({_PUSHT_FRAMES}) are rendered again from the transformed states."
+            )
+        if stored in buffer and states is None:
+            memory = image_memory / len(images)
+            arrays[key] = load_frames(buffer, stored, layout=source.layout, memory=memory)
+        else:
+            shown = buffer.load("state") if states is None else states
+            arrays[key] = render_pusht_frames(shown, memory=image_memory)
     if actions.ndim != 2:
         raise ValueError(
             f"{path}: the actions ({action}) have shape {actions.shape[1:]} per step; a policy "
             "predicts vectors, so they must be stored as (N, A)."
         )
-    return Demonstrations(arrays, actions.astype(np.float32, copy=False), ends, source)
+    return Demonstrations(
+        {key: arrays[key] for key in named},
+        actions.astype(np.float32, copy=False),
+        ends,
+        number,
+        images=tuple(key for key in named if key in images),
+    )

@@ -117,12 +117,15 @@ class PushTEnv(GymPushTEnv):  # type: ignore[misc]  # gym-pusht ships no types
         """
         values = _checked_state(state, "set_pose")
         self._setup()
+        self._place(values)
+        self.n_contact_points = 0
+
+    def _place(self, values: list[float]) -> None:
         self.agent.position = values[:2]
         self.block.angle = values[4]
         self.block.position = values[2:4]
         self.space.reindex_shapes_for_body(self.agent)
         self.space.reindex_shapes_for_body(self.block)
-        self.n_contact_points = 0
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -166,6 +169,55 @@ class PushTEnv(GymPushTEnv):  # type: ignore[misc]  # gym-pusht ships no types
         info["is_success"] = success
         reward = min(covered / SUCCESS_COVERAGE, 1.0)
         return self.get_obs(), reward, success, False, info
+
+
+class PushTImageEnv(PushTEnv):
+    """Push-T seen by a camera from above.
+
+    Observation: ``image`` (96, 96, 3) uint8, gym-pusht's rendering as in the public demonstrations,
+    and ``agent_pos`` (2,) float32, px. All else as :class:`PushTEnv`.
+
+    Args:
+        render_mode, render_size: as there; they do not change the observation.
+        image_size: height and width of the observed image.
+    """
+
+    def __init__(
+        self, render_mode: str | None = None, render_size: int = 512, image_size: int = 96
+    ) -> None:
+        self._image_size = image_size
+        super().__init__(render_mode, render_size)
+
+    def _initialize_observation_space(self) -> None:
+        low, high = -_MARGIN, ARENA + _MARGIN
+        size = self._image_size
+        self.observation_space = spaces.Dict(
+            {
+                "image": spaces.Box(0, 255, (size, size, 3), np.uint8),
+                "agent_pos": spaces.Box(low, high, (2,), np.float32),
+            }
+        )
+
+    def frame(self) -> NDArray[np.uint8]:
+        """The camera's image of the present state."""
+        # gym-pusht's _get_img, bit for bit, without its slow copy of a transposed array
+        screen = self._draw()
+        image = np.frombuffer(pygame.image.tobytes(screen, "RGB"), dtype=np.uint8)
+        size = (self._image_size, self._image_size)
+        small: NDArray[np.uint8] = cv2.resize(image.reshape(*screen.get_size()[::-1], 3), size)
+        return small
+
+    def frame_at(self, state: ArrayLike) -> NDArray[np.uint8]:
+        """The camera's image of a recorded state (5,); reset before the next step."""
+        if not hasattr(self, "space"):
+            self._setup()
+        self._place(_checked_state(state, "frame_at"))
+        return self.frame()
+
+    def get_obs(self) -> dict[str, NDArray[Any]]:
+        """The observation of the present state."""
+        agent = np.array(self.agent.position, dtype=np.float32)
+        return {"image": self.frame(), "agent_pos": agent}
 
 
 def _checked_state(state: ArrayLike, what: str) -> list[float]:

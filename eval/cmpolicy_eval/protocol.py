@@ -17,7 +17,7 @@ from typing import Any
 
 import gymnasium
 
-from cmpolicy_envs import PUSHT_ID
+from cmpolicy_envs import PUSHT_ID, PUSHT_IMAGE_ID
 from cmpolicy_envs.pusht_states import dp_initial_state
 from cmpolicy_envs.robomimic_args import EnvArgs
 from cmpolicy_envs.robomimic_tasks import TASKS, get_task
@@ -55,6 +55,7 @@ def _plain_reset(seed: int) -> None:
 
 
 _make_pusht = partial(gymnasium.make, PUSHT_ID, disable_env_checker=True)
+_make_pusht_image = partial(gymnasium.make, PUSHT_IMAGE_ID, disable_env_checker=True)
 # The human demonstrations hold 206 episodes, recorded from seed 0 on.
 _PUSHT_HUMAN_SEEDS = (0, 205)
 
@@ -65,6 +66,14 @@ PROTOCOLS: dict[str, EvalProtocol] = {
             name="pusht-dp",
             summary="Push-T from Diffusion Policy's test states",
             make_env=_make_pusht,
+            max_steps=300,
+            reset_options=_dp_reset,
+            training_seeds=_PUSHT_HUMAN_SEEDS,
+        ),
+        EvalProtocol(
+            name="pusht-image-dp",
+            summary="Push-T seen by a camera, from Diffusion Policy's test states",
+            make_env=_make_pusht_image,
             max_steps=300,
             reset_options=_dp_reset,
             training_seeds=_PUSHT_HUMAN_SEEDS,

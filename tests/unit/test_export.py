@@ -252,8 +252,8 @@ def test_any_dtype_and_noise_of_its_own(files: dict[str, Path], name: str) -> No
         ({"agent_pos": np.zeros((2, 2, 2))}, "batch size"),
         ({"agent_pos": np.full((1, 2, 2), np.nan)}, "'agent_pos' holds 4 NaN"),
         ({"agent_pos": np.full((1, 2, 2), 1e300)}, "'agent_pos' holds 4 NaN or infinite"),
-        ({"agent_pos": np.full((1, 2, 2), "x")}, "holds <U1 values, expected real numbers"),
-        ({"agent_pos": np.full((1, 2, 2), 1j)}, "holds complex128 values"),
+        ({"agent_pos": np.full((1, 2, 2), "x")}, "has dtype <U1, expected real numbers"),
+        ({"agent_pos": np.full((1, 2, 2), 1j)}, "has dtype complex128"),
     ],
 )
 def test_observations_that_do_not_fit(

@@ -106,7 +106,7 @@ def test_features_are_of_the_normalised_observations() -> None:
     obs = _obs(policy, 2)
     swapped = dict(reversed(obs.items()))
     normal = {key: policy.normalizer.normalize(key, obs[key]) for key in policy.spec.obs}
-    assert policy.encode(obs).shape == (2, policy.encoder_config.feature_dim)
+    assert policy.encode(obs).shape == (2, 256)
     assert torch.equal(policy.encode(obs), policy.encoder(normal))
     assert torch.equal(policy.encode(swapped), policy.encode(obs))
 

@@ -63,17 +63,14 @@ def own_kinds() -> Iterator[tuple[type[Any], type[Any]]]:
         kind: ClassVar[str] = "newest"
         key: str = "arm"
 
-        @property
-        def feature_dim(self) -> int:
-            return 3
-
-        def build(self, obs: Mapping[str, tuple[int, ...]], n_obs_steps: int) -> nn.Module:
+        def build(self, spec: PolicySpec) -> nn.Module:
             return Newest(self.key)
 
     class Newest(nn.Module):
         def __init__(self, key: str) -> None:
             super().__init__()
             self.key = key
+            self.feature_dim = 3
 
         def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
             return obs[self.key][:, -1]
@@ -124,12 +121,12 @@ def test_unknown_kinds() -> None:
 
 def test_state_encoder_reads_every_number_in_the_order_of_its_keys() -> None:
     config = StateEncoderConfig(dim=5)
-    encoder = config.build(SPEC.obs, SPEC.n_obs_steps)
+    encoder = config.build(SPEC)
     assert isinstance(encoder, StateEncoder)
     assert to_mapping(config) == {"kind": "mlp", "dim": 5}
     obs = {key: torch.randn(2, 2, *shape, requires_grad=True) for key, shape in SPEC.obs.items()}
     features = encoder(dict(reversed(obs.items())))
-    assert features.shape == (2, config.feature_dim)
+    assert features.shape == (2, 5) == (2, encoder.feature_dim)
     features.square().sum().backward()
     for key, value in obs.items():
         assert value.grad is not None

@@ -9,11 +9,8 @@ import torch
 from cmpolicy import ActionChunker, ConsistencyPolicy
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
-from cmpolicy.robot.history import (
-    NonFiniteObservationError,
-    ObservationError,
-    ObservationHistory,
-)
+from cmpolicy.observation import NonFiniteObservationError, ObservationError
+from cmpolicy.robot.history import ObservationHistory
 from cmpolicy.spec import PolicySpec
 
 NET = UNet1DConfig((8, 16), kernel_size=3, n_groups=4, time_dim=8)
@@ -140,7 +137,7 @@ def test_history_takes_what_is_an_array_of_numbers() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"pos": None}, ["'pos'", "dtype object"]),
+        ({"pos": None}, ["'pos'", "NoneType"]),
         ({"pos": np.zeros(3)}, ["'pos'", "(3,)", "(2,)"]),
         ({"pos": np.zeros((1, 2))}, ["'pos'", "(1, 2)", "without batch or time axis"]),
         ({"pos": np.array(["a", "b"])}, ["'pos'", "dtype <U1"]),

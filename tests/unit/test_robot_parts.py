@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cmpolicy.observation import ObservationError
 from cmpolicy.robot.adapter import LeRobotAdapter
-from cmpolicy.robot.history import ObservationError
 from cmpolicy.robot.metronome import Metronome
 from cmpolicy.robot.report import Histogram, LoopReport, Quantiles
 from cmpolicy.robot.robot import (

@@ -145,7 +145,7 @@ def test_lists_plain_numbers_and_keys_of_others_are_fine() -> None:
         ({"pos": np.zeros((0, 3, 2)), "grip": np.zeros((0, 3))}, r"shape \(0, 3, 2\)"),
         ({"pos": np.zeros((5, 3, 2)), "grip": np.zeros((5, 3))}, "batch of 5; .* at most 4"),
         ({"pos": np.zeros((2, 3, 2)), "grip": np.zeros((1, 3))}, "has batch size 1, 'pos' has 2"),
-        (_step(1) | {"pos": [[1.0], [2.0, 3.0]]}, "'pos' is a list of rows of different"),
+        (_step(1) | {"pos": [[1.0], [2.0, 3.0]]}, "'pos' is not an array of numbers: setting"),
         (_step(1) | {"pos": ["a", "b"]}, "has dtype <U1"),
         (_step(1) | {"pos": np.array(["a", "b"])}, "has dtype <U1"),
         (_step(1) | {"pos": {"x": 1}}, "'pos' is a dict"),

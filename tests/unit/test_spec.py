@@ -27,10 +27,20 @@ def _obs(batch: int = 3, **shapes: tuple[int, ...]) -> dict[str, np.ndarray]:
     return {key: np.zeros(shape, np.float32) for key, shape in given.items()}
 
 
-def test_sizes() -> None:
-    spec = _spec()
-    assert spec.obs_dim == 20
-    assert _spec(obs={"force": ()}).obs_dim == 1
+def test_images() -> None:
+    spec = _spec(obs={"top": (96, 96, 3), "force": ()}, images=("top",))
+    assert spec.states == {"force": ()}
+    assert spec.dtype("top") is np.uint8
+    assert spec.dtype("force") is np.float32
+    zeros = spec.zeros(3)
+    assert zeros["top"].shape == (3, 2, 96, 96, 3)
+    assert (zeros["top"].dtype, zeros["force"].dtype) == (np.uint8, np.float32)
+    assert spec.message_bytes() == 2 * (96 * 96 * 3 + 8) + 8 * 16 * 2
+    assert PolicySpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    assert "images" not in _spec().to_dict()  # as older versions wrote it
+    for obs, images in (({"a": (2,)}, ("a",)), ({"a": (2,)}, ("b",)), ({"a": (3, 8, 8)}, ("a",))):
+        with pytest.raises(SpecError, match=r"expected \(height, width, 3\)"):
+            _spec(obs=obs, images=images)
 
 
 def test_json_round_trip() -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from cmpolicy.nn.embeddings import MAX_FREQUENCY_DELTA, MAX_FREQUENCY_T, TwoTime
 from cmpolicy.nn.registry import net_config, to_mapping
 from cmpolicy.nn.unet1d import UNet1D, UNet1DConfig
 from cmpolicy.policy.bundle import FORMAT_VERSION
+from cmpolicy.spec import PolicySpec
 
 TINY = UNet1DConfig((16, 32, 64), kernel_size=3, n_groups=4, time_dim=16)
 
@@ -45,8 +46,8 @@ def test_sizes(size: str, low: float, high: float) -> None:
     """``net=<size>``; small fits a bundled policy: 8 MB in half precision."""
     config = compose(f"net={size}")
     with torch.device("meta"):  # shapes alone: nothing is allocated
-        net = config.net.build(action_dim=2, feature_dim=config.encoder.feature_dim)
-        first = config.encoder.build({"state": (20,)}, 2)
+        first = config.encoder.build(PolicySpec({"state": (20,)}, 2, 16, 2, 8))
+        net = config.net.build(action_dim=2, feature_dim=cast(Any, first).feature_dim)
     count = sum(p.numel() for module in (net, first) for p in module.parameters())
     assert low <= count <= high
     assert size != "small" or 2 * count < 8e6

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cmpolicy.nn.registry import register_encoder
+from cmpolicy.spec import PolicySpec
 
 
 @register_encoder
@@ -33,25 +34,29 @@ class StateEncoderConfig:
         if self.dim < 1:
             raise ValueError(f"dim={self.dim} must be at least 1")
 
-    @property
-    def feature_dim(self) -> int:
-        """D."""
-        return self.dim
+    def build(self, spec: PolicySpec) -> StateEncoder:
+        """A fresh encoder of a policy's observations.
 
-    def build(self, obs: Mapping[str, tuple[int, ...]], n_obs_steps: int) -> StateEncoder:
-        """A fresh encoder of these keys."""
-        return StateEncoder(self, sum(map(prod, obs.values())) * n_obs_steps, tuple(obs))
+        Raises:
+            ValueError: there are camera frames among them.
+        """
+        if spec.images:
+            raise ValueError(
+                f"encoder.kind=mlp takes no camera frames, and {list(spec.images)} are; choose "
+                "encoder=compact or encoder=resnet18, or leave them out of data.obs"
+            )
+        return StateEncoder(self.dim, spec.obs, spec.n_obs_steps)
 
 
 class StateEncoder(nn.Module):
     """Normalised observations (B, To, ...) per key, concatenated, to features (B, D)."""
 
-    def __init__(self, config: StateEncoderConfig, input_dim: int, keys: tuple[str, ...]) -> None:
+    def __init__(self, dim: int, obs: Mapping[str, tuple[int, ...]], n_obs_steps: int) -> None:
         super().__init__()
-        self.keys = keys
-        self.mlp = nn.Sequential(
-            nn.Linear(input_dim, config.dim), nn.Mish(), nn.Linear(config.dim, config.dim)
-        )
+        self.keys = tuple(obs)
+        self.feature_dim = dim
+        input_dim = sum(map(prod, obs.values())) * n_obs_steps
+        self.mlp = nn.Sequential(nn.Linear(input_dim, dim), nn.Mish(), nn.Linear(dim, dim))
 
     def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
         """See the class."""

@@ -1,0 +1,137 @@
+"""Values that come from outside, read as what a policy takes: float32 numbers, or uint8 frames.
+
+Stores, simulators, robots, servers and exports all read observations here, so an input that one of
+them accepts is accepted by all, with the same words where it is not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cmpolicy.spec import PolicySpec, SpecError
+
+Array = npt.NDArray[Any]
+
+
+class ObservationError(SpecError):
+    """An observation that does not fit the policy; the message names the key."""
+
+
+class NonFiniteObservationError(ObservationError):
+    """An observation of the right form that holds NaN or infinite numbers."""
+
+
+def read_observation(spec: PolicySpec, key: str, value: Any) -> Array:
+    """One key of an observation, of any number of steps or rows.
+
+    Args:
+        spec: of the policy.
+        key: of ``spec.obs``.
+        value: (..., *shape); an array, a tensor on the CPU, a list or a number.
+
+    Returns:
+        (..., *shape) float32, or uint8 for an image; the value itself where it is that already. A
+        plain number stands for one of shape (1,).
+
+    Raises:
+        ObservationError: not numbers, a frame of another kind or size.
+        NonFiniteObservationError: NaN or infinite numbers.
+    """
+    what = f"observation {key!r}"
+    if key in spec.images:
+        return read_frames(what, value, spec.obs[key])
+    array = read_numbers(what, value)
+    return array[None] if array.ndim == 0 and spec.obs[key] == (1,) else array
+
+
+def read_numbers(what: str, value: Any) -> npt.NDArray[np.float32]:
+    """The values as contiguous float32, without a copy where they are that.
+
+    Raises:
+        ObservationError: not real numbers.
+        NonFiniteObservationError: NaN or inf, also of numbers too large for float32.
+    """
+    array = _array(what, value)
+    with np.errstate(over="ignore"):  # becomes infinite, and is counted below
+        numbers = np.asarray(array, dtype=np.float32, order="C")
+    bad = numbers.size - np.count_nonzero(np.isfinite(numbers))
+    if bad:
+        raise NonFiniteObservationError(
+            f"{what} holds {bad} NaN or infinite numbers, expected none"
+        )
+    return numbers
+
+
+def read_frames(what: str, value: Any, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+    """Camera frames (..., H, W, 3) as uint8 RGB; ``shape`` is (H, W, 3).
+
+    Floating-point frames are accepted if they hold whole numbers in [0, 255].
+
+    Raises:
+        ObservationError: another size, grey or four-channel frames, channels first, or numbers that
+            are not grey levels; the message says which conversion is needed.
+    """
+    array = _array(what, value)
+    if array.shape[-3:] != shape:
+        raise ObservationError(f"{what} {_why_not(array.shape, shape)}")
+    return as_uint8(what, array)
+
+
+def as_uint8(what: str, array: Array) -> npt.NDArray[np.uint8]:
+    """Grey levels as uint8.
+
+    Raises:
+        ObservationError: numbers outside [0, 255], or not whole.
+    """
+    if array.dtype == np.uint8:
+        return array
+    if array.size and not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 255):
+        raise ObservationError(
+            f"{what} holds numbers outside [0, 255] (or NaN): frames are uint8 RGB"
+        )
+    levels = array.astype(np.uint8)
+    if not np.array_equal(levels, array):
+        largest = float(array.max())
+        hint = "; multiply by 255 and round" if largest <= 1 else ""
+        raise ObservationError(
+            f"{what} holds numbers that are not whole (largest {largest:.4g}): frames are uint8 "
+            f"RGB in 0..255{hint}"
+        )
+    return levels
+
+
+def _why_not(got: tuple[int, ...], shape: tuple[int, ...]) -> str:
+    """What is wrong with the shape of a frame, and what to do."""
+    height, width, channels = shape
+    wanted = f"the policy was trained on frames of {height} x {width} x {channels}"
+    if got[-2:] == (height, width) and got[-3:-2] != (channels,):
+        return (
+            f"is a grey frame of {height} x {width}: {wanted}; repeat it to three channels, "
+            "np.repeat(frame[..., None], 3, -1)"
+        )
+    if got[-3:] == (channels, height, width):
+        return f"has its channels first, {got[-3:]}: {wanted}; np.moveaxis(frame, -3, -1)"
+    if got[-3:-1] == (height, width):
+        return f"has {got[-1]} channels: {wanted} (RGB); drop alpha with frame[..., :3]"
+    size = " x ".join(map(str, got[-3:])) if got else "a number"
+    return (
+        f"has frames of {size}: {wanted}; resize them before, with the aspect ratio kept, and "
+        "use the camera that the demonstrations were recorded with"
+    )
+
+
+def _array(what: str, value: Any) -> Array:
+    if not isinstance(value, np.ndarray | np.generic | int | float | list | tuple) and not hasattr(
+        value, "__array__"
+    ):
+        raise ObservationError(f"{what} is a {type(value).__name__}; expected an array of numbers")
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise ObservationError(f"{what} is not an array of numbers: {error}") from error
+    if array.dtype.kind not in "biuf":
+        raise ObservationError(f"{what} has dtype {array.dtype}, expected real numbers")
+    return array

@@ -1,0 +1,214 @@
+"""Camera frames of a store, (N, H, W, 3) uint8: in memory, or mapped from a file if they are many.
+
+A key is read as frames if each step has the shape (H, W, 3) and holds whole numbers in [0, 255]:
+uint8, as cmpolicy and LeRobot write them, or float32, as in Diffusion Policy's Push-T store. Frames
+of Push-T that a store lacks are rendered from its states.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from cmpolicy_data.catalog import cache_dir
+from cmpolicy_data.replay_buffer import ReplayBuffer
+from cmpolicy_data.store import Array, ReplayBufferError, blocks, read_rows
+
+Frames = npt.NDArray[np.uint8]
+
+#: Frames smaller than this are no images: (2, 3, 3) is a pair of matrices.
+_LEAST_SIZE = 8
+_GIB = 2**30
+
+
+def looks_like_frames(array: Array) -> bool:
+    """Whether the steps of an array have the shape (H, W, 3) of an image."""
+    shape = array.shape[1:]
+    return len(shape) == 3 and shape[2] == 3 and min(shape[:2]) >= _LEAST_SIZE
+
+
+def load_frames(buffer: ReplayBuffer, key: str, *, layout: str = "hwc", memory: float) -> Frames:
+    """All frames of a key.
+
+    Args:
+        buffer: the store.
+        key: of the store, with one image per step.
+        layout: ``hwc``, or ``chw`` for channels first.
+        memory: GiB up to which frames are kept in memory; more go into a file of the cache once.
+
+    Returns:
+        (N, H, W, 3) uint8, read-only where it is mapped from a file.
+
+    Raises:
+        ReplayBufferError: no such key, grey or four-channel frames, numbers that are not grey
+            levels, or a chunk that is missing or damaged; names episode and step.
+    """
+    buffer.check(key)
+    array = buffer[key]
+    shape = _frame_shape(array, layout, f"{buffer.path}: data/{key}")
+
+    def parts() -> Iterator[tuple[int, Frames]]:
+        for start, stop in blocks(array):
+            stop = min(stop, buffer.n_steps)
+            if start < stop:
+                rows = read_rows(array, start, stop, buffer.path)
+                yield (
+                    start,
+                    _levels(
+                        np.moveaxis(rows, 1, -1) if layout == "chw" else rows, buffer, key, start
+                    ),
+                )
+
+    name = f"{buffer.path.resolve()} {key} {layout} {_state_of(buffer.path)}"
+    return _gather(parts, (buffer.n_steps, *shape), name, memory, f"reading {key}")
+
+
+def render_pusht_frames(states: npt.NDArray[Any], size: int = 96, *, memory: float) -> Frames:
+    """What gym-pusht's camera sees at recorded states.
+
+    Args:
+        states: (N, 5) agent xy, block xy, block angle.
+        size: height and width.
+        memory: as for :func:`load_frames`; rendered frames are kept in the cache in any case.
+    """
+    from cmpolicy_envs.pusht import PushTImageEnv
+
+    def parts() -> Iterator[tuple[int, Frames]]:
+        env = PushTImageEnv(image_size=size)
+        try:
+            for row, state in enumerate(states):
+                yield row, env.frame_at(state)[None]
+        finally:
+            env.close()
+
+    digest = hashlib.blake2b(np.ascontiguousarray(states, np.float64).tobytes(), digest_size=16)
+    name = f"pusht {size} {digest.hexdigest()}"
+    shape = (len(states), size, size, 3)
+    return _gather(parts, shape, name, memory, "rendering Push-T", always_file=True)
+
+
+def _frame_shape(array: Array, layout: str, what: str) -> tuple[int, int, int]:
+    """(H, W, 3) of an array's frames."""
+    shape = array.shape[1:]
+    if len(shape) == 2:
+        raise ReplayBufferError(
+            f"{what} holds grey frames {shape}; store RGB: np.repeat(frames[..., None], 3, -1)"
+        )
+    if len(shape) != 3:
+        raise ReplayBufferError(f"{what} has shape {shape} per step, an image is (H, W, 3)")
+    channels, first = (shape[0], "chw") if layout == "chw" else (shape[2], "hwc")
+    if channels != 3:
+        other = shape[2] if layout == "chw" else shape[0]
+        if other == 3:
+            wanted = "hwc" if layout == "chw" else "chw"
+            hint = f"they are {wanted}: say so, data.obs.<name>={{key: ..., layout: {wanted}}}"
+        elif channels == 4:
+            hint = "drop alpha: store frames[..., :3]"
+        else:
+            hint = "store RGB frames"
+        raise ReplayBufferError(f"{what} has {channels} channels as {first}, {shape}; {hint}")
+    height, width = (shape[1], shape[2]) if layout == "chw" else (shape[0], shape[1])
+    return height, width, 3
+
+
+def _levels(rows: npt.NDArray[Any], buffer: ReplayBuffer, key: str, start: int) -> Frames:
+    """Rows of frames as uint8; ``start`` is the step of the first."""
+    if rows.dtype == np.uint8:
+        return rows
+    levels = np.nan_to_num(rows, nan=-1.0).clip(0, 255).astype(np.uint8)
+    bad = np.flatnonzero((levels != rows).reshape(len(rows), -1).any(axis=1))
+    if bad.size:
+        step = start + int(bad[0])
+        episode = int(np.searchsorted(buffer.episode_ends, step, side="right"))
+        within = step - (int(buffer.episode_ends[episode - 1]) if episode else 0)
+        low, high = float(rows[bad[0]].min()), float(rows[bad[0]].max())
+        hint = "; multiply by 255, round, and store uint8" if low >= 0 and high <= 1 else ""
+        raise ReplayBufferError(
+            f"{buffer.path}: data/{key} holds numbers that are not whole or not in [0, 255], first "
+            f"in episode {episode}, step {within} ({low:.4g} to {high:.4g}); frames are uint8 "
+            f"RGB{hint}. If these are no images, say data.obs.<name>={{key: {key}, kind: state}}"
+        )
+    return levels
+
+
+def _gather(
+    parts: Callable[[], Iterator[tuple[int, Frames]]],
+    shape: tuple[int, ...],
+    name: str,
+    memory: float,
+    label: str,
+    *,
+    always_file: bool = False,
+) -> Frames:
+    """Frames from their parts, in memory or in a file of the cache that is made once."""
+    size = int(np.prod(shape))
+    fits = size <= memory * _GIB
+    if fits and not always_file:
+        frames = np.empty(shape, np.uint8)
+        _fill(frames, parts(), label)
+        return frames
+    digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
+    file = cache_dir() / "frames" / f"{digest}.npy"
+    if not file.is_file():
+        _check_space(file, size)
+        _write(file, shape, parts(), label)
+    mapped = np.load(file, mmap_mode="r")
+    return np.array(mapped) if fits else mapped
+
+
+def _write(
+    file: Path, shape: tuple[int, ...], parts: Iterator[tuple[int, Frames]], label: str
+) -> None:
+    """Fill a file beside its place and move it there when it is whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(suffix=".npy.part", dir=file.parent)
+    os.close(handle)
+    try:
+        mapped: Any = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
+            temporary, mode="w+", dtype=np.uint8, shape=shape
+        )
+        _fill(mapped, parts, label)
+        mapped.flush()
+        Path(temporary).replace(file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _fill(frames: Frames, parts: Iterator[tuple[int, Frames]], label: str) -> None:
+    with tqdm(total=len(frames), desc=label, unit="frame", disable=None, leave=False) as bar:
+        for start, rows in parts:
+            frames[start : start + len(rows)] = rows
+            bar.update(len(rows))
+
+
+def _check_space(file: Path, size: int) -> None:
+    place = file.parent
+    while not place.exists():
+        place = place.parent
+    status = os.statvfs(place)
+    free = status.f_bavail * status.f_frsize
+    if free < size:
+        raise ReplayBufferError(
+            f"the frames need {size / _GIB:.1f} GiB in {file.parent}, and {free / _GIB:.1f} GiB "
+            "are free there; make room, set XDG_CACHE_HOME to another disk, or raise "
+            "data.image_memory"
+        )
+
+
+def _state_of(path: Path) -> str:
+    """Changes whenever a store does: number, sizes and times of its files."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        status = file.stat()
+        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
