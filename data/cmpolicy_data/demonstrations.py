@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cmpolicy_data.augment import AugmentError, Episodes, augmentation
-from cmpolicy_data.frames import load_frames, looks_like_frames, render_pusht_frames
+from cmpolicy_data.frames import load_frames, looks_like_frames
 from cmpolicy_data.replay_buffer import ReplayBuffer
 from cmpolicy_data.selector import Selector
 from cmpolicy_data.windows import EpisodeSplit
@@ -136,6 +136,8 @@ def load_demonstrations(
             memory = image_memory / len(images)
             arrays[key] = load_frames(buffer, stored, layout=source.layout, memory=memory)
         else:
+            from cmpolicy_data.convert.pusht_frames import render_pusht_frames  # the simulator
+
             shown = buffer.load("state") if states is None else states
             arrays[key] = render_pusht_frames(shown, memory=image_memory)
     if actions.ndim != 2:

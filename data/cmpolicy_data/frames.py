@@ -2,7 +2,7 @@
 
 A key is read as frames if each step has the shape (H, W, 3) and holds whole numbers in [0, 255]:
 uint8, as cmpolicy and LeRobot write them, or float32, as in Diffusion Policy's Push-T store. Frames
-of Push-T that a store lacks are rendered from its states.
+of Push-T that a store lacks are rendered: :mod:`cmpolicy_data.convert.pusht_frames`.
 """
 
 from __future__ import annotations
@@ -68,31 +68,7 @@ def load_frames(buffer: ReplayBuffer, key: str, *, layout: str = "hwc", memory: 
                 )
 
     name = f"{buffer.path.resolve()} {key} {layout} {_state_of(buffer.path)}"
-    return _gather(parts, (buffer.n_steps, *shape), name, memory, f"reading {key}")
-
-
-def render_pusht_frames(states: npt.NDArray[Any], size: int = 96, *, memory: float) -> Frames:
-    """What gym-pusht's camera sees at recorded states.
-
-    Args:
-        states: (N, 5) agent xy, block xy, block angle.
-        size: height and width.
-        memory: as for :func:`load_frames`; rendered frames are kept in the cache in any case.
-    """
-    from cmpolicy_envs.pusht import PushTImageEnv
-
-    def parts() -> Iterator[tuple[int, Frames]]:
-        env = PushTImageEnv(image_size=size)
-        try:
-            for row, state in enumerate(states):
-                yield row, env.frame_at(state)[None]
-        finally:
-            env.close()
-
-    digest = hashlib.blake2b(np.ascontiguousarray(states, np.float64).tobytes(), digest_size=16)
-    name = f"pusht {size} {digest.hexdigest()}"
-    shape = (len(states), size, size, 3)
-    return _gather(parts, shape, name, memory, "rendering Push-T", always_file=True)
+    return gather_frames(parts, (buffer.n_steps, *shape), name, memory, f"reading {key}")
 
 
 def _frame_shape(array: Array, layout: str, what: str) -> tuple[int, int, int]:
@@ -139,7 +115,7 @@ def _levels(rows: npt.NDArray[Any], buffer: ReplayBuffer, key: str, start: int) 
     return levels
 
 
-def _gather(
+def gather_frames(
     parts: Callable[[], Iterator[tuple[int, Frames]]],
     shape: tuple[int, ...],
     name: str,

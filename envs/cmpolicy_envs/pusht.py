@@ -204,8 +204,8 @@ class PushTImageEnv(PushTEnv):
         screen = self._draw()
         image = np.frombuffer(pygame.image.tobytes(screen, "RGB"), dtype=np.uint8)
         size = (self._image_size, self._image_size)
-        small: NDArray[np.uint8] = cv2.resize(image.reshape(*screen.get_size()[::-1], 3), size)
-        return small
+        whole = image.reshape(*screen.get_size()[::-1], 3)
+        return np.asarray(cv2.resize(whole, size), dtype=np.uint8)
 
     def frame_at(self, state: ArrayLike) -> NDArray[np.uint8]:
         """The camera's image of a recorded state (5,); reset before the next step."""

@@ -1,0 +1,153 @@
+"""Frames of stores of several kinds, rendered frames, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cmpolicy_data import ReplayBuffer
+from cmpolicy_data.convert.pusht_frames import render_pusht_frames
+from cmpolicy_data.demonstrations import load_demonstrations
+from cmpolicy_data.frames import load_frames
+from cmpolicy_data.store import ReplayBufferError
+from cmpolicy_envs.pusht import PushTEnv, PushTImageEnv
+
+N = 40
+RNG = np.random.default_rng(0)
+FRAMES = RNG.integers(0, 256, (N, 16, 20, 3), dtype=np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/cmpolicy/frames"
+
+
+def _store(tmp_path: Path, **data: Any) -> ReplayBuffer:
+    buffer = ReplayBuffer.create(tmp_path / "cameras.zarr")
+    whole = {"action": np.zeros((N, 2), np.float32), **data}
+    for start, end in ((0, 15), (15, N)):
+        buffer.append_episode({key: value[start:end] for key, value in whole.items()})
+    return buffer
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.int32])
+def test_frames_of_any_number_type(tmp_path: Path, dtype: Any) -> None:
+    buffer = _store(tmp_path, top=FRAMES.astype(dtype))
+    found = load_frames(buffer, "top", memory=1)
+    assert found.dtype == np.uint8
+    assert np.array_equal(found, FRAMES)
+
+
+def test_channels_first_when_said_so(tmp_path: Path) -> None:
+    path = _store(tmp_path, top=np.moveaxis(FRAMES, -1, 1)).path
+    found = load_demonstrations(path, {"top": {"key": "top", "layout": "chw"}})
+    assert found.images == ("top",)
+    assert np.array_equal(found.obs["top"], FRAMES)
+
+
+def test_more_than_memory_takes_is_mapped_from_a_file(tmp_path: Path, cache: Path) -> None:
+    buffer = _store(tmp_path, top=FRAMES)
+    found = load_frames(buffer, "top", memory=1e-6)
+    assert isinstance(found, np.memmap)
+    assert np.array_equal(found, FRAMES)
+    (file,) = cache.iterdir()
+    written = file.stat().st_mtime_ns
+    load_frames(buffer, "top", memory=1e-6)
+    assert file.stat().st_mtime_ns == written  # made once
+    steps = {"action": np.zeros((3, 2), np.float32), "top": FRAMES[:3]}
+    buffer.append_episode(steps)
+    assert len(load_frames(buffer, "top", memory=1e-6)) == N + 3  # the store has changed
+    assert sorted(p.suffix for p in cache.iterdir()) == [".npy", ".npy"]
+
+
+def test_which_keys_are_images(tmp_path: Path) -> None:
+    data = {"top": FRAMES, "pair": np.ones((N, 3, 3), np.float32), "arm": FRAMES[:, 0, :2, 0]}
+    path = _store(tmp_path, **data).path
+    found = load_demonstrations(path, ["top", "pair", "arm"])
+    assert found.images == ("top",)
+    assert found.obs["pair"].shape == (N, 3, 3)
+    state = load_demonstrations(path, {"top": {"key": "top", "kind": "state"}})
+    assert state.images == ()
+
+
+@pytest.mark.parametrize(
+    ("frames", "words"),
+    [
+        (FRAMES / np.float32(255), "episode 1, step 3 .*multiply by 255, round"),
+        (FRAMES.astype(np.int32) * 2, r"not in \[0, 255\], first in episode 0, step 0"),
+        (FRAMES[..., 0], "grey frames .* store RGB"),
+        (np.concatenate([FRAMES, FRAMES[..., :1]], -1), "4 channels .*drop alpha"),
+        (np.moveaxis(FRAMES, -1, 1), "20 channels as hwc.*they are chw: say so"),
+        (FRAMES[:, 0, 0], "an image is"),
+    ],
+)
+def test_what_are_no_frames(tmp_path: Path, frames: Any, words: str) -> None:
+    if frames.dtype == np.float32:
+        frames = np.where(np.arange(N)[:, None, None, None] < 18, np.float32(0), frames)
+    path = _store(tmp_path, top=frames).path
+    with pytest.raises(ReplayBufferError, match=words):
+        load_demonstrations(path, {"top": {"key": "top", "kind": "image"}})
+
+
+def test_a_lost_chunk_is_no_black_frame(tmp_path: Path) -> None:
+    buffer = _store(tmp_path, top=FRAMES)
+    chunk = next(p for p in (buffer.path / "data/top").rglob("*") if p.name == "0")
+    chunk = next(p for p in sorted((buffer.path / "data/top/c").rglob("*")) if p.is_file())
+    chunk.unlink()
+    with pytest.raises(ReplayBufferError, match=r"chunks of data/top are not there.*steps 0 to"):
+        load_frames(buffer, "top", memory=1)
+
+
+def test_rendered_frames_are_the_cameras(cache: Path) -> None:
+    states = np.column_stack([RNG.uniform(100, 400, (5, 4)), RNG.uniform(0, 2 * np.pi, 5)])
+    frames = render_pusht_frames(states, memory=1)
+    env = PushTImageEnv()
+    for state, frame in zip(states, frames, strict=True):
+        env.set_pose(state)
+        obs = env.get_obs()
+        assert np.array_equal(obs["image"], frame)
+        assert np.allclose(obs["agent_pos"], state[:2])
+        reference = env._get_img(env._draw(), width=96, height=96)  # gym-pusht's own
+        assert np.array_equal(frame, reference)
+    assert len(list(cache.iterdir())) == 1
+    assert np.array_equal(render_pusht_frames(states, memory=1), frames)
+
+
+def test_rendered_frames_are_those_of_the_human_store(pusht_human: Path) -> None:
+    """Mean absolute difference below one grey level."""
+    buffer = ReplayBuffer.open(pusht_human)
+    rows = slice(0, 40)
+    stored = np.asarray(buffer["img"][rows])
+    found = render_pusht_frames(np.asarray(buffer["state"][rows]), memory=1)
+    assert np.abs(found - stored).mean(axis=(1, 2, 3)).max() < 1
+
+
+def test_frames_that_a_store_lacks_are_rendered_also_of_mirrored_states(tmp_path: Path) -> None:
+    states = RNG.uniform(150, 350, (N, 5)).astype(np.float32)
+    path = _store(tmp_path, state=states).path
+    obs = {"image": "img", "agent_pos": "state[:2]"}
+    plain = load_demonstrations(path, obs)
+    assert plain.images == ("image",)
+    assert np.array_equal(plain.obs["image"], render_pusht_frames(states, memory=1))
+    doubled = load_demonstrations(path, obs, augment=["mirror"])
+    assert len(doubled.obs["image"]) == 2 * N
+    assert np.array_equal(doubled.obs["image"][:N], plain.obs["image"])
+    # the picture of a mirrored state is the mirrored picture, up to how edges are drawn
+    reflected = plain.obs["image"][:, ::-1, ::-1].transpose(0, 2, 1, 3).astype(float)
+    assert np.abs(doubled.obs["image"][N:] - reflected).mean() < 4
+
+
+def test_camera_does_not_change_the_physics() -> None:
+    plain, seen = PushTEnv(), PushTImageEnv()
+    plain.reset(seed=3)
+    image, _ = seen.reset(seed=3)
+    assert seen.observation_space.contains(image)
+    for action in RNG.uniform(0, 512, (5, 2)):
+        _, reward, *_, info = plain.step(action)
+        _, other, *_, same = seen.step(action)
+        assert reward == other
+        assert np.array_equal(info["state"], same["state"])
