@@ -184,8 +184,6 @@ class ImageEncoder(nn.Module):
         self.n_augment = _PER_CAMERA * len(self.keys)
         networks = [config.backbone() for _ in self.keys[: 1 if config.shared else None]]
         self.cameras = nn.ModuleList(networks)
-        for network in networks:  # as the frames are stored
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.state = (
             StateEncoder(config.dim, spec.states, spec.n_obs_steps) if spec.states else None
         )
@@ -206,7 +204,7 @@ class ImageEncoder(nn.Module):
             x = self.view(i, obs[key], own)  # (B, To, h, w, 3)
             network = self.cameras[min(i, len(self.cameras) - 1)]
             frames = x.flatten(0, 1).permute(0, 3, 1, 2)  # channels last in memory
-            parts.append(network(frames).view(len(x), -1).to(torch.float32))
+            parts.append(network(frames).view(x.shape[0], -1).to(torch.float32))
         return parts[0] if len(parts) == 1 else torch.cat([p.to(parts[-1]) for p in parts], dim=-1)
 
     def view(self, camera: int, frames: Tensor, augment: Tensor | None = None) -> Tensor:

@@ -1,0 +1,215 @@
+"""A policy with eyes, end to end: own store, training, resume, rollout, robot, server, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import cmpolicy
+from cmpolicy import ConsistencyPolicy, ControlLoop, PolicyServer, RemotePolicy
+from cmpolicy.cli.main import main
+from cmpolicy.observation import ObservationError
+from cmpolicy_data import ReplayBuffer, bundled_path
+
+NET = ["net.down_dims=[8,16]", "net.n_groups=4", "net.time_dim=8", "net.kernel_size=3"]
+EYES = ["encoder.width=8", "encoder.camera_dim=8", "encoder.dim=8"]
+RUN = ["batch_size=8", "optim.warmup=0", "eval.windows=8", "log.trackers=[]", "device=cpu"]
+SIZES = {"top": (24, 32, 3), "wrist": (16, 16, 3)}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three episodes of two cameras and an arm."""
+    rng = np.random.default_rng(0)
+    buffer = ReplayBuffer.create(tmp_path_factory.mktemp("store") / "my.zarr")
+    for length in (30, 25, 20):
+        cameras = {
+            f"camera_{key}": rng.integers(0, 256, (length, *shape), dtype=np.uint8)
+            for key, shape in SIZES.items()
+        }
+        state = np.cumsum(rng.normal(size=(length, 9)), axis=0).astype(np.float32)
+        buffer.append_episode({**cameras, "state": state, "action": state[:, :2]})
+    return buffer.path
+
+
+def _words(store: Path, *more: str) -> list[str]:
+    obs = "data.obs={top: camera_top, wrist: camera_wrist, arm: 'state[:7]'}"
+    mine = ["task=custom", f"data.path={store}", obs, "control_hz=20", "encoder=compact"]
+    return [*mine, *NET, *EYES, *RUN, "encoder.jitter=0.1", "data.val_fraction=0.34", *more]
+
+
+@pytest.fixture(scope="module")
+def run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "straight"
+    assert main(["train", *_words(store), "examples=48", f"out={out}"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def policy(run: Path) -> ConsistencyPolicy:
+    """With a head that is not zero: frames then matter to actions."""
+    policy = ConsistencyPolicy.from_pretrained(run / "policy_last")
+    torch.manual_seed(0)
+    for name, p in policy.net.named_parameters():
+        if name.startswith("head"):
+            torch.nn.init.normal_(p, std=0.2)
+    return policy
+
+
+def _step(seed: int = 0) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    frames = {k: rng.integers(0, 256, s, dtype=np.uint8) for k, s in SIZES.items()}
+    return {**frames, "arm": rng.normal(size=7).astype(np.float32)}
+
+
+def _batch(rows: int) -> dict[str, Any]:
+    steps = [[_step(2 * row), _step(2 * row + 1)] for row in range(rows)]
+    return {key: np.stack([[s[key] for s in pair] for pair in steps]) for key in steps[0][0]}
+
+
+def _noise(rows: int) -> Any:
+    return np.random.default_rng(9).standard_normal((rows, 16, 2), dtype=np.float32)
+
+
+def test_a_resumed_run_is_the_straight_one_to_the_bit(store: Path, run: Path) -> None:
+    """Order, crops and jitter are functions of the example counter; also from mapped frames."""
+    out = run.parent / "resumed"
+    config = cmpolicy.compose(*_words(store, "examples=48", "data.image_memory=1e-6"))
+    assert not cmpolicy.train(config, out, until=24).finished
+    assert cmpolicy.resume(out).finished
+    for name in ("model.safetensors", "normalizer.safetensors"):
+        straight, resumed = ((p / "policy_last" / name).read_bytes() for p in (run, out))
+        assert straight == resumed
+
+
+def test_the_bundle_knows_its_frames(policy: ConsistencyPolicy, run: Path) -> None:
+    assert policy.spec.images == ("top", "wrist")
+    assert policy.spec.obs["top"] == SIZES["top"]
+    assert policy.encoder_config.kind == "compact"
+    assert "top.scale" not in policy.normalizer.to_arrays()
+    card = (run / "policy_last/README.md").read_text()
+    assert "`top` (24, 32, 3)" in card
+
+
+def test_every_frame_matters(policy: ConsistencyPolicy) -> None:
+    obs, noise = _batch(1), _noise(1)
+    plain = policy.infer(obs, noise)
+    for key in SIZES:
+        for step in range(2):
+            changed = {k: v.copy() for k, v in obs.items()}
+            changed[key][0, step] = 255 - changed[key][0, step]
+            assert not np.array_equal(policy.infer(changed, noise), plain), (key, step)
+    as_floats = {k: v.astype(np.float32) for k, v in obs.items()}
+    assert np.array_equal(policy.infer(as_floats, noise), plain)
+    with pytest.raises(ObservationError, match=r"'top' .*not whole.*multiply by 255"):
+        policy.infer({**obs, "top": obs["top"] / 255}, noise)
+    with pytest.raises(ValueError, match=r"'top' has shape \(1, 2, 24, 32, 4\)"):
+        policy.infer({**obs, "top": np.zeros((1, 2, 24, 32, 4), np.uint8)}, noise)
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+def test_exports_take_frames(policy: ConsistencyPolicy, tmp_path: Path, format: str) -> None:
+    """Crop, scaling and network are in the file: equal to torch within 1e-4."""
+    policy.save_pretrained(tmp_path / "bundle")
+    file = tmp_path / f"policy.{format}"
+    words = [f"policy={tmp_path / 'bundle'}", f"format={format}", f"out={file}"]
+    assert main(["export", *words]) == 0
+    if format == "onnx":
+        pytest.importorskip("onnxruntime")
+        exported: Any = cmpolicy.OnnxPolicy(file)
+    else:
+        from cmpolicy.export.pt2 import Pt2Policy
+
+        exported = Pt2Policy(file, trust=True)
+    for rows in (1, 3):
+        obs, noise = _batch(rows), _noise(rows)
+        np.testing.assert_allclose(
+            exported.infer(obs, noise), policy.infer(obs, noise), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_server_with_frames(policy: ConsistencyPolicy) -> None:
+    """A real client of ours, and openpi's, which sends (H, W, 3) uint8 and a prompt."""
+    obs, noise = _batch(3), _noise(3)
+    with PolicyServer(policy, port=0) as server:
+        with RemotePolicy(server.address) as remote:
+            assert remote.spec.images == ("top", "wrist")
+            np.testing.assert_allclose(
+                remote.infer(obs, noise), policy.infer(obs, noise), rtol=1e-4, atol=1e-5
+            )
+        module = pytest.importorskip("openpi_client.websocket_client_policy")
+        client = module.WebsocketClientPolicy("127.0.0.1", server.port)
+        message = {**_step(), "prompt": "push", "noise": noise[0]}
+        one = {key: np.stack([value, value])[None] for key, value in _step().items()}
+        np.testing.assert_allclose(
+            client.infer(message)["actions"], policy.infer(one, noise[:1])[0], rtol=1e-4, atol=1e-5
+        )
+        with pytest.raises(RuntimeError, match="'top' has its channels first"):
+            client.infer({**message, "top": np.moveaxis(message["top"], -1, 0)})
+        client._ws.close()
+
+
+class _Arm:
+    """Two cameras and seven joints."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.wrong = False
+
+    def connect(self) -> None: ...
+
+    def get_observation(self) -> dict[str, Any]:
+        self.count += 1
+        step = _step(self.count)
+        return {**step, "top": step["top"][:-1]} if self.wrong else step
+
+    def send_action(self, action: Any) -> None:
+        assert action.shape == (2,)
+
+    def disconnect(self) -> None: ...
+
+
+def test_control_loop_with_frames(policy: ConsistencyPolicy) -> None:
+    arm = _Arm()
+    with ControlLoop(policy, arm, schedule=cmpolicy.robot.Synchronous(), hz=20, seed=0) as loop:
+        report = loop.run(steps=10)
+        assert report.stopped_by == "completed"
+        assert report.plans >= 2
+        arm.wrong = True
+        with pytest.raises(
+            ObservationError, match=r"frames of 23 x 32 x 3: .* of 24 x 32"
+        ):
+            loop.run(steps=3)
+
+
+def test_push_t_seen_by_a_camera(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundled demonstrations, rendered, trained on and scored in the simulator with a video."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    whole = ReplayBuffer.open(bundled_path("pusht"))
+    few = ReplayBuffer.create(tmp_path / "few.zarr")
+    start = 0
+    for end in whole.episode_ends[:2]:
+        few.append_episode({key: whole[key][start:end] for key in ("state", "action")})
+        start = int(end)
+    words = ["task=pusht_image", f"data.path={tmp_path / 'few.zarr'}", "data.augment=mirror"]
+    out = tmp_path / "run"
+    short = ["examples=16", "eval.episodes=1", "eval.workers=1", f"out={out}"]
+    assert main(["train", *words, *NET, *EYES, *RUN, *short]) == 0
+    policy = ConsistencyPolicy.from_pretrained(out / "policy")
+    assert policy.spec.obs == {"agent_pos": (2,), "image": (96, 96, 3)}
+    scored = ["seeds=500000", "videos=1", "workers=1", f"out={tmp_path / 'eval'}"]
+    assert main(["eval", f"policy={out / 'policy'}", *scored]) == 0
+    result = next((tmp_path / "eval").glob("result*.json")).read_text()
+    assert '"protocol": "pusht-image-dp"' in result
+
+
+def test_frames_need_an_encoder_of_frames(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [w for w in _words(store) if not w.startswith("encoder")]
+    assert main(["train", *words, f"out={tmp_path / 'x'}"]) == 2
+    assert "encoder.kind=mlp takes no camera frames" in capsys.readouterr().err
