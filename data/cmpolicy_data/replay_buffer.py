@@ -41,6 +41,7 @@ from cmpolicy_data.windows import WindowError, check_episode_ends
 
 _ENDS = "meta/episode_ends"
 _CHUNK_BYTES = 1 << 20
+_IMAGE_CHUNK_BYTES = 1 << 18
 _MAX_CHUNK_STEPS = 2048
 
 
@@ -50,13 +51,14 @@ class ReplayBuffer:
     Attributes:
         path: where the store is.
         episode_ends: (E,) int64, one past the last row of each episode.
+        unreadable: arrays that cannot be opened, by key, and why; all others can be used.
     """
 
     def __init__(self, path: Path, root: zarr.Group) -> None:
         self.path = path
         self._root = root
         self._marked = is_marked(root)
-        self._data = arrays(root, "data", path)
+        self._data, self.unreadable = arrays(root, "data", path)
         self.episode_ends = self._read_episode_ends()
 
     @classmethod
@@ -134,6 +136,10 @@ class ReplayBuffer:
         Raises:
             ReplayBufferError: no such key; lists those there are.
         """
+        if key in self.unreadable:
+            raise ReplayBufferError(
+                f"{self.path}: data/{key} cannot be opened: {self.unreadable[key]}"
+            )
         if key not in self._data:
             there = ", ".join(self.keys()) or "none"
             raise ReplayBufferError(f"{self.path} has no key {key!r} under data/ (keys: {there}).")
@@ -220,7 +226,11 @@ class ReplayBuffer:
 
     def _append(self, values: Mapping[str, npt.NDArray[Any]]) -> None:
         # What is on disk counts: the append that was cut off may have been our own.
-        self._data = arrays(self._root, "data", self.path)
+        self._data, self.unreadable = arrays(self._root, "data", self.path)
+        if self.unreadable:
+            raise ReplayBufferError(
+                f"Cannot append to {self.path}: data/{next(iter(self.unreadable))} cannot be opened"
+            )
         self.episode_ends = self._read_episode_ends()
         length = self._check_episode(values)
         self._repair()
@@ -318,7 +328,9 @@ class ReplayBuffer:
 
     def _new_array(self, key: str, value: npt.NDArray[Any]) -> Array:
         step_bytes = max(1, value.nbytes // value.shape[0])
-        steps = min(_MAX_CHUNK_STEPS, max(1, _CHUNK_BYTES // step_bytes))
+        # frames are read a few at a time, numbers all at once
+        size = _IMAGE_CHUNK_BYTES if value.ndim == 4 else _CHUNK_BYTES
+        steps = min(_MAX_CHUNK_STEPS, max(1, size // step_bytes))
         return self._root.create_array(
             f"data/{key}",
             shape=(0, *value.shape[1:]),

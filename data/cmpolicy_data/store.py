@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,6 +59,7 @@ def open_root(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Group:
         FileNotFoundError: there is nothing at ``path``.
         ReplayBufferError: it is not a Zarr store, is cut off, or is of a newer version.
     """
+    _register_image_codecs()
     if not path.exists():
         raise FileNotFoundError(
             f"There is no data at {path}. {_EXPECTED} Check the path, or get data with "
@@ -110,27 +113,75 @@ def mark(*, all_chunks_written: bool) -> dict[str, Any]:
     return {MARK: {"format_version": FORMAT_VERSION, "all_chunks_written": all_chunks_written}}
 
 
-def arrays(root: zarr.Group, group: str, path: Path) -> dict[str, Array]:
+def arrays(root: zarr.Group, group: str, path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     """The arrays below ``group`` by their name in it (nested ones as ``a/b``), sorted.
 
+    Returns:
+        Those that can be opened, and for each of the others why not: a codec that is missing or a
+        damaged description of one array is no reason to refuse the others.
+
     Raises:
-        ReplayBufferError: no such group, or unreadable metadata in it.
+        ReplayBufferError: no such group.
     """
+    if group not in root:
+        raise ReplayBufferError(f"{path} has no group {group}/. {_EXPECTED}")
+    found: dict[str, Array] = {}
+    broken: dict[str, str] = {}
+    for name in _array_names(root, group):
+        try:
+            node = root[f"{group}/{name}"]
+        except Exception as error:
+            broken[name] = _why_unreadable(error)
+            continue
+        if isinstance(node, zarr.Array):
+            found[name] = node
+    return found, broken
+
+
+def _array_names(root: zarr.Group, group: str) -> list[str]:
+    """Names below ``group`` of everything that describes itself as an array."""
+    store = root.store_path.store
+    prefix = f"{root.store_path.path}/{group}/".lstrip("/")
+    if isinstance(store, ZipStore):
+        names = [
+            n[len(prefix) :] for n in zipfile.ZipFile(store.path).namelist() if n.startswith(prefix)
+        ]
+    else:
+        folder = cast(LocalStore, store).root / prefix
+        names = []
+        for place, folders, files in os.walk(folder, followlinks=True):
+            names += [(Path(place) / file).relative_to(folder).as_posix() for file in files]
+            if ".zarray" in files:
+                folders.clear()  # chunks
+            elif "zarr.json" in files and "c" in folders:
+                folders.remove("c")
+    tails = ("/.zarray", "/zarr.json")
+    return sorted({n.rpartition("/")[0] for n in names if n.endswith(tails)})
+
+
+def _why_unreadable(error: Exception) -> str:
+    """Why an array cannot be opened, and which package would help."""
+    reason = _reason(error)
+    if _IMAGE_CODEC.search(reason):
+        return (
+            f"its images are compressed with a codec of imagecodecs ({reason}): "
+            "pip install 'cmpolicy[codecs]'"
+        )
+    if "pickle" in reason or "object" in reason.lower():
+        return f"it holds Python objects, which are not read ({reason})"
+    return f"its codec or its description cannot be read ({reason})"
+
+
+_IMAGE_CODEC = re.compile(r"imagecodecs|jpeg|jxl|webp|avif|png", re.IGNORECASE)
+
+
+def _register_image_codecs() -> None:
+    """Let Zarr read images in JPEG 2000, JPEG XL and the like, where imagecodecs is installed."""
     try:
-        node = root.get(group)
-        if isinstance(node, zarr.Group):
-            found = {
-                name: member
-                for name, member in node.members(max_depth=None)
-                if isinstance(member, zarr.Array)
-            }
-            return dict(sorted(found.items()))
-    except Exception as error:
-        raise ReplayBufferError(
-            f"{path}: the arrays in {group}/ cannot be listed ({_reason(error)}): the metadata of "
-            "one of them is damaged. Copy or download the store again."
-        ) from error
-    raise ReplayBufferError(f"{path} has no group {group}/. {_EXPECTED}")
+        from imagecodecs.numcodecs import register_codecs
+    except ImportError:
+        return
+    register_codecs(verbose=False)
 
 
 def get_array(root: zarr.Group, name: str, path: Path) -> Array | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from cmpolicy_data.frames import looks_like_frames
 from cmpolicy_data.replay_buffer import ReplayBuffer
 from cmpolicy_data.store import Array, blocks, chunks, missing_chunks, read_rows, size_on_disk
 
@@ -33,6 +34,9 @@ class KeySummary:
     maximum: float | None
     mean: float | None
     n_not_finite: int
+    colour: tuple[float, float, float] | None = None
+    """Mean red, green and blue of an image key."""
+    codec: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class StoreSummary:
     lengths: npt.NDArray[np.int64]
     keys: tuple[KeySummary, ...]
     attrs: dict[str, object]
+    unreadable: dict[str, str]
+    """Arrays that cannot be opened, and why."""
 
 
 def summarize(path: str | Path) -> StoreSummary:
@@ -61,6 +67,7 @@ def summarize(path: str | Path) -> StoreSummary:
         lengths=np.diff(buffer.episode_ends, prepend=0),
         keys=tuple(_summarize_key(key, buffer[key], buffer.path) for key in buffer),
         attrs=buffer.attrs,
+        unreadable=buffer.unreadable,
     )
 
 
@@ -88,6 +95,14 @@ def format_summary(summary: StoreSummary) -> str:
     for key in summary.keys:
         if key.n_not_finite:
             lines.append(f"{key.key}: {key.n_not_finite} values are NaN or infinite")
+        if key.colour is not None:
+            steps, height, width, _ = key.shape
+            colour = ", ".join(f"{value:.0f}" for value in key.colour)
+            lines.append(
+                f"{key.key}: images of {height} x {width}, mean colour ({colour}), "
+                f"{_size(steps * height * width * 3)} as uint8, codec {key.codec}"
+            )
+    lines += [f"{key}: not read, {why}" for key, why in summary.unreadable.items()]
     lines += ["", *_histogram(lengths)]
     if summary.attrs:
         lines += [
@@ -100,9 +115,12 @@ def format_summary(summary: StoreSummary) -> str:
 
 def _summarize_key(key: str, array: Array, path: Path) -> KeySummary:
     minimum, maximum, total, count, bad = np.inf, -np.inf, 0.0, 0, 0
+    colours = np.zeros(3) if looks_like_frames(array) else None
     if array.dtype.kind in "biuf" and array.ndim:
         for start, stop in blocks(array):
             rows = read_rows(array, start, stop, path)
+            if colours is not None:
+                colours += rows.sum(axis=(0, 1, 2), dtype=np.float64)
             if rows.dtype.kind == "f" and not np.isfinite(rows).all():
                 finite = rows[np.isfinite(rows)]
                 bad += rows.size - finite.size
@@ -125,7 +143,15 @@ def _summarize_key(key: str, array: Array, path: Path) -> KeySummary:
         maximum=maximum if count else None,
         mean=total / count if count else None,
         n_not_finite=bad,
+        colour=None if colours is None else _mean_colour(colours, array),
+        codec=", ".join(type(c).__name__.removesuffix("Codec") for c in array.compressors)
+        or "none",
     )
+
+
+def _mean_colour(sums: npt.NDArray[np.float64], array: Array) -> tuple[float, float, float]:
+    red, green, blue = sums / max(1, array.size // 3)
+    return float(red), float(green), float(blue)
 
 
 def _histogram(lengths: npt.NDArray[np.int64]) -> list[str]:

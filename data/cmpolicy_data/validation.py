@@ -70,9 +70,10 @@ def validate(path: str | Path, required: Sequence[str] = ("action",)) -> list[Pr
     problems: list[Problem] = []
     ends = _episode_ends(root, path, problems)
     try:
-        data = arrays(root, "data", path)
+        data, unreadable = arrays(root, "data", path)
     except ReplayBufferError as error:
         return [*problems, Problem(path, "data", None, str(error))]
+    problems += [Problem(path, f"data/{key}", None, why) for key, why in unreadable.items()]
     if not data:
         problems.append(
             Problem(path, "data", None, "there are no arrays under data/, so nothing to train on")

@@ -180,9 +180,7 @@ def test_control_loop_with_frames(policy: ConsistencyPolicy) -> None:
         assert report.stopped_by == "completed"
         assert report.plans >= 2
         arm.wrong = True
-        with pytest.raises(
-            ObservationError, match=r"frames of 23 x 32 x 3: .* of 24 x 32"
-        ):
+        with pytest.raises(ObservationError, match=r"frames of 23 x 32 x 3: .* of 24 x 32"):
             loop.run(steps=3)
 
 

@@ -82,3 +82,15 @@ def test_a_damaged_store(store: Path):
     file.write_bytes(file.read_bytes()[:9])
     with pytest.raises(ReplayBufferError, match="chunk data/action/c/0/0"):
         summarize(store)
+
+
+def test_images_and_what_cannot_be_read(tmp_path: Path) -> None:
+    buffer = ReplayBuffer.create(tmp_path / "cameras.zarr")
+    top = np.broadcast_to(np.array([10, 20, 30], np.uint8), (5, 12, 16, 3))
+    buffer.append_episode({"top": top, "action": np.zeros((5, 1))})
+    broken = buffer.path / "data/other"
+    broken.mkdir()
+    (broken / "zarr.json").write_text('{"zarr_format": 3, "node_type": "array"}')
+    text = format_summary(summarize(buffer.path))
+    assert "top: images of 12 x 16, mean colour (10, 20, 30), 2.88 kB as uint8, codec" in text
+    assert "other: not read, its codec or its description cannot be read" in text

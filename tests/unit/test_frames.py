@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 
 from cmpolicy_data import ReplayBuffer
 from cmpolicy_data.convert.pusht_frames import render_pusht_frames
 from cmpolicy_data.demonstrations import load_demonstrations
 from cmpolicy_data.frames import load_frames
 from cmpolicy_data.store import ReplayBufferError
+from cmpolicy_data.validation import validate
 from cmpolicy_envs.pusht import PushTEnv, PushTImageEnv
 
 N = 40
@@ -93,9 +97,68 @@ def test_what_are_no_frames(tmp_path: Path, frames: Any, words: str) -> None:
         load_demonstrations(path, {"top": {"key": "top", "kind": "image"}})
 
 
+def _add_v2_array(path: Path, name: str, meta: dict[str, Any], chunks: list[bytes]) -> None:
+    folder = path / "data" / name
+    folder.mkdir()
+    (folder / ".zarray").write_text(json.dumps({"zarr_format": 2, "order": "C", **meta}))
+    for i, chunk in enumerate(chunks):
+        (folder / f"{i}{'.0' * (len(meta['shape']) - 1)}").write_bytes(chunk)
+
+
+def _v2_store(path: Path) -> Path:
+    """Written by another program, as UMI's are."""
+    root = zarr.open_group(path, mode="w", zarr_format=2)
+    for key, value in (("data/action", np.zeros((N, 2), "f4")), ("meta/episode_ends", [15, N])):
+        array = np.asarray(value)
+        root.create_array(key, shape=array.shape, dtype=array.dtype)[:] = array
+    return path
+
+
+@pytest.mark.parametrize("codec", ["jpegxl", "jpeg2k"])
+def test_frames_in_codecs_of_imagecodecs(tmp_path: Path, codec: str) -> None:
+    imagecodecs = pytest.importorskip("imagecodecs")
+    path = _v2_store(tmp_path / "umi.zarr")
+    if codec == "jpegxl":
+        settings = {"id": "imagecodecs_jpegxl", "lossless": True}
+        encode = partial(imagecodecs.jpegxl_encode, lossless=True)
+    else:
+        settings = {"id": "imagecodecs_jpeg2k", "reversible": True, "level": 0}
+        encode = partial(imagecodecs.jpeg2k_encode, reversible=True, level=0)
+    meta = {
+        "shape": list(FRAMES.shape),
+        "chunks": [1, *FRAMES.shape[1:]],
+        "dtype": "|u1",
+        "compressor": settings,
+        "fill_value": 0,
+        "filters": None,
+    }
+    _add_v2_array(path, "camera0_rgb", meta, [bytes(encode(frame)) for frame in FRAMES])
+    found = load_demonstrations(path, ["camera0_rgb"])
+    assert found.images == ("camera0_rgb",)
+    assert np.array_equal(found.obs["camera0_rgb"], FRAMES)
+
+
+def test_an_array_that_cannot_be_opened_leaves_the_others_alone(tmp_path: Path) -> None:
+    path = _v2_store(tmp_path / "other.zarr")
+    meta = {"shape": [N], "chunks": [N], "fill_value": 0, "filters": None}
+    unknown = {"dtype": "|u1", "compressor": {"id": "imagecodecs_nothing"}}
+    objects = {"dtype": "|O", "compressor": None, "filters": [{"id": "pickle", "protocol": 5}]}
+    _add_v2_array(path, "camera", meta | unknown, [])
+    _add_v2_array(path, "instruction", meta | objects, [])
+    (path / "data/.DS_Store").write_bytes(b"x")
+    buffer = ReplayBuffer.open(path)
+    assert buffer.keys() == ["action"]
+    assert len(load_demonstrations(path, ["action"]).action) == N
+    with pytest.raises(ReplayBufferError, match=r"data/camera cannot .*cmpolicy\[codecs\]"):
+        load_demonstrations(path, ["camera"])
+    with pytest.raises(ReplayBufferError, match=r"data/instruction cannot be opened.*objects"):
+        buffer.load("instruction")
+    problems = [f"{p.key}: {p.message}" for p in validate(path)]
+    assert any("camera" in text and "imagecodecs" in text for text in problems)
+
+
 def test_a_lost_chunk_is_no_black_frame(tmp_path: Path) -> None:
     buffer = _store(tmp_path, top=FRAMES)
-    chunk = next(p for p in (buffer.path / "data/top").rglob("*") if p.name == "0")
     chunk = next(p for p in sorted((buffer.path / "data/top/c").rglob("*")) if p.is_file())
     chunk.unlink()
     with pytest.raises(ReplayBufferError, match=r"chunks of data/top are not there.*steps 0 to"):
