@@ -15,7 +15,6 @@ import numpy as np
 
 from cmpolicy.bench.report import Report
 from cmpolicy.experiment.protocols import (
-    ROBOMIMIC,
     Simulator,
     open_protocol,
     own_protocol,
@@ -26,7 +25,7 @@ from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.training.config import at_least
 from cmpolicy.training.device import choose_device, describe_device
 from cmpolicy_eval.evaluate import evaluate
-from cmpolicy_eval.protocol import EvalProtocol
+from cmpolicy_eval.protocol import ROBOMIMIC, EvalProtocol
 
 _PATIENCE = 120.0  # seconds for the slowest process to build its environment
 
@@ -145,7 +144,7 @@ def _protocol(settings: RolloutSettings) -> tuple[EvalProtocol, BareEnv | None]:
     simulator = Simulator.from_mapping(metadata.get("simulator", {}))
     protocol = open_protocol(name, settings.task, simulator)
     task = settings.task or simulator.task
-    if name != ROBOMIMIC or task is None or not settings.bare_steps:
+    if name not in ROBOMIMIC or task is None or not settings.bare_steps:
         return protocol, None
     return protocol, BareEnv(task, simulator.env_args, settings.bare_steps)
 

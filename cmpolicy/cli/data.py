@@ -89,6 +89,8 @@ class ConvertSettings:
         obs: observation keys; empty: all that are one vector per step.
         filter: convert only the demonstrations of this mask (train, valid, ...).
         states: false leaves out what only `replay` reads, most of the bytes.
+        cameras: to render at the recorded states, such as [agentview,robot0_eye_in_hand].
+        camera_size: height and width of these images, px.
         workers: simulator processes that recover absolute actions.
     """
 
@@ -97,6 +99,8 @@ class ConvertSettings:
     obs: tuple[str, ...] = ()
     filter: str | None = None
     states: bool = True
+    cameras: tuple[str, ...] = ()
+    camera_size: int = 84
     workers: int = 1
 
 
@@ -296,6 +300,8 @@ def _convert(settings: ConvertSettings, layout: str, source: str) -> int:
             keys=list(settings.obs) or None,
             filter_key=settings.filter,
             states=settings.states,
+            cameras=settings.cameras,
+            camera_size=settings.camera_size,
             workers=settings.workers,
             progress=show,
         )

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cmpolicy.experiment.protocols import (
-    ROBOMIMIC,
     Simulator,
     open_protocol,
     own_protocol,
@@ -20,7 +19,7 @@ from cmpolicy.flow.sampler import SamplerKind
 from cmpolicy.schema import ConfigError
 from cmpolicy_eval import evaluate as scoring
 from cmpolicy_eval.policy import ActionChunkPolicy
-from cmpolicy_eval.protocol import EvalProtocol, check_protocol
+from cmpolicy_eval.protocol import ROBOMIMIC, EvalProtocol, check_protocol
 from cmpolicy_eval.report import write_report
 from cmpolicy_eval.result import Result
 from cmpolicy_eval.seeds import parse_seeds
@@ -35,10 +34,10 @@ class EvalSettings:
     Args:
         policy: bundle directory, bundled name (pusht), hub id owner/name, or an exported .onnx.
         name: label in tables and files; null: the policy as given.
-        protocol: pusht-dp, pusht-gym, robomimic-ph, or module:PROTOCOL of your own; null: that of
-            the policy's task.
-        task: of robomimic-ph: lift, can, square, transport or tool_hang; null: the policy's own.
-        env_args: of robomimic-ph: a data set whose environment to build; null: the policy's own.
+        protocol: pusht-dp, pusht-gym, pusht-image-dp, robomimic-ph, robomimic-ph-image, or
+            module:PROTOCOL of your own; null: that of the policy's task.
+        task: of Robomimic: lift, can, square, transport or tool_hang; null: the policy's own.
+        env_args: of Robomimic: a data set whose environment to build; null: the policy's own.
         seeds: a range (both ends included), a number, or [a,b,c]; null: all of the protocol's.
         nfe: network evaluations per action chunk, one result each; null: the policy's own.
         sampler: flow_map or diagonal; null: the policy's own.
@@ -243,10 +242,10 @@ class _Scored:
 def _protocol(settings: EvalSettings, scored: _Scored) -> EvalProtocol:
     """The protocol asked for, else that of the policy's own task."""
     name = require_protocol(settings.protocol or scored.protocol, settings.policy)
-    if settings.env_args is not None and name != ROBOMIMIC:
+    if settings.env_args is not None and name not in ROBOMIMIC:
         raise ConfigError(
-            f"env_args={settings.env_args} is of {ROBOMIMIC}; protocol {name!r} is one "
-            "environment. Leave it out"
+            f"env_args={settings.env_args} is of {' and '.join(ROBOMIMIC)}; protocol {name!r} is "
+            "one environment. Leave it out"
         )
     simulator = scored.simulator
     if settings.env_args is not None:

@@ -10,9 +10,7 @@ from typing import Any
 from cmpolicy.schema import ConfigError
 from cmpolicy_data import ReplayBuffer
 from cmpolicy_data.robomimic_file import RobomimicFile
-from cmpolicy_eval.protocol import PROTOCOL_NAMES, EvalProtocol, get_protocol
-
-ROBOMIMIC = "robomimic-ph"
+from cmpolicy_eval.protocol import PROTOCOL_NAMES, ROBOMIMIC, EvalProtocol, get_protocol
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def open_protocol(name: str, task: str | None, simulator: Simulator) -> EvalProt
         ValueError: unknown names, or a protocol that needs a task and has none.
         ConfigError: the demonstrations are of another task.
     """
-    if name != ROBOMIMIC:
+    if name not in ROBOMIMIC:
         return get_protocol(name, task=task)
     if task is not None and simulator.task not in (None, task):
         raise ConfigError(

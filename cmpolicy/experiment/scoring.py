@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from cmpolicy.experiment.data import TrainingData
-from cmpolicy.experiment.protocols import ROBOMIMIC, open_protocol
+from cmpolicy.experiment.protocols import open_protocol
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.schema import ConfigError
 from cmpolicy.training.config import TrainConfig
 from cmpolicy.training.trainer import Scores
 from cmpolicy.training.validation import Validator
 from cmpolicy_eval.evaluate import evaluate
-from cmpolicy_eval.protocol import EvalProtocol
+from cmpolicy_eval.protocol import ROBOMIMIC, EvalProtocol
 from cmpolicy_eval.result import Result
 from cmpolicy_eval.rollout import check_fit
 
@@ -36,7 +36,7 @@ class PolicyScorer:
         self._command = command
         self._protocol: EvalProtocol | None = None
         if config.task.protocol is not None and config.eval.episodes:
-            task = config.task.name if config.task.protocol == ROBOMIMIC else None
+            task = config.task.name if config.task.protocol in ROBOMIMIC else None
             self._protocol = open_protocol(config.task.protocol, task, data.simulator)
             check_tuning_seeds(self.seeds, self._protocol)
 

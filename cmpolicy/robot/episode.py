@@ -146,7 +146,7 @@ class Episode:
                 # This one if its action came too late to stand, and those that were skipped.
                 self._missed += (elapsed >= tick + 1) + following - tick - 1
                 tick = following
-                if self._misses > self._limits.max_misses:
+                if self.stopped_by != COMPLETED:
                     break
             if tick == n_ticks and self.stopped_by == COMPLETED:
                 metronome.wait(tick, self._is_stopped)  # the last action stands for a tick, too
@@ -229,9 +229,21 @@ class Episode:
             self.safety.count(kinds.NON_FINITE_OBSERVATION)
             _log.warning("%s; the last good one has to do", error)
             return observation, False
+        self._look_at_cameras()
         stamps = self._timestamps
         self._observed_at = now if stamps is None else clock() - self._age(observation, stamps)
         return observation, True
+
+    def _look_at_cameras(self) -> None:
+        """Count frames that are those of the tick before, and end the run if there are too many."""
+        for key, ticks in self._history.frozen.items():
+            if ticks:
+                self.safety.count(kinds.FROZEN_CAMERA)
+            if self._limits.max_frozen is not None and ticks > self._limits.max_frozen:
+                self.stopped_by = (
+                    f"camera {key!r} has brought the same frame for {ticks} ticks "
+                    f"(max_frozen={self._limits.max_frozen})"
+                )
 
     def _age(self, observation: Mapping[str, Any], stamps: Timestamps) -> float:
         """Seconds since the observation was made, by its own account."""

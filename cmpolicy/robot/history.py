@@ -38,6 +38,8 @@ class ObservationHistory:
             {key: buffer[None, start : start + self._to] for key, buffer in self._buffers.items()}
             for start in range(self._to)
         ]
+        self.frozen = dict.fromkeys(spec.images, 0)
+        """Per camera: how many observations in a row brought the frame of the one before."""
         self._oldest = 0
         self._empty = True
 
@@ -45,6 +47,7 @@ class ObservationHistory:
         """Forget everything."""
         self._oldest = 0
         self._empty = True
+        self.frozen = dict.fromkeys(self.frozen, 0)
 
     @property
     def obs(self) -> Mapping[str, Array]:
@@ -74,6 +77,10 @@ class ObservationHistory:
         if self._empty and obs.keys() != self._shapes.keys():  # once per episode is enough
             self._spec.note_ignored(obs)
         step = {key: self._read(key, obs) for key in self._shapes}
+        for key in self.frozen:
+            newest = self._buffers[key][(self._oldest + self._to - 1) % self._to]
+            same = not self._empty and np.array_equal(newest, step[key])
+            self.frozen[key] = self.frozen[key] + 1 if same else 0
         for key, value in step.items():
             buffer = self._buffers[key]
             if self._empty:

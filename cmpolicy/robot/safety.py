@@ -20,6 +20,7 @@ NON_FINITE_OBSERVATION = "non-finite observation"
 STALE_OBSERVATION = "stale observation"
 NO_PLAN = "no plan"
 POLICY_UNAVAILABLE = "policy unavailable"
+FROZEN_CAMERA = "frozen camera"
 
 INTERVENTIONS = (
     OUT_OF_BOUNDS,
@@ -29,6 +30,7 @@ INTERVENTIONS = (
     STALE_OBSERVATION,
     NO_PLAN,
     POLICY_UNAVAILABLE,
+    FROZEN_CAMERA,
 )
 """Kinds of interventions, as they are counted and reported."""
 
@@ -48,6 +50,8 @@ class SafetyLimits:
             commands. None re-sends the last safe action, which is right for absolute targets.
         max_observation_age: seconds. When the newest good observation is older, the robot is held.
         max_misses: so many ticks in a row may pass without a usable action; one more ends the run.
+        max_frozen: so many ticks in a row may bring the very same frame of a camera; one more ends
+            the run, since a camera that works has noise. None for a simulator, which has none.
         max_call_seconds: seconds that a call of the robot (or of ``on_tick``) may take. After them
             the call is named in the log, the robot is stopped from another thread, and the run ends
             with an error: see :mod:`cmpolicy.robot.watchdog`.
@@ -64,6 +68,7 @@ class SafetyLimits:
     rest: PerDimension | None = None
     max_observation_age: float = 0.5
     max_misses: int = 10
+    max_frozen: int | None = 100
     max_call_seconds: float = 5.0
     max_connect_seconds: float = 120.0
 
@@ -74,6 +79,8 @@ class SafetyLimits:
             )
         if self.max_misses < 0:
             raise ValueError(f"max_misses={self.max_misses} must be at least 0 ticks")
+        if self.max_frozen is not None and self.max_frozen < 1:
+            raise ValueError(f"max_frozen={self.max_frozen} must be at least 1 tick, or None")
         for name in ("max_call_seconds", "max_connect_seconds"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0 seconds")

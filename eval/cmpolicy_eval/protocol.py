@@ -71,14 +71,6 @@ PROTOCOLS: dict[str, EvalProtocol] = {
             training_seeds=_PUSHT_HUMAN_SEEDS,
         ),
         EvalProtocol(
-            name="pusht-image-dp",
-            summary="Push-T seen by a camera, from Diffusion Policy's test states",
-            make_env=_make_pusht_image,
-            max_steps=300,
-            reset_options=_dp_reset,
-            training_seeds=_PUSHT_HUMAN_SEEDS,
-        ),
-        EvalProtocol(
             name="pusht-gym",
             summary="Push-T from gym-pusht's own reset(seed)",
             make_env=_make_pusht,
@@ -86,12 +78,24 @@ PROTOCOLS: dict[str, EvalProtocol] = {
             reset_options=_plain_reset,
             training_seeds=_PUSHT_HUMAN_SEEDS,
         ),
+        EvalProtocol(
+            name="pusht-image-dp",
+            summary="Push-T seen by a camera, from Diffusion Policy's test states",
+            make_env=_make_pusht_image,
+            max_steps=300,
+            reset_options=_dp_reset,
+            training_seeds=_PUSHT_HUMAN_SEEDS,
+        ),
     )
 }
 
 
-ROBOMIMIC = "robomimic-ph"
-PROTOCOL_NAMES = (*PROTOCOLS, ROBOMIMIC)
+#: Protocols of Robomimic's tasks and the cameras that each shows.
+ROBOMIMIC: dict[str, tuple[str, ...]] = {
+    "robomimic-ph": (),
+    "robomimic-ph-image": ("agentview", "robot0_eye_in_hand"),
+}
+PROTOCOL_NAMES = (*PROTOCOLS, *ROBOMIMIC)
 
 
 def get_protocol(
@@ -102,9 +106,9 @@ def get_protocol(
     Args:
         name: one of :data:`PROTOCOL_NAMES`, or ``module:NAME`` of an :class:`EvalProtocol` of one's
             own; the module is looked for in the current folder, too.
-        task: of ``robomimic-ph``: ``lift``, ``can``, ``square``, ``transport`` or ``tool_hang``.
-        actions: of ``robomimic-ph``: ``delta`` or ``absolute``.
-        env_args: of ``robomimic-ph``: robomimic's JSON that says which environment; None takes
+        task: of Robomimic's: ``lift``, ``can``, ``square``, ``transport`` or ``tool_hang``.
+        actions: of these: ``delta`` or ``absolute``.
+        env_args: of these: robomimic's JSON that says which environment; None takes
             robosuite's own Panda with OSC_POSE.
 
     Raises:
@@ -114,8 +118,8 @@ def get_protocol(
     check_protocol(name)
     if ":" in name:
         return _imported(name)
-    if name == ROBOMIMIC:
-        return _robomimic(task, actions, env_args)
+    if name in ROBOMIMIC:
+        return _robomimic(name, task, actions, env_args)
     if task is not None:
         raise ValueError(f"protocol {name!r} is one task; it takes no task={task}")
     return PROTOCOLS[name]
@@ -154,16 +158,16 @@ def _imported(name: str) -> EvalProtocol:
     return found
 
 
-def _robomimic(task: str | None, actions: str, env_args: str | None) -> EvalProtocol:
+def _robomimic(name: str, task: str | None, actions: str, env_args: str | None) -> EvalProtocol:
     if task is None:
-        raise ValueError(f"{ROBOMIMIC} needs a task: task={' | '.join(TASKS)}")
+        raise ValueError(f"{name} needs a task: task={' | '.join(TASKS)}")
     known = get_task(task)
     arguments = None if env_args is None else EnvArgs.from_json(env_args)
     return EvalProtocol(
-        name=f"{ROBOMIMIC} {known.name}",
+        name=f"{name} {known.name}",
         summary=f"Robomimic {known.name} in robosuite, {actions} actions, success at any step",
         # Not gymnasium.make: an episode's length is the protocol's own affair.
-        make_env=partial(_make_robomimic, known.name, actions, arguments),
+        make_env=partial(_make_robomimic, known.name, actions, arguments, ROBOMIMIC[name]),
         max_steps=known.max_steps,
         reset_options=_plain_reset,
         default_seeds=(100_000, 100_099),
@@ -174,8 +178,8 @@ def _robomimic(task: str | None, actions: str, env_args: str | None) -> EvalProt
 
 
 def _make_robomimic(
-    task: str, actions: str, env_args: EnvArgs | None, **kwargs: Any
+    task: str, actions: str, env_args: EnvArgs | None, cameras: tuple[str, ...], **kwargs: Any
 ) -> gymnasium.Env[Any, Any]:
     from cmpolicy_envs.robomimic import RobomimicEnv  # robosuite is an extra
 
-    return RobomimicEnv(task, env_args=env_args, actions=actions, **kwargs)
+    return RobomimicEnv(task, env_args=env_args, actions=actions, cameras=cameras, **kwargs)

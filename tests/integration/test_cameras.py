@@ -13,6 +13,7 @@ import cmpolicy
 from cmpolicy import ConsistencyPolicy, ControlLoop, PolicyServer, RemotePolicy
 from cmpolicy.cli.main import main
 from cmpolicy.observation import ObservationError
+from cmpolicy.robot import SafetyLimits
 from cmpolicy_data import ReplayBuffer, bundled_path
 
 NET = ["net.down_dims=[8,16]", "net.n_groups=4", "net.time_dim=8", "net.kernel_size=3"]
@@ -182,6 +183,23 @@ def test_control_loop_with_frames(policy: ConsistencyPolicy) -> None:
         arm.wrong = True
         with pytest.raises(ObservationError, match=r"frames of 23 x 32 x 3: .* of 24 x 32"):
             loop.run(steps=3)
+
+
+def test_a_camera_that_stops_delivering_ends_the_run(policy: ConsistencyPolicy) -> None:
+    class Frozen(_Arm):
+        def get_observation(self) -> dict[str, Any]:
+            step = super().get_observation()
+            return {**step, "wrist": _step(0)["wrist"]} if self.count > 12 else step
+
+    limits = SafetyLimits(max_frozen=5)
+    schedule = cmpolicy.robot.Synchronous()
+    with ControlLoop(policy, Frozen(), schedule=schedule, safety=limits) as loop:
+        report = loop.run(steps=100)
+    assert (
+        report.stopped_by == "camera 'wrist' has brought the same frame for 6 ticks (max_frozen=5)"
+    )
+    assert report.interventions["frozen camera"] == 6
+    assert report.ticks < 30
 
 
 def test_push_t_seen_by_a_camera(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

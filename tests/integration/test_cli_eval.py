@@ -187,7 +187,7 @@ def test_help_shows_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
         ("nfe=many", "nfe must be a list such as [1, 2], got 'many'"),
         ("protocol=pusht", "unknown protocol 'pusht'"),
         ("task=lift", "protocol 'pusht-dp' is one task; it takes no task=lift"),
-        ("env_args=lift.hdf5", "env_args=lift.hdf5 is of robomimic-ph; protocol 'pusht-dp'"),
+        ("env_args=lift.hdf5", "env_args=lift.hdf5 is of robomimic-ph and robomimic-ph-image; "),
         ("protocol=robomimic-ph", "robomimic-ph needs a task: task=lift | can | square"),
         ("sampler=euler", "sampler='euler' is not one of flow_map, diagonal"),
         (

@@ -14,6 +14,7 @@ import zarr
 from scipy.spatial.transform import Rotation
 
 from cmpolicy.cli.main import main as command
+from cmpolicy.cli.train import compose
 from cmpolicy_data import ReplayBuffer
 from cmpolicy_data.convert.goals import Recording, goal_reader
 from cmpolicy_data.convert.recorded_env import recorded_env
@@ -302,3 +303,44 @@ class TestCommand:
         assert err.startswith("cmpolicy data: ")
         assert message in err
         assert list(tmp_path.iterdir()) == []
+
+
+def test_cameras_are_rendered_at_the_recorded_states(source: Path, tmp_path: Path) -> None:
+    """What a policy is trained on is what it sees in the simulator, and it fits the protocol."""
+    from cmpolicy.experiment.train import train
+    from cmpolicy_envs.offscreen import OpenGLError
+    from cmpolicy_envs.robomimic import RobomimicEnv
+
+    cameras = ("agentview", "robot0_eye_in_hand")
+    try:
+        env = RobomimicEnv("lift", cameras=cameras)
+    except OpenGLError as error:
+        pytest.skip(str(error))
+    few = tmp_path / "few.hdf5"
+    with h5py.File(source) as whole, h5py.File(few, "w") as file:
+        data = file.create_group("data")
+        data.attrs["env_args"] = whole["data"].attrs["env_args"]
+        for name in ("demo_0", "demo_1"):
+            demo, copy = whole["data"][name], data.create_group(name)
+            copy.attrs.update(demo.attrs)
+            copy.attrs["num_samples"] = 3
+            for key in ("states", "actions", *(f"obs/{k}" for k in demo["obs"])):
+                copy[key] = demo[key][:3]
+        model, states = whole["data/demo_1"].attrs["model_file"], whole["data/demo_1/states"][:3]
+    out = tmp_path / "few.zarr"
+    words = ["convert", "robomimic", str(few), f"out={out}", f"cameras=[{','.join(cameras)}]"]
+    assert main(words) == 0
+    buffer = ReplayBuffer.open(out)
+    assert buffer["agentview_image"].shape == (6, 84, 84, 3)
+    for row in (0, 2):
+        seen = env.reset_to(states[row], model)
+        for camera in cameras:
+            stored = np.asarray(buffer[f"{camera}_image"][3 + row]).astype(int)
+            assert np.abs(stored - seen[f"{camera}_image"]).mean() < 1
+    env.close()
+    tiny = ["net.down_dims=[8,16]", "net.n_groups=4", "encoder.width=8", "device=cpu"]
+    short = ["examples=8", "batch_size=8", "optim.warmup=0", "log.trackers=[]", "eval.windows=8"]
+    rollouts = ["eval.episodes=1", "eval.workers=1", "eval.every=1000", "data.val_fraction=0"]
+    config = compose("task=lift_image", f"data.path={out}", *tiny, *short, *rollouts)
+    policy = train(config, tmp_path / "run", until=0).load_policy()  # checked against the simulator
+    assert policy.spec.images == ("agentview_image", "robot0_eye_in_hand_image")

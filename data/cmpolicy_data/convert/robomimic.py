@@ -66,6 +66,8 @@ def convert(
     keys: Sequence[str] | None = None,
     filter_key: str | None = None,
     states: bool = True,
+    cameras: Sequence[str] = (),
+    camera_size: int = 84,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConversionReport:
@@ -81,6 +83,9 @@ def convert(
         filter_key: convert only the demonstrations of this filter (``train``).
         states: keep the states and scenes, most of the bytes: training does without them, `replay`
             does not.
+        cameras: to render at the recorded states, such as ``agentview``; each becomes the key
+            ``<camera>_image``, (H, W, 3) uint8.
+        camera_size: height and width of these images, px.
         workers: simulator processes that recover absolute actions.
         progress: called with (done, all) after each demonstration.
 
@@ -113,7 +118,9 @@ def convert(
             key: [numbers[name] for name in chosen if name in numbers]
             for key, chosen in file.masks.items()
         }
-        reader = _Reader(file, env, obs_keys, names, states)
+        render = _renderer(env, tuple(cameras), camera_size) if cameras else None
+        reader = _Reader(file, env, obs_keys, names, states, render)
+        obs_keys = [*obs_keys, *(f"{camera}_image" for camera in cameras)]
         episodes = reader.delta() if actions == "delta" else reader.absolute(workers)
         attrs = {
             "version": VERSION,
@@ -149,7 +156,9 @@ class _Reader:
         keys: list[str],
         names: tuple[str, ...],
         states: bool,
+        render: Callable[[Recording], dict[str, npt.NDArray[np.uint8]]] | None,
     ) -> None:
+        self._render = render
         self._file, self._env, self._keys, self._names = file, env, keys, names
         self._states = states
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -216,20 +225,44 @@ class _Reader:
             return demo.actions
         return demo.goals if self._env.in_world else None
 
-    def _recording(self, demo: Demo) -> Recording:
+    def _recording(self, demo: Demo, use: str = "absolute actions are recovered from") -> Recording:
         if demo.states is None:
             raise RobomimicFileError(
-                f"{self._file.path}: {demo.name} has no states, which absolute actions are "
-                "recovered from. Use actions=delta, or a file with states."
+                f"{self._file.path}: {demo.name} has no states, which {use}. Leave that setting "
+                "out, or take a file with states."
             )
         return Recording(demo.states, demo.actions, demo.model)
 
     def _episode(self, demo: Demo, action: npt.NDArray[np.float64]) -> ConvertedEpisode:
         task = self._env.task
         obs = {key: canonical_observation(key, value, task) for key, value in demo.obs.items()}
+        if self._render is not None:
+            obs |= self._render(self._recording(demo, "images are rendered at"))
         if not self._states:
             return ConvertedEpisode(obs, action, None, None)
         return ConvertedEpisode(obs, action, demo.states, demo.model)
+
+
+def _renderer(
+    recorded: RecordedEnv, cameras: tuple[str, ...], size: int
+) -> Callable[[Recording], dict[str, npt.NDArray[np.uint8]]]:
+    """What the cameras see at the states of a recording; holds one simulator."""
+    from cmpolicy_envs.robomimic import RobomimicEnv
+
+    env = RobomimicEnv(
+        recorded.task.name, env_args=recorded.env_args, cameras=cameras, camera_size=size
+    )
+
+    def render(recording: Recording) -> dict[str, npt.NDArray[np.uint8]]:
+        env.reset_to(recording.states[0], recording.model)
+        frames: dict[str, list[npt.NDArray[np.uint8]]] = {f"{name}_image": [] for name in cameras}
+        for state in recording.states:
+            env.sim.restore(state, None)
+            for key, frame in env.camera_images().items():
+                frames[key].append(frame)
+        return {key: np.stack(rows) for key, rows in frames.items()}
+
+    return render
 
 
 def _obs_keys(file: RobomimicFile, keys: Sequence[str] | None) -> list[str]:
