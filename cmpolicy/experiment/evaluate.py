@@ -193,7 +193,8 @@ def score(
         results.append(found.result)
         if out is not None:
             found.result.save(out / f"result_nfe{nfe}.json")
-            _write_videos(out / "videos", chosen, found, settings.videos)
+            crops = _crops(scored.policy)
+            _write_videos(out / "videos", chosen, found, settings.videos, crops)
     return results
 
 
@@ -209,8 +210,19 @@ def report(results: Sequence[str | Path], out: str | Path) -> tuple[list[Result]
     return loaded, list(write_report(loaded, Path(out).expanduser()))
 
 
+def _crops(policy: ActionChunkPolicy) -> dict[str, tuple[int, int]]:
+    """Height and width that the policy sees of each camera; empty where it has none."""
+    encoder = getattr(policy, "encoder", None)
+    crops = getattr(encoder, "crops", ())
+    return dict(zip(getattr(encoder, "keys", ()), crops, strict=True)) if crops else {}
+
+
 def _write_videos(
-    folder: Path, protocol: EvalProtocol, scored: scoring.ScoredEpisodes, count: int
+    folder: Path,
+    protocol: EvalProtocol,
+    scored: scoring.ScoredEpisodes,
+    count: int,
+    crops: dict[str, tuple[int, int]],
 ) -> None:
     if not count:
         return
@@ -218,7 +230,7 @@ def _write_videos(
 
     episodes = scored.episodes[:count]
     suffix = f"_nfe{scored.result.nfe}"
-    write_videos(folder, protocol, episodes, suffix)
+    write_videos(folder, protocol, episodes, suffix, crops)
     write_grid(folder / f"grid{suffix}.gif", protocol, episodes)
 
 

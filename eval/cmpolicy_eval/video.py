@@ -4,9 +4,9 @@ Nothing is inferred again: the action chunks that :func:`cmpolicy_eval.rollout.r
 replayed in a rendering environment, so the pictures show the very episodes that were scored.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ class Moment:
     """
     n_executed: int
     """How many actions of ``plan`` have been executed."""
+    seen: Mapping[str, Frame] = field(default_factory=dict)
+    """Camera frames (H, W, 3) of the observation, by key."""
 
 
 def replay(protocol: EvalProtocol, episode: EpisodeResult, *, every: int = 1) -> Iterator[Moment]:
@@ -63,11 +65,11 @@ def replay(protocol: EvalProtocol, episode: EpisodeResult, *, every: int = 1) ->
         to_pixels: Callable[[Any], Any] | None = getattr(env.unwrapped, "action_pixels", None)
         n_chunks, chunk_length, _ = episode.chunks.shape
         actions = episode.chunks.reshape(n_chunks * chunk_length, -1)
-        _, info = env.reset(seed=episode.seed, options=protocol.reset_options(episode.seed))
+        obs, info = env.reset(seed=episode.seed, options=protocol.reset_options(episode.seed))
         success, plan = False, None
         for step in range(episode.length + 1):
             if step > 0:
-                _, _, _, _, info = env.step(actions[step - 1])
+                obs, _, _, _, info = env.step(actions[step - 1])
                 success = success or bool(info["is_success"])
             # At the seam of two chunks the plan is the new one, decided on what is seen here.
             current = min(step // chunk_length, n_chunks - 1)
@@ -82,6 +84,7 @@ def replay(protocol: EvalProtocol, episode: EpisodeResult, *, every: int = 1) ->
                 success=bool(info["is_success"]),
                 plan=plan,
                 n_executed=step - current * chunk_length,
+                seen={key: value for key, value in obs.items() if np.asarray(value).ndim == 3},
             )
         if success != episode.success:
             raise RuntimeError(
@@ -93,11 +96,16 @@ def replay(protocol: EvalProtocol, episode: EpisodeResult, *, every: int = 1) ->
 
 
 def write_video(
-    path: str | Path, protocol: EvalProtocol, episode: EpisodeResult, *, fps: int | None = None
+    path: str | Path,
+    protocol: EvalProtocol,
+    episode: EpisodeResult,
+    *,
+    fps: int | None = None,
+    crops: Mapping[str, tuple[int, int]] | None = None,
 ) -> Path:
     """Write an mp4 of one episode, ``length + 1`` frames; returns the path.
 
-    ``fps`` None is real time: the rate of the protocol's steps.
+    ``fps`` None is real time: the rate of the protocol's steps. ``crops``: see :func:`annotate`.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -112,16 +120,22 @@ def write_video(
     )
     with closing(writer):
         for moment in replay(protocol, episode):
-            writer.append_data(annotate(moment, episode.seed))
+            writer.append_data(annotate(moment, episode.seed, crops))
     return target
 
 
 def write_videos(
-    folder: str | Path, protocol: EvalProtocol, episodes: Sequence[EpisodeResult], label: str = ""
+    folder: str | Path,
+    protocol: EvalProtocol,
+    episodes: Sequence[EpisodeResult],
+    label: str = "",
+    crops: Mapping[str, tuple[int, int]] | None = None,
 ) -> list[Path]:
-    """One mp4 per episode, ``seed_<seed><label>.mp4``."""
+    """One mp4 per episode, ``seed_<seed><label>.mp4``; ``crops``: see :func:`annotate`."""
     return [
-        write_video(Path(folder) / f"seed_{episode.seed}{label}.mp4", protocol, episode)
+        write_video(
+            Path(folder) / f"seed_{episode.seed}{label}.mp4", protocol, episode, crops=crops
+        )
         for episode in episodes
     ]
 
@@ -177,14 +191,22 @@ def write_grid(
     return target
 
 
-def annotate(moment: Moment, seed: int) -> Frame:
-    """The image with the chunk drawn on it, and a caption above: (H + 32, W, 3)."""
+def annotate(
+    moment: Moment, seed: int, crops: Mapping[str, tuple[int, int]] | None = None
+) -> Frame:
+    """The image with the chunk drawn on it, and a caption above: (H + 32, W, 3).
+
+    With ``crops``, the height and width that a policy sees of each camera, the cameras' frames are
+    shown beside it, half as wide, with what is seen framed.
+    """
     image = np.ascontiguousarray(moment.image)
     if moment.plan is not None:
         image = image.copy()
         plans = moment.plan[:, None] if moment.plan.ndim == 2 else moment.plan
         for arm in range(plans.shape[1]):
             _draw_plan(image, plans[:, arm], moment.n_executed)
+    if crops and moment.seen:
+        image = np.concatenate([image, _cameras(moment.seen, crops, image.shape[0])], axis=1)
     width = image.shape[1]
     strip = Image.new("RGB", (width, _STRIP), "white")
     draw = ImageDraw.Draw(strip)
@@ -196,6 +218,24 @@ def annotate(moment: Moment, seed: int) -> Frame:
     colour = _SUCCESS if moment.success else _TEXT
     draw.text((width - 10, 7), text, fill=colour, font=font, anchor="ra")
     return np.concatenate([np.asarray(strip), image])
+
+
+def _cameras(seen: Mapping[str, Frame], crops: Mapping[str, tuple[int, int]], height: int) -> Frame:
+    """Frames one below the other, (height, height / 2, 3), with the crop of each drawn."""
+    width = height // 2
+    panel = np.full((height, width, 3), 255, np.uint8)
+    slot = height // max(2, len(crops))
+    for row, (key, (crop_height, crop_width)) in enumerate(crops.items()):
+        frame = np.asarray(seen[key])
+        scale = min(width / frame.shape[1], slot / frame.shape[0])
+        size = (round(frame.shape[1] * scale), round(frame.shape[0] * scale))
+        big = np.ascontiguousarray(cv2.resize(frame, size, interpolation=cv2.INTER_NEAREST))
+        top, left = (frame.shape[0] - crop_height) / 2, (frame.shape[1] - crop_width) / 2
+        corners = [(left, top), (left + crop_width, top + crop_height)]
+        start, end = ((round(x * scale), round(y * scale)) for x, y in corners)
+        cv2.rectangle(big, start, (end[0] - 1, end[1] - 1), _AHEAD, 2)
+        panel[row * slot : row * slot + size[1], : size[0]] = big
+    return panel
 
 
 def _draw_plan(image: Frame, plan: NDArray[np.float64], n_executed: int) -> None:
