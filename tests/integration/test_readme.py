@@ -30,6 +30,7 @@ TRAIN = [*NET, *RUN, "log.trackers=[]", "device=cpu"]
 #: What makes each README command short, by the beginning of the command; the longest match counts.
 SHORT = {
     "cmpolicy train task=": TRAIN,
+    "cmpolicy train task=pusht_image": [*TRAIN, "data.path=pusht_cchi_v7_replay.zarr"],
     "cmpolicy train -m": ["task=pusht", *TRAIN],
     "cmpolicy train task=pusht preset=standard data=pusht_human "
     "data.path=pusht_cchi_v7_replay.zarr data.augment=mirror precision=bf16": [
@@ -101,6 +102,7 @@ def test_commands_and_code(
 ) -> None:
     """In the order of the README, in one folder, since later ones use what earlier ones made."""
     monkeypatch.chdir(workplace)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workplace / "cache"))
     commands = _commands(readme)
     blocks = _blocks(readme, "python")
     if readme == "data/README.md":
