@@ -2,11 +2,44 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+class InUseError(OSError):
+    """Another process works on the same files; the message names it."""
+
+    exit_status = 1
+
+
+@contextmanager
+def only_writer(folder: Path, what: str) -> Iterator[None]:
+    """Keep other processes out of ``folder`` meanwhile; the system ends this with the process.
+
+    Raises:
+        InUseError: another process is in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(descriptor, 32).decode(errors="replace").strip() or "another"
+            raise InUseError(
+                f"{what} {folder} is in use by process {holder}; wait until it ends, or choose "
+                "another folder"
+            ) from error
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        os.close(descriptor)  # and with it the lock; the file stays, see RobotLock
 
 
 def replace_directory(target: Path, fill: Callable[[Path], None]) -> None:
@@ -45,6 +78,7 @@ def write_atomically(target: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
         Path(temporary).replace(target)
+        _fsync(target.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

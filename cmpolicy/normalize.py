@@ -14,6 +14,8 @@ from torch import Tensor, nn
 #: A dimension counts as constant if its range is below this share of its largest magnitude: float32
 #: holds seven digits, so what varies less is rounding.
 CONSTANT_SHARE = 1e-6
+#: Scales and offsets beyond this are of no data: their products would be infinite in float32.
+_LARGEST = 1e36
 #: No range below this can be scaled to 2 in float32.
 _SMALLEST_RANGE = 1e-37
 
@@ -146,6 +148,8 @@ class Normalizer(nn.Module):
                 raise ValueError(f"normaliser entry {key!r} has no offset of its scale's shape")
             if not (scale.isfinite().all() and offset.isfinite().all()):
                 raise ValueError(f"normaliser entry {key!r} holds non-finite numbers")
+            if max(float(scale.abs().max()), float(offset.abs().max())) > _LARGEST:
+                raise ValueError(f"normaliser entry {key!r} holds numbers above {_LARGEST:g}")
             affine[key] = (scale, offset)
         return cls(affine)
 

@@ -24,6 +24,10 @@ class NonFiniteObservationError(ObservationError):
     """An observation of the right form that holds NaN or infinite numbers."""
 
 
+class NonFiniteActionError(ValueError):
+    """A policy's actions hold NaN or infinite numbers."""
+
+
 def read_observation(spec: PolicySpec, key: str, value: Any) -> Array:
     """One key of an observation, of any number of steps or rows.
 

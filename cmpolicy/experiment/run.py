@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from cmpolicy.files import write_atomically
+from cmpolicy.files import only_writer, write_atomically
 from cmpolicy.schema import ConfigError, merge
 from cmpolicy.training.checkpoint import state_path
 from cmpolicy.training.config import LoopConfig
@@ -122,7 +123,8 @@ def _new_folder(stem: str, out: str | Path | None, verb: str) -> Path:
             f"out={out} already holds a run; go on with it: cmpolicy {verb} resume={out}, or "
             "choose another out"
         )
-    if run_dir.is_file() or (run_dir.is_dir() and any(run_dir.iterdir())):
+    there = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else set()
+    if run_dir.is_file() or there - {".lock"}:
         raise ConfigError(f"out={out} exists and is not an empty folder; choose another out")
     return run_dir
 
@@ -194,8 +196,25 @@ def run_training(
 
     Raises:
         ConfigError: a run to resume that is longer than it should become.
+        InUseError: another process trains in the folder.
         OSError, ValueError, NonFiniteError: see :class:`Trainer`.
     """
+    run_dir, is_main = folder.path, accelerator.is_main_process
+    with only_writer(run_dir, "the run in") if is_main else nullcontext():
+        return _run(model, config, folder, accelerator, batches, draw, score, keep, until)
+
+
+def _run(
+    model: nn.Module,
+    config: LoopConfig,
+    folder: RunFolder,
+    accelerator: Accelerator,
+    batches: Batches,
+    draw: DrawStep,
+    score: Score | None,
+    keep: Keep | None,
+    until: int | None,
+) -> RunResult:
     run_dir, is_main = folder.path, accelerator.is_main_process
     trainer = Trainer(
         model,

@@ -36,6 +36,7 @@ CONFIG, MODEL, NORMALIZER, CARD = FILES = (
     "normalizer.safetensors",
     "README.md",
 )
+MAX_NFE = 100_000
 IMAGE_INDEX = "model_index.json"  # what an image model has in place of CONFIG
 BUNDLED = Path(__file__).resolve().parent.parent / "pretrained"
 
@@ -196,23 +197,42 @@ def read_bundle(name_or_path: str | os.PathLike[str]) -> Bundle:
         config, weights = _from_version_1(config, weights)
     try:
         rate = config.get("control_hz")
+        _check_weights(weights)
         return Bundle(
             spec=PolicySpec.from_dict(config["spec"]),
             net=net_config(config["net"]),
             encoder=encoder_config(config["encoder"]),
             path=str(config["path"]),
             sampler=str(config["sampler"]),
-            nfe=int(config["nfe"]),
-            noise_scale=float(config.get("noise_scale", 1.0)),
-            control_hz=None if rate is None else float(rate),
+            nfe=int(_number(config, "nfe", 1, MAX_NFE)),
+            noise_scale=_number(config, "noise_scale", 0, 100, default=1.0),
+            control_hz=None if rate is None else _number(config, "control_hz", 1e-6, 1e6),
             weights={name: value.float() for name, value in weights.items()},
             normalizer={name: value.float() for name, value in arrays.items()},
             metadata=config.get("metadata", {}),
             source=directory,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise BundleError(f"{directory / CONFIG} is damaged: {reason}") from error
+
+
+def _check_weights(weights: Mapping[str, Tensor]) -> None:
+    for name, value in weights.items():
+        if not value.is_floating_point():
+            raise ValueError(f"weight {name!r} is of {value.dtype}, expected floating point")
+        if not torch.isfinite(value).all():
+            raise ValueError(f"weight {name!r} is not finite")
+
+
+def _number(
+    config: Mapping[str, Any], key: str, least: float, most: float, default: float | None = None
+) -> float:
+    value = config[key] if default is None else config.get(key, default)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not least <= value <= most:
+        raise ValueError(f"{key}={value!r} must be a number from {least:g} to {most:g}")
+    return float(value)
 
 
 def _from_version_1(

@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from cmpolicy.flow.sampler import SAMPLERS, SamplerKind, sample
 from cmpolicy.nn.encoders.state import StateEncoderConfig
 from cmpolicy.nn.registry import EncoderConfig, NetConfig
 from cmpolicy.normalize import Normalizer
-from cmpolicy.observation import read_observation
+from cmpolicy.observation import NonFiniteActionError, read_observation
 from cmpolicy.policy.bundle import Bundle, read_bundle, write_bundle
 from cmpolicy.policy.hub import upload
 from cmpolicy.spec import PolicySpec, SpecError
@@ -302,6 +303,7 @@ class ConsistencyPolicy(nn.Module):
 
         Raises:
             SpecError: as :meth:`infer`.
+            NonFiniteActionError: the actions are not finite.
         """
         self.spec.check_obs(obs)
         known = {key: read_observation(self.spec, key, obs[key]) for key in self.spec.obs}
@@ -318,6 +320,11 @@ class ConsistencyPolicy(nn.Module):
         if plan.dtype is torch.bfloat16:  # which numpy does not know
             plan = plan.float()
         found: npt.NDArray[Any] = plan.cpu().numpy()
+        if not np.isfinite(found).all():
+            raise NonFiniteActionError(
+                "the policy's actions are not finite: the observation is far outside of what it "
+                "was trained on, or its weights are broken"
+            )
         return found
 
     # -- bundles --------------------------------------------------------------------------------
@@ -372,6 +379,7 @@ class ConsistencyPolicy(nn.Module):
         """
         bundle = read_bundle(name_or_path)
         with bundle.errors_named():
+            _check_sizes(bundle)  # before anything of that size is allocated
             policy = cls(
                 bundle.spec,
                 bundle.net,
@@ -434,3 +442,19 @@ def _check_normalizer(spec: PolicySpec, normalizer: Normalizer) -> None:
                 f"normaliser and policy disagree on {key!r}: the policy has shape {shape}, "
                 f"the normaliser {got}"
             )
+
+
+def _check_sizes(bundle: Bundle) -> None:
+    """Raise ValueError unless the network and the encoder are of the stored tensors' shapes."""
+    with torch.device("meta"):
+        encoder = bundle.encoder.build(bundle.spec)
+        feature_dim = int(cast(Any, encoder).feature_dim)
+        net = bundle.net.build(action_dim=bundle.spec.action_dim, feature_dim=feature_dim)
+    for start, module in (("net.", net), ("encoder.", encoder)):
+        for name, value in module.state_dict().items():
+            stored = bundle.weights.get(start + name)
+            if stored is not None and stored.shape != value.shape:
+                raise ValueError(
+                    f"weight {start + name!r} is of shape {tuple(stored.shape)}, the configuration "
+                    f"asks for {tuple(value.shape)}"
+                )

@@ -12,7 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cmpolicy.observation import NonFiniteObservationError, ObservationError
+from cmpolicy.observation import (
+    NonFiniteActionError,
+    NonFiniteObservationError,
+    ObservationError,
+)
 from cmpolicy.robot import safety as kinds
 from cmpolicy.robot.history import ObservationHistory
 from cmpolicy.robot.metronome import Metronome, clock
@@ -275,16 +279,22 @@ class Episode:
             self._failed(outcome)
         elif not np.isfinite(outcome.plan).all():
             # As a whole: blended into the old plan it would spoil good actions.
-            self.safety.count(kinds.NON_FINITE_ACTION)
-            _log.warning("the policy gave a plan with NaN or infinite numbers; it is refused")
-            self._planner.fail()
+            self._refuse_plan()
         else:
             self._plans += 1
             self._planner.measured(self._metronome.elapsed(outcome.finished) - self._begun)
             self._planner.arrive(tick, outcome.plan)
 
+    def _refuse_plan(self) -> None:
+        self.safety.count(kinds.NON_FINITE_ACTION)
+        _log.warning("the policy gave a plan with NaN or infinite numbers; it is refused")
+        self._planner.fail()
+
     def _failed(self, outcome: InferenceResult) -> None:
         error = outcome.error
+        if isinstance(error, NonFiniteActionError):
+            self._refuse_plan()
+            return
         if not isinstance(error, UNAVAILABLE):
             raise error if error is not None else RuntimeError("an inference without outcome")
         self.safety.count(kinds.POLICY_UNAVAILABLE)

@@ -7,8 +7,8 @@ current one; until then the previous state is untouched, whatever happens to the
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from cmpolicy.files import write_atomically
 
 FORMAT_VERSION = 2  # 1 counted "samples"
 FOLDER = "training_state"
@@ -50,22 +53,14 @@ def save_state(run_dir: Path, state: TrainingState) -> Path:
         CheckpointError: the disk is full or not writable; the previous state is intact.
     """
     target = state_path(run_dir)
-    temporary = target.with_name(f"{FILE}.tmp")
     values = {"format_version": FORMAT_VERSION, **state.values}
-    data = safetensors.torch.save(
-        {name: tensor.detach().contiguous() for name, tensor in state.tensors.items()},
-        metadata={"values": json.dumps(values, allow_nan=False)},
-    )
+    tensors = {n: tensor.detach().cpu().contiguous() for n, tensor in state.tensors.items()}
+    text = json.dumps(values, allow_nan=False)
+    data = safetensors.torch.save(tensors, {"values": text, "digest": _digest(tensors, text)})
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-        _sync_folder(target.parent)
+        write_atomically(target, data)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(_full_message(target, len(data), error)) from error
     return target
 
@@ -84,12 +79,18 @@ def load_state(run_dir: Path) -> TrainingState:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            values = json.loads((file.metadata() or {})["values"])
+            metadata = file.metadata() or {}
+            values = json.loads(metadata["values"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise CheckpointError(
             f"training state {path} is damaged or not one of cmpolicy's: {error}"
         ) from error
+    if metadata.get("digest", "") not in ("", _digest(tensors, metadata["values"])):
+        raise CheckpointError(
+            f"training state {path} is damaged: its checksum is not that of its content. The "
+            f"policies in {run_dir} are files of their own; go on from one of them with init=..."
+        )
     version = values.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise CheckpointError(
@@ -108,13 +109,14 @@ def _under(name: str, prefix: str) -> bool:
     return name.startswith(f"{prefix}/")
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable (POSIX: the folder's own entry must reach the disk)."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    """Of all that a state holds: a flipped bit would train on to other results."""
+    digest = hashlib.blake2b(text.encode(), digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _full_message(target: Path, needed: int, error: OSError) -> str:

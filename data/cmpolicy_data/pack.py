@@ -35,7 +35,9 @@ def pack(source: str | Path, target: str | Path) -> Path:
     try:
         with os.fdopen(handle, "wb") as file:
             with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-                for member in sorted(p for p in source.rglob("*") if p.is_file()):
+                for member in sorted(
+                    p for p in source.rglob("*") if p.is_file() and p.name != ".lock"
+                ):
                     if member.suffix == ".partial":  # of an append that was cut off
                         continue
                     info = zipfile.ZipInfo(member.relative_to(source).as_posix(), _TIMESTAMP)

@@ -7,7 +7,7 @@ and .zip archives; writes format 3 directories, episode by episode.
 Appending is atomic. ``meta/episode_ends`` is the commit point: the rows of the new episode are
 written first, past the end that readers know, and only then the episode's end, by one atomic
 replacement of one chunk file. An append that is cut off leaves rows that no episode owns; readers
-do not see them and the next append removes them. One writer at a time.
+do not see them and the next append removes them. One writer at a time: a lock sees to that.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from cmpolicy_data.store import (
     mark,
     missing_chunks,
     missing_message,
+    only_writer,
     open_root,
     read_rows,
     writes_all_chunks,
@@ -215,12 +216,13 @@ class ReplayBuffer:
 
         Raises:
             ReplayBufferError: other keys, shapes or kinds of numbers than the store's, lengths that
-                differ, an empty episode, or a store opened for reading.
+                differ, an empty episode, a store opened for reading, or one that another process
+                appends to.
         """
         self._require_writable()
         values = {key: np.asarray(value) for key, value in episode.items()}
         # Chunks of nothing but zeros are written too, else they could not be told from lost ones.
-        with zarr.config.set({"array.write_empty_chunks": True}):
+        with only_writer(self.path), zarr.config.set({"array.write_empty_chunks": True}):
             self._append(values)
         return self.n_episodes - 1
 

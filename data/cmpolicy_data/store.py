@@ -7,12 +7,15 @@ there as the fill value, so a copy that was cut off would train on zeros: ``miss
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import math
 import os
 import re
+import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -95,6 +98,34 @@ def open_root(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Group:
             f"reads up to {FORMAT_VERSION}). Upgrade cmpolicy."
         )
     return root
+
+
+@contextmanager
+def only_writer(path: Path, patience: float = 10.0) -> Iterator[None]:
+    """Keep other processes from appending meanwhile; the system ends this with the process.
+
+    Raises:
+        ReplayBufferError: another one is still appending after ``patience`` seconds; names it.
+    """
+    descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        end = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+                    raise ReplayBufferError(
+                        f"Cannot append to {path}: process {holder or '?'} is appending to it"
+                    ) from None
+                time.sleep(0.01)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)  # and with it the lock
 
 
 def is_marked(root: zarr.Group) -> bool:

