@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cmpolicy.cli.train import compose
+    from cmpolicy.experiment.config import DataConfig, TaskConfig, TrainConfig
     from cmpolicy.experiment.evaluate import evaluate
     from cmpolicy.experiment.train import TrainResult, resume, train
     from cmpolicy.export.onnx import OnnxPolicy
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from cmpolicy.robot.loop import ControlLoop
     from cmpolicy.serve.client import RemotePolicy
     from cmpolicy.serve.server import PolicyServer
-    from cmpolicy.training.config import DataConfig, TaskConfig, TrainConfig
 
 __version__ = "0.1.0"
 __all__ = [
@@ -45,12 +45,12 @@ _MODULES = {
     "ConsistencyImagePipeline": "cmpolicy.image.pipeline",
     "ConsistencyPolicy": "cmpolicy.policy.policy",
     "ControlLoop": "cmpolicy.robot.loop",
-    "DataConfig": "cmpolicy.training.config",
+    "DataConfig": "cmpolicy.experiment.config",
     "OnnxPolicy": "cmpolicy.export.onnx",
     "PolicyServer": "cmpolicy.serve.server",
     "RemotePolicy": "cmpolicy.serve.client",
-    "TaskConfig": "cmpolicy.training.config",
-    "TrainConfig": "cmpolicy.training.config",
+    "TaskConfig": "cmpolicy.experiment.config",
+    "TrainConfig": "cmpolicy.experiment.config",
     "TrainResult": "cmpolicy.experiment.train",
     "compose": "cmpolicy.cli.train",
     "evaluate": "cmpolicy.experiment.evaluate",

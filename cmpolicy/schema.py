@@ -196,3 +196,15 @@ _NAMES: dict[Any, str] = {
     bool: "true or false",
     str: "text",
 }
+
+
+def at_least(name: str, value: float, least: float) -> None:
+    """Raise ConfigError unless ``value`` of the setting ``name`` is at least that."""
+    if value < least:
+        raise ConfigError(f"{name}={value} must be at least {least}")
+
+
+def positive(name: str, value: float) -> None:
+    """Raise ConfigError unless ``value`` is above 0."""
+    if not value > 0:
+        raise ConfigError(f"{name}={value} must be above 0")

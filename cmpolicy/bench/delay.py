@@ -15,8 +15,7 @@ from cmpolicy.bench.report import Report
 from cmpolicy.policy.bundle import read_metadata
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.robot.schedule import Asynchronous, Schedule, Synchronous
-from cmpolicy.schema import ConfigError
-from cmpolicy.training.config import at_least
+from cmpolicy.schema import ConfigError, at_least
 from cmpolicy.training.device import choose_device, describe_device
 from cmpolicy_envs.realtime_pusht import PHYSICS_HZ
 from cmpolicy_eval.evaluate import git_commit, versions

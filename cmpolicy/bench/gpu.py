@@ -22,10 +22,11 @@ import torch
 from cmpolicy.bench.diffusion import diffusion_chunk
 from cmpolicy.bench.report import Report
 from cmpolicy.bench.step import time_pairs
+from cmpolicy.experiment.config import TrainConfig
 from cmpolicy.experiment.data import load_training_data
 from cmpolicy.experiment.train import new_policy
 from cmpolicy.policy.policy import ConsistencyPolicy
-from cmpolicy.training.config import TrainConfig, at_least
+from cmpolicy.schema import at_least
 from cmpolicy.training.device import choose_device, describe_device, make_accelerator
 from cmpolicy.training.trainer import Trainer
 

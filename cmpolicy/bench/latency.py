@@ -19,9 +19,8 @@ from cmpolicy.export.plan_map import example_inputs
 from cmpolicy.nn.registry import EncoderConfig, NetConfig
 from cmpolicy.normalize import Normalizer
 from cmpolicy.policy.policy import ConsistencyPolicy
-from cmpolicy.schema import ConfigError
+from cmpolicy.schema import ConfigError, at_least
 from cmpolicy.spec import PolicySpec
-from cmpolicy.training.config import at_least
 from cmpolicy.training.device import choose_device, describe_device
 
 _WARMUP_CALLS, _WARMUP_SECONDS = 5, 1.0

@@ -18,8 +18,7 @@ from cmpolicy.robot.episode import Tick
 from cmpolicy.robot.loop import ControlLoop
 from cmpolicy.robot.policy import ChunkPolicy
 from cmpolicy.robot.schedule import Asynchronous, Schedule, Synchronous
-from cmpolicy.schema import ConfigError
-from cmpolicy.training.config import at_least
+from cmpolicy.schema import ConfigError, at_least
 from cmpolicy.training.device import choose_device, describe_device
 
 _SETTLED = 5

@@ -22,7 +22,7 @@ from cmpolicy.experiment.protocols import (
 )
 from cmpolicy.policy.bundle import read_metadata
 from cmpolicy.policy.policy import ConsistencyPolicy
-from cmpolicy.training.config import at_least
+from cmpolicy.schema import at_least
 from cmpolicy.training.device import choose_device, describe_device
 from cmpolicy_eval.evaluate import evaluate
 from cmpolicy_eval.protocol import ROBOMIMIC, EvalProtocol

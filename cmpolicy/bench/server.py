@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 from cmpolicy.bench.report import Cell, Report
 from cmpolicy.export.plan_map import example_inputs
 from cmpolicy.policy.policy import ConsistencyPolicy
-from cmpolicy.schema import ConfigError
+from cmpolicy.schema import ConfigError, at_least
 from cmpolicy.serve.client import RemotePolicy, RemotePolicyError
-from cmpolicy.training.config import at_least
 from cmpolicy.training.device import describe_device
 
 _WARMUP = 50

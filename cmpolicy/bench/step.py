@@ -18,10 +18,10 @@ import torch
 from accelerate import Accelerator
 
 from cmpolicy.bench.report import Report
+from cmpolicy.experiment.config import TrainConfig
 from cmpolicy.experiment.data import TrainingData, load_training_data
 from cmpolicy.experiment.train import new_policy
-from cmpolicy.schema import ConfigError
-from cmpolicy.training.config import TrainConfig, at_least
+from cmpolicy.schema import ConfigError, at_least
 from cmpolicy.training.device import describe_device, make_accelerator, use_bf16
 from cmpolicy.training.loader import DeviceLoader
 from cmpolicy.training.trainer import Trainer

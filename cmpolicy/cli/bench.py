@@ -9,9 +9,9 @@ from typing import Any
 from cmpolicy.bench import delay, gpu, latency, loop, rollout, server, step
 from cmpolicy.bench.report import Report
 from cmpolicy.cli.parse import Composition, describe, read, split
+from cmpolicy.experiment.config import TrainConfig
 from cmpolicy.nn.registry import encoder_config, net_config
 from cmpolicy.schema import ConfigError, choose
-from cmpolicy.training.config import TrainConfig
 
 _HEADER = """\
 usage: cmpolicy bench COMMAND [key=value ...]

@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Sequence
 
 from cmpolicy.cli.parse import Composition, describe, split
+from cmpolicy.experiment.config import TrainConfig
 from cmpolicy.experiment.demo import DemoSettings, run_demo
-from cmpolicy.training.config import TrainConfig
 
 _HEADER = """\
 usage: cmpolicy demo [key=value ...]

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from cmpolicy.cli.parse import HYDRA_VERSION_BASE, PACKAGE, Composition, parse
+from cmpolicy.experiment.config import TrainConfig
 from cmpolicy.files import write_atomically
 from cmpolicy.schema import ConfigError
-from cmpolicy.training.config import TrainConfig
 
 COMPOSITION = Composition(TrainConfig)
 _HEADER = """\

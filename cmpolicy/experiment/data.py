@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cmpolicy.experiment.config import DataConfig, PolicyConfig, TrainConfig, parse_rotation
 from cmpolicy.experiment.protocols import Simulator
 from cmpolicy.normalize import Normalizer
 from cmpolicy.schema import ConfigError
 from cmpolicy.spec import PolicySpec, Rotation
-from cmpolicy.training.config import DataConfig, PolicyConfig, TrainConfig, parse_rotation
 from cmpolicy.training.loader import DeviceLoader
 from cmpolicy_data import (
     EpisodeSplit,

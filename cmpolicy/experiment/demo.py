@@ -15,13 +15,13 @@ import imageio.v2 as imageio
 import numpy as np
 from PIL import Image
 
+from cmpolicy.experiment.config import TrainConfig
 from cmpolicy.experiment.model_card import BEST, RESULT
 from cmpolicy.experiment.run import CONFIG_FILE, read_yaml
 from cmpolicy.experiment.train import resume, train
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.schema import ConfigError
 from cmpolicy.training.checkpoint import load_state, state_path
-from cmpolicy.training.config import TrainConfig
 from cmpolicy.training.curves import CURVES_FILE
 from cmpolicy_eval.evaluate import ScoredEpisodes, evaluate
 from cmpolicy_eval.protocol import EvalProtocol, get_protocol

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from cmpolicy.experiment.config import TrainConfig
 from cmpolicy.experiment.data import TrainingData
 from cmpolicy.experiment.run import RunFolder
 from cmpolicy.experiment.scoring import PolicyScorer
 from cmpolicy.policy.policy import ConsistencyPolicy
-from cmpolicy.training.config import TrainConfig
 from cmpolicy.training.trainer import Scores
 from cmpolicy_eval.evaluate import git_commit, versions
 

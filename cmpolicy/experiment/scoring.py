@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from cmpolicy.experiment.config import TrainConfig
 from cmpolicy.experiment.data import TrainingData
 from cmpolicy.experiment.protocols import open_protocol
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.schema import ConfigError
-from cmpolicy.training.config import TrainConfig
 from cmpolicy.training.trainer import Scores
 from cmpolicy.training.validation import Validator
 from cmpolicy_eval.evaluate import evaluate

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cmpolicy.experiment.config import TrainConfig
 from cmpolicy.experiment.data import TrainingData, check_same_data, load_training_data
 from cmpolicy.experiment.model_card import BEST, LAST, PolicyKeeper
 from cmpolicy.experiment.run import (
@@ -25,7 +26,6 @@ from cmpolicy.policy.bundle import read_metadata
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.schema import ConfigError
 from cmpolicy.training.checkpoint import state_path
-from cmpolicy.training.config import TrainConfig
 from cmpolicy.training.curves import CURVES_FILE
 from cmpolicy.training.device import make_accelerator
 from cmpolicy.training.validation import Validator

@@ -10,10 +10,10 @@ import yaml
 
 from cmpolicy.cli.parse import parse
 from cmpolicy.cli.train import COMPOSITION, compose
+from cmpolicy.experiment.config import DataConfig, TaskConfig, TrainConfig
 from cmpolicy.nn.encoders.state import StateEncoderConfig
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.schema import ConfigError
-from cmpolicy.training.config import DataConfig, TaskConfig, TrainConfig
 
 CUSTOM = ["task=custom", "data.path=my.zarr", "data.obs=[state]", "control_hz=10"]
 

@@ -7,20 +7,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+from cmpolicy.experiment.config import ObjectiveConfig
 from cmpolicy.flow.objectives import OBJECTIVES
 from cmpolicy.image.datasets.data import ImageDataConfig
 from cmpolicy.image.guidance import USUAL_DROPOUT, Guidance
 from cmpolicy.image.model import check_derivative
 from cmpolicy.image.net import KINDS, ImageNetConfig
-from cmpolicy.schema import ConfigError, choose, complete, from_mapping
-from cmpolicy.training.config import (
-    EvalSchedule,
-    LogConfig,
-    LoopConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    at_least,
-)
+from cmpolicy.schema import ConfigError, at_least, choose, complete, from_mapping
+from cmpolicy.training.config import EvalSchedule, LogConfig, LoopConfig, OptimConfig
 
 
 @dataclass(frozen=True, kw_only=True)
