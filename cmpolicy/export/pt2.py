@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from cmpolicy.export.runtime import KEY, Array, ExportedRuntime, ExportError, ExportFacts, Floats
@@ -64,7 +65,7 @@ class Pt2Policy(ExportedRuntime):
 
     @torch.inference_mode()
     def _run(self, obs: Sequence[Array], noise: Floats, *, output: int) -> Floats:
-        tensors = tuple(torch.from_numpy(value) for value in obs)
+        tensors = tuple(torch.from_numpy(np.require(value, requirements="W")) for value in obs)
         with self._turn:
             result: Floats = self._module(tensors, torch.from_numpy(noise))[output].numpy()
         return result

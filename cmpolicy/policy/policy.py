@@ -306,15 +306,16 @@ class ConsistencyPolicy(nn.Module):
             NonFiniteActionError: the actions are not finite.
         """
         self.spec.check_obs(obs)
-        known = {key: read_observation(self.spec, key, obs[key]) for key in self.spec.obs}
         here: Any = {"dtype": self.dtype, "device": self.device}
-        tensors = {
-            key: torch.as_tensor(value, device=self.device)
-            if key in self.spec.images
-            else torch.as_tensor(value, **here)
-            for key, value in known.items()
-        }
-        z = None if noise is None else torch.as_tensor(noise, **here)
+        tensors = {}
+        for key in self.spec.obs:
+            # a copy of what must not be written to, such as a received message: torch would warn
+            value = np.require(read_observation(self.spec, key, obs[key]), requirements="W")
+            is_image = key in self.spec.images
+            tensors[key] = torch.as_tensor(value, **(here | {"dtype": None} if is_image else here))
+        z = None
+        if noise is not None:
+            z = torch.as_tensor(np.require(noise, requirements="W"), **here)
         trajectory = self.predict_trajectory(tensors, nfe=nfe, noise=z)
         plan = trajectory[:, self.spec.n_obs_steps - 1 :]
         if plan.dtype is torch.bfloat16:  # which numpy does not know

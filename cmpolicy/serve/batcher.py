@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cmpolicy.observation import NonFiniteActionError
 from cmpolicy.robot.policy import Array, ChunkPolicy
 from cmpolicy.serve.requests import Answer, Request
 
@@ -131,6 +132,8 @@ class Batcher:
         except Exception as error:
             if len(batch) > 1:  # one client's observation must not fail the others
                 return [result for waiting in batch for result in self._call([waiting])]
+            if isinstance(error, NonFiniteActionError):
+                error = InferenceError(str(error))
             if not isinstance(error, InferenceError):
                 _logger.exception("the policy failed on an observation")
                 error = InferenceError(
