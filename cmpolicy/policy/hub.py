@@ -4,27 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 class BundleError(ValueError):
     """A policy bundle that cannot be loaded, written, fetched or uploaded."""
 
 
+_TIMEOUT = 10.0
+"""Seconds that the hub, or a proxy before it, may take to answer a request."""
+
+
 def download(repo_id: str, files: Sequence[str]) -> Path:
     """Fetch these files of ``owner/name`` into the hub's cache, or find them there.
 
-    Raises:
-        BundleError: there is no such repository, or no network.
-    """
-    from huggingface_hub import snapshot_download
+    All are of one commit. A server that says nothing ends this within a minute.
 
+    Raises:
+        BundleError: there is no such repository, or no network and nothing in the cache.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    wanted: dict[str, Any] = {"allow_patterns": list(files)}
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=list(files)))
-    except (OSError, ValueError) as error:  # all of the hub's: not found, offline, no such id
-        raise BundleError(
-            f"no policy bundle at {Path(repo_id).absolute()}, and {repo_id!r} could not be fetched "
-            f"from the hub: {error}"
-        ) from error
+        # asked first, since snapshot_download's own question has no time limit
+        revision = HfApi().repo_info(repo_id, timeout=_TIMEOUT).sha
+    except Exception as error:  # the hub's own and the HTTP library's errors share no other base
+        try:
+            return Path(snapshot_download(repo_id, local_files_only=True, **wanted))
+        except (OSError, ValueError):
+            raise _not_fetched(repo_id, error) from error
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, etag_timeout=_TIMEOUT, **wanted))
+    except (OSError, ValueError) as error:
+        raise _not_fetched(repo_id, error) from error
+
+
+def _not_fetched(repo_id: str, error: Exception) -> BundleError:
+    return BundleError(
+        f"no policy bundle at {Path(repo_id).absolute()}, and {repo_id!r} could not be fetched "
+        f"from the hub: {error}"
+    )
 
 
 def upload(directory: Path, repo_id: str, *, private: bool) -> str:
