@@ -18,9 +18,11 @@ import logging
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from http import HTTPStatus
 from types import TracebackType
+from typing import Any, cast
 
 import numpy as np
 
@@ -56,7 +58,8 @@ _OPEN_TIMEOUT = 5.0  # s, for a whole opening handshake: a client may send it by
 _CLOSE_TIMEOUT = 2.0  # s, for a client to answer our close frame
 _PING_INTERVAL = 20.0  # s; a client that does not answer within as long again is gone
 _MAX_FRAMES = 1  # received ahead per connection; beyond it the client's own socket fills up
-_UNOPENED = 32  # TCP connections beyond max_sessions, for handshakes and /healthz
+_UNOPENED = 128  # TCP connections beyond max_sessions, for handshakes and /healthz
+_UNOPENED_PER_ADDRESS = 32  # of these: one that only connects keeps no other address out
 _GOING_AWAY, _TRY_AGAIN_LATER = 1001, 1013
 
 
@@ -155,6 +158,7 @@ class PolicyServer:
         )
         self._seeds = np.random.SeedSequence(seed)
         self._sessions = self._connections = self._in_flight = 0
+        self._waiting: Counter[str] = Counter()  # connections in their handshake, by address
         self._is_stopping = False
         self._batcher: Batcher
         self._idle: asyncio.Event
@@ -321,14 +325,31 @@ class PolicyServer:
         policy_server = self
 
         class Connection(ServerConnection):
+            address = ""
+            is_waiting = True  # for the end of its handshake
+
             def connection_made(self, transport: asyncio.BaseTransport) -> None:
                 super().connection_made(transport)
+                peer = transport.get_extra_info("peername")
+                self.address = peer[0] if isinstance(peer, tuple) else ""
                 policy_server._connections += 1
-                if policy_server._connections > policy_server._max_sessions + _UNOPENED:
+                policy_server._waiting[self.address] += 1
+                if (
+                    policy_server._connections > policy_server._max_sessions + _UNOPENED
+                    or policy_server._waiting[self.address] > _UNOPENED_PER_ADDRESS
+                ):
                     self.transport.abort()
+
+            def opened(self) -> None:
+                if self.is_waiting:
+                    self.is_waiting = False
+                    policy_server._waiting[self.address] -= 1
+                    if not policy_server._waiting[self.address]:
+                        del policy_server._waiting[self.address]
 
             def connection_lost(self, exc: Exception | None) -> None:
                 policy_server._connections -= 1
+                self.opened()
                 super().connection_lost(exc)
 
         return Connection
@@ -351,6 +372,7 @@ class PolicyServer:
         return None
 
     async def _serve(self, connection: ServerConnection) -> None:
+        cast(Any, connection).opened()
         if self._sessions >= self._max_sessions:  # several were admitted at the same moment
             await connection.close(_TRY_AGAIN_LATER, "this server has no session left")
             return

@@ -72,6 +72,21 @@ def test_invalid_messages(attack_scale: int) -> None:
     np.testing.assert_allclose(plan, policy.infer_plan(batch, noise), atol=1e-3)
 
 
+def test_half_open_connections_of_one_address_keep_no_other_out(attack_scale: int) -> None:
+    """Hardening: 100 half-open sockets locked 19 of 20 new clients out."""
+    with PolicyServer(_policy(), port=0) as server:
+        silent = []
+        for _ in range(100 * min(attack_scale, 5)):
+            sock = socket.create_connection(
+                ("127.0.0.1", server.port), timeout=_TIMEOUT, source_address=("127.0.0.2", 0)
+            )
+            silent.append(sock)
+        for _ in range(20):
+            RemotePolicy(server.address, retries=0).close()
+        for sock in silent:
+            sock.close()
+
+
 def _policy() -> ConsistencyPolicy:
     """A small untrained Push-T policy."""
     torch.manual_seed(0)
