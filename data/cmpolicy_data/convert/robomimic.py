@@ -237,7 +237,7 @@ class _Reader:
         task = self._env.task
         obs = {key: canonical_observation(key, value, task) for key, value in demo.obs.items()}
         if self._render is not None:
-            obs |= self._render(self._recording(demo, "images are rendered at"))
+            obs |= self._render(self._recording(demo, "images are rendered at. Leave cameras out"))
         if not self._states:
             return ConvertedEpisode(obs, action, None, None)
         return ConvertedEpisode(obs, action, demo.states, demo.model)
