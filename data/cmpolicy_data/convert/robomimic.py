@@ -225,11 +225,13 @@ class _Reader:
             return demo.actions
         return demo.goals if self._env.in_world else None
 
-    def _recording(self, demo: Demo, use: str = "absolute actions are recovered from") -> Recording:
+    def _recording(
+        self, demo: Demo, use: str = "absolute actions are recovered from. Use actions=delta"
+    ) -> Recording:
         if demo.states is None:
             raise RobomimicFileError(
-                f"{self._file.path}: {demo.name} has no states, which {use}. Leave that setting "
-                "out, or take a file with states."
+                f"{self._file.path}: {demo.name} has no states, which {use}, "
+                "or take a file with states."
             )
         return Recording(demo.states, demo.actions, demo.model)
 
