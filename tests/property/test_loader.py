@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmpolicy.training.loader import DeviceLoader
+from cmpolicy.training.loader import DeviceLoader, augment_numbers
 from cmpolicy_data import window_index
 
 ENDS = np.array([5, 12, 21])
@@ -67,3 +67,27 @@ def test_seeds_and_epochs_shuffle_differently(seed, epoch):
         for e in (epoch, epoch + 1)
     }
     assert len(orders) == 4
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    first=st.integers(0, 10**6),
+    count=st.integers(1, 6),
+    n=st.integers(1, 9),
+)
+def test_numbers_that_augment_belong_to_the_example(
+    seed: int, first: int, count: int, n: int
+) -> None:
+    """Whatever batch an example comes in; uniform, and no two examples share any."""
+    whole = augment_numbers(seed, first, count + 3, n)
+    assert whole.dtype == np.float32
+    assert np.array_equal(augment_numbers(seed, first + 2, count, n), whole[2 : 2 + count])
+    assert ((whole >= 0) & (whole < 1)).all()
+    assert len(np.unique(whole)) > 0.9 * whole.size
+    assert not np.array_equal(augment_numbers(seed + 1, first, count + 3, n), whole)
+
+
+def test_numbers_that_augment_are_uniform() -> None:
+    numbers = augment_numbers(0, 0, 20_000, 4)
+    assert np.abs(numbers.mean(axis=0) - 0.5).max() < 0.01
+    assert np.abs(np.corrcoef(numbers.T) - np.eye(4)).max() < 0.03
