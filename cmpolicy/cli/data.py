@@ -117,6 +117,23 @@ class ReplaySettings:
     workers: int = 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class ViewSettings:
+    """Of ``view``.
+
+    Args:
+        episode: number, from 0.
+        keys: to show; empty: all images, and all keys of at most 16 numbers per step.
+        fps: frames per second; null: the rate that the store says, else 10.
+        out: video to write, .mp4.
+    """
+
+    episode: int = 0
+    keys: tuple[str, ...] = ()
+    fps: float | None = None
+    out: str = "outputs/episode.mp4"
+
+
 class _Command(NamedTuple):
     arguments: tuple[str, ...]
     summary: str
@@ -177,6 +194,20 @@ def _inspect(_: NoSettings, path: str) -> int:
     from cmpolicy_data.summary import format_summary, summarize
 
     print(format_summary(summarize(resolve(path))))
+    return 0
+
+
+def _view(settings: ViewSettings, path: str) -> int:
+    from cmpolicy_data import ReplayBuffer
+    from cmpolicy_data.catalog import resolve
+    from cmpolicy_data.film import film_episode
+
+    buffer = ReplayBuffer.open(resolve(path))
+    rate = settings.fps or buffer.attrs.get("control_hz") or 10
+    if not isinstance(rate, int | float) or not 0 < rate <= 1000:
+        raise ConfigError(f"fps={rate!r} must be a number of frames per second")
+    out = Path(settings.out)
+    print(film_episode(buffer, settings.episode, out, keys=settings.keys, fps=float(rate)))
     return 0
 
 
@@ -353,6 +384,9 @@ def _pack(_: NoSettings, source: str, target: str) -> int:
 _COMMANDS: dict[str, _Command] = {
     "inspect": _Command(
         (_STORE,), "print keys, shapes, ranges and episodes of a store", NoSettings, _inspect
+    ),
+    "view": _Command(
+        (_STORE,), "write a video of an episode: cameras, numbers", ViewSettings, _view
     ),
     "validate": _Command(
         (_STORE,), "list everything that is wrong with a store", ValidateSettings, _validate

@@ -62,7 +62,7 @@ def load_frames(buffer: ReplayBuffer, key: str, *, layout: str = "hwc", memory: 
                 rows = read_rows(array, start, stop, buffer.path)
                 yield (
                     start,
-                    _levels(
+                    as_levels(
                         np.moveaxis(rows, 1, -1) if layout == "chw" else rows, buffer, key, start
                     ),
                 )
@@ -95,7 +95,7 @@ def _frame_shape(array: Array, layout: str, what: str) -> tuple[int, int, int]:
     return height, width, 3
 
 
-def _levels(rows: npt.NDArray[Any], buffer: ReplayBuffer, key: str, start: int) -> Frames:
+def as_levels(rows: npt.NDArray[Any], buffer: ReplayBuffer, key: str, start: int) -> Frames:
     """Rows of frames as uint8; ``start`` is the step of the first."""
     if rows.dtype == np.uint8:
         return rows
