@@ -128,11 +128,11 @@ class PolicySpec:
             for key, shape in self.obs.items()
         }
 
-    def message_bytes(self, number: int = 8) -> int:
-        """Bytes of one history and its noise, with so many bytes a number and one a grey level."""
+    def message_bytes(self) -> int:
+        """Bytes of one history and its noise: float64 for a number, one for a grey level."""
         sizes = {key: int(np.prod(shape)) for key, shape in self.obs.items()}
-        step = sum(n if key in self.images else number * n for key, n in sizes.items())
-        return self.n_obs_steps * step + number * self.horizon * self.action_dim
+        step = sum(n if key in self.images else 8 * n for key, n in sizes.items())
+        return self.n_obs_steps * step + 8 * self.horizon * self.action_dim
 
     @property
     def noise_shape(self) -> tuple[int, int]:

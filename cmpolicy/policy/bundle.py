@@ -201,7 +201,7 @@ def read_bundle(name_or_path: str | os.PathLike[str]) -> Bundle:
         return Bundle(
             spec=PolicySpec.from_dict(config["spec"]),
             net=net_config(config["net"]),
-            encoder=encoder_config(config["encoder"]),
+            encoder=encoder_config(_without_download(config["encoder"])),
             path=str(config["path"]),
             sampler=str(config["sampler"]),
             nfe=int(_number(config, "nfe", 1, MAX_NFE)),
@@ -215,6 +215,11 @@ def read_bundle(name_or_path: str | os.PathLike[str]) -> Bundle:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise BundleError(f"{directory / CONFIG} is damaged: {reason}") from error
+
+
+def _without_download(encoder: Mapping[str, Any]) -> dict[str, Any]:
+    """An encoder that began with pretrained weights has its own by now, in the bundle."""
+    return dict(encoder) | ({"pretrained": False} if "pretrained" in encoder else {})
 
 
 def _check_weights(weights: Mapping[str, Tensor]) -> None:

@@ -132,7 +132,7 @@ class Watchdog:
             os.close(end)
 
     def _watch(self, pipe: int) -> None:
-        answered: tuple[str, float] | None = None
+        answered: dict[int, tuple[str, float]] = {}  # by thread: several may hang
         while True:
             ready, _, _ = select.select([pipe], [], [], _INTERVAL)
             for number in os.read(pipe, 64) if ready else b"":
@@ -148,8 +148,8 @@ class Watchdog:
                 limit = self._limits.get(name, self._limit)
                 taken = now - since
                 after = now - max(since, self._signalled_at)
-                if call != answered and (taken > limit or after > _AFTER_SIGNAL):
-                    answered = call
+                if answered.get(ident) != call and (taken > limit or after > _AFTER_SIGNAL):
+                    answered[ident] = call
                     self._answer(ident, name, taken)
                 elif after > _FORCE and ident == self._main:
                     self._end_process(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -21,6 +22,9 @@ from cmpolicy.nn.encoders.image import (
 )
 from cmpolicy.nn.encoders.state import StateEncoderConfig
 from cmpolicy.nn.registry import encoder_config, to_mapping
+from cmpolicy.nn.unet1d import UNet1DConfig
+from cmpolicy.normalize import Normalizer
+from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.spec import PolicySpec
 
 OBS = {"top": (32, 40, 3), "arm": (2,), "wrist": (24, 24, 3)}
@@ -169,3 +173,21 @@ def test_pretrained_weights_that_cannot_be_had(
 def test_encoder_is_an_image_encoder() -> None:
     assert isinstance(ResNet18EncoderConfig().build(SPEC), ImageEncoder)
     assert np.prod(OBS["top"]) == 3840
+
+
+def test_a_bundle_with_pretrained_weights_downloads_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A robot without a network loads it: the weights are in the bundle."""
+    spec = PolicySpec({"top": (32, 32, 3)}, 2, 8, 1, 4, images=("top",))
+    normalizer = Normalizer.identity({"action": (2,)})
+    net = UNet1DConfig((8, 16), kernel_size=3, n_groups=4, time_dim=8)
+    policy = ConsistencyPolicy(spec, net, normalizer, encoder=ResNet18EncoderConfig(camera_dim=4))
+    policy.encoder_config = ResNet18EncoderConfig(camera_dim=4, pretrained=True)
+    policy.save_pretrained(tmp_path / "bundle")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    loaded = ConsistencyPolicy.from_pretrained(tmp_path / "bundle")
+    obs = {"top": np.full((1, 1, 32, 32, 3), 9, np.uint8)}
+    noise = np.zeros((1, 8, 2), np.float32)
+    assert np.array_equal(loaded.infer(obs, noise), policy.eval().infer(obs, noise))

@@ -11,6 +11,7 @@ random while training, the same for all frames of one window and camera, and in 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -29,7 +30,7 @@ _LEAST_CROP = 0.6
 
 
 @dataclass(frozen=True)
-class ImageEncoderConfig:
+class ImageEncoderConfig(ABC):
     """Settings that all encoders of frames share.
 
     Args:
@@ -65,9 +66,9 @@ class ImageEncoderConfig:
         if not 0 <= self.jitter < 1:
             raise ValueError(f"jitter={self.jitter} must be in [0, 1)")
 
+    @abstractmethod
     def backbone(self) -> nn.Module:
         """A fresh network: (N, 3, h, w) in [-1, 1] -> (N, camera_dim), for any h and w."""
-        raise NotImplementedError
 
     def build(self, spec: PolicySpec) -> ImageEncoder:
         """A fresh encoder of a policy's observations.
