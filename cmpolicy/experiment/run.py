@@ -201,63 +201,48 @@ def run_training(
     """
     run_dir, is_main = folder.path, accelerator.is_main_process
     with only_writer(run_dir, "the run in") if is_main else nullcontext():
-        return _run(model, config, folder, accelerator, batches, draw, score, keep, until)
-
-
-def _run(
-    model: nn.Module,
-    config: LoopConfig,
-    folder: RunFolder,
-    accelerator: Accelerator,
-    batches: Batches,
-    draw: DrawStep,
-    score: Score | None,
-    keep: Keep | None,
-    until: int | None,
-) -> RunResult:
-    run_dir, is_main = folder.path, accelerator.is_main_process
-    trainer = Trainer(
-        model,
-        config,
-        accelerator=accelerator,
-        batches=batches,
-        draw=draw,
-        run_dir=run_dir,
-        score=score,
-        keep=keep,
-    )
-    if folder.resumed:
-        trainer.resume()
-        if trainer.examples - config.batch_size * accelerator.num_processes >= config.examples:
-            raise ConfigError(
-                f"examples={config.examples} is less than the {trainer.examples} that {run_dir} "
-                "has been trained on; give more to go on, or leave it out"
-            )
-    if is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        texts = {
-            CONFIG_FILE: yaml.safe_dump(config.to_dict(), sort_keys=False),
-            COMMAND_FILE: folder.command + "\n",
-            FACTS_FILE: json.dumps(dict(folder.facts)) + "\n",
-        }
-        for name, text in texts.items():
-            write_atomically(run_dir / name, text.encode())
-        trainer.trackers = run_trackers(config, run_dir, trainer.examples)
-    try:
-        end = trainer.train(until)
-    except NonFiniteError as error:
-        error.add_note(
-            f"the last good state, example {trainer.saved_at}, is kept; go on with:\n"
-            f"  cmpolicy {folder.verb} resume={run_dir} optim.lr={config.optim.lr / 3:.2g}"
+        trainer = Trainer(
+            model,
+            config,
+            accelerator=accelerator,
+            batches=batches,
+            draw=draw,
+            run_dir=run_dir,
+            score=score,
+            keep=keep,
         )
-        raise
-    finally:
-        for tracker in trainer.trackers:
-            tracker.close()
-    if is_main:
-        draw_curves(run_dir)
-    parameters = sum(p.numel() for p in model.parameters())
-    return RunResult(run_dir, end, trainer.seconds, parameters, is_main)
+        if folder.resumed:
+            trainer.resume()
+            if trainer.examples - config.batch_size * accelerator.num_processes >= config.examples:
+                raise ConfigError(
+                    f"examples={config.examples} is less than the {trainer.examples} that "
+                    f"{run_dir} has been trained on; give more to go on, or leave it out"
+                )
+        if is_main:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            texts = {
+                CONFIG_FILE: yaml.safe_dump(config.to_dict(), sort_keys=False),
+                COMMAND_FILE: folder.command + "\n",
+                FACTS_FILE: json.dumps(dict(folder.facts)) + "\n",
+            }
+            for name, text in texts.items():
+                write_atomically(run_dir / name, text.encode())
+            trainer.trackers = run_trackers(config, run_dir, trainer.examples)
+        try:
+            end = trainer.train(until)
+        except NonFiniteError as error:
+            error.add_note(
+                f"the last good state, example {trainer.saved_at}, is kept; go on with:\n"
+                f"  cmpolicy {folder.verb} resume={run_dir} optim.lr={config.optim.lr / 3:.2g}"
+            )
+            raise
+        finally:
+            for tracker in trainer.trackers:
+                tracker.close()
+        if is_main:
+            draw_curves(run_dir)
+        parameters = sum(p.numel() for p in model.parameters())
+        return RunResult(run_dir, end, trainer.seconds, parameters, is_main)
 
 
 def stopped_text(result: RunResult, verb: str, of: int) -> str:
