@@ -1,19 +1,17 @@
-"""``cmpolicy data``: inspect, validate, generate, download, convert, replay, pack demonstrations.
+"""``cmpolicy data``: its commands, and those that look at a store or pack it.
 
-``validate`` has exit status 1 where it found problems.
+``validate`` has exit status 1 where it found problems. The commands that make stores are in
+:mod:`cmpolicy.cli.data_sources`.
 """
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from tqdm import tqdm
-
+from cmpolicy.cli import data_sources
 from cmpolicy.cli.parse import describe, read
 from cmpolicy.schema import ConfigError, choose
 
@@ -32,89 +30,22 @@ class ValidateSettings:
 
     Args:
         keys: keys or selectors that the store must have.
+        missing_chunks: what a chunk that is not there means: auto, zero (left out) or error (lost).
     """
 
     keys: tuple[str, ...] = ("action",)
+    missing_chunks: Literal["auto", "zero", "error"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateSettings:
-    """Of ``generate``.
+class SealSettings:
+    """Of ``seal``.
 
     Args:
-        task: of robomimic: lift, can or square.
-        episodes: how many; null: 300 of pusht, 200 of robomimic.
-        seed: first seed of the initial states.
-        workers: simulator processes; the result does not depend on it.
-        out: file to write; null: pusht_scripted.zarr.zip, or TASK.hdf5 in robomimic's layout.
+        off: take the seal off, to append.
     """
 
-    task: str | None = None
-    episodes: int | None = None
-    seed: int = 0
-    workers: int = 2
-    out: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class DownloadSettings:
-    """Of ``download``.
-
-    Args:
-        out: folder; null: CMPOLICY_DATA, else ~/.cache/cmpolicy.
-        url: of pusht: another source of the archive.
-        sha256: of pusht: what the archive must hash to.
-        task: of robomimic: lift, can, square, transport or tool_hang.
-        type: of robomimic: ph (proficient human), mh (multi human), mg (machine), paired.
-        endpoint: of robomimic: a mirror of the Hugging Face hub.
-        revision: of robomimic: commit, tag or branch of the data set repository.
-    """
-
-    out: str | None = None
-    url: str | None = None
-    sha256: str | None = None
-    task: str | None = None
-    type: str = "ph"
-    endpoint: str | None = None
-    revision: str = "main"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvertSettings:
-    """Of ``convert``.
-
-    Args:
-        out: store to write (.zarr or .zip); null: named as the source.
-        actions: delta, or absolute: target poses, 10 numbers per arm.
-        obs: observation keys; empty: all that are one vector per step.
-        filter: convert only the demonstrations of this mask (train, valid, ...).
-        states: false leaves out what only `replay` reads, most of the bytes.
-        cameras: to render at the recorded states, such as [agentview,robot0_eye_in_hand].
-        camera_size: height and width of these images, px.
-        workers: simulator processes that recover absolute actions.
-    """
-
-    out: str | None = None
-    actions: Literal["delta", "absolute"] = "delta"
-    obs: tuple[str, ...] = ()
-    filter: str | None = None
-    states: bool = True
-    cameras: tuple[str, ...] = ()
-    camera_size: int = 84
-    workers: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReplaySettings:
-    """Of ``replay``.
-
-    Args:
-        episodes: only so many, from the first on; null: all.
-        workers: simulator processes.
-    """
-
-    episodes: int | None = None
-    workers: int = 1
+    off: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,21 +105,6 @@ def _is_setting(word: str) -> bool:
     return "=" in word and not Path(word).exists()
 
 
-@contextmanager
-def _bar(total: int | None, unit: str) -> Iterator[Callable[..., None]]:
-    """A progress bar on a terminal; what is yielded takes what is done and a count beside it."""
-    with tqdm(total=total, unit=unit, unit_scale=unit == "B", disable=None) as bar:
-
-        def show(done: int, other: int | None = None) -> None:
-            if total is None:
-                bar.total = other
-            else:
-                bar.set_postfix(attempted=other, refresh=False)
-            bar.update(done - bar.n)
-
-        yield show
-
-
 def _inspect(_: NoSettings, path: str) -> int:
     from cmpolicy_data.catalog import resolve
     from cmpolicy_data.summary import format_summary, summarize
@@ -216,7 +132,7 @@ def _validate(settings: ValidateSettings, path: str) -> int:
     from cmpolicy_data.validation import validate
 
     store = resolve(path)
-    problems = validate(store, list(settings.keys))
+    problems = validate(store, list(settings.keys), settings.missing_chunks)
     for problem in problems[:_SHOWN_PROBLEMS]:
         print(problem)
     if len(problems) > _SHOWN_PROBLEMS:
@@ -225,151 +141,11 @@ def _validate(settings: ValidateSettings, path: str) -> int:
     return 1 if problems else 0
 
 
-def _generate(settings: GenerateSettings, what: str) -> int:
-    choose({"pusht": 0, "robomimic": 0}, what, "task")
-    if what == "robomimic":
-        return _generate_robomimic(settings)
-    from cmpolicy_data.generate.pusht import generate
+def _seal(settings: SealSettings, path: str) -> int:
+    from cmpolicy_data.seal import seal
 
-    episodes = 300 if settings.episodes is None else settings.episodes
-    with _bar(episodes, "episode") as show:
-        report = generate(
-            Path(settings.out or "pusht_scripted.zarr.zip"),
-            episodes=episodes,
-            seed=settings.seed,
-            workers=settings.workers,
-            progress=show,
-        )
-    print(
-        f"{report.path}: {report.kept} episodes, {report.steps} steps "
-        f"({report.attempted} attempted, {report.seconds:.0f} s)"
-    )
-    print(f"look at it with: cmpolicy data inspect {shlex.quote(str(report.path))}")
-    return 0
-
-
-def _generate_robomimic(settings: GenerateSettings) -> int:
-    from cmpolicy_data.generate.robomimic import attempt, runner
-
-    if settings.task is None:
-        raise ConfigError(
-            f"name the task ({', '.join(attempt.SKILLS)}), for example: "
-            "cmpolicy data generate robomimic task=lift"
-        )
-    episodes = 200 if settings.episodes is None else settings.episodes
-    with _bar(episodes, "episode") as show:
-        report = runner.generate(
-            settings.out or f"{settings.task}.hdf5",
-            task=settings.task,
-            episodes=episodes,
-            seed=settings.seed,
-            workers=settings.workers,
-            progress=show,
-        )
-    path = shlex.quote(str(report.path))
-    print(
-        f"{report.path}: {report.task}, {report.kept} episodes, {report.steps} steps "
-        f"({report.attempted} attempted, {report.success_rate:.1%} succeeded, "
-        f"{report.seconds:.0f} s)"
-    )
-    print(f"convert it with: cmpolicy data convert robomimic {path} out={report.task}.zarr")
-    return 0
-
-
-def _download(settings: DownloadSettings, what: str) -> int:
-    choose({"pusht": 0, "robomimic": 0}, what, "data set")
-    if what == "robomimic":
-        return _download_robomimic(settings)
-    from cmpolicy_data.download import DATASETS, download
-
-    with _bar(None, "B") as progress:
-        path = download(
-            DATASETS[what],
-            settings.out,
-            url=settings.url,
-            sha256=settings.sha256,
-            progress=progress,
-        )
-    print(f"{path}: verified")
-    print(
-        "train on it with: cmpolicy train task=pusht data=pusht_human "
-        f"data.path={shlex.quote(str(path))}"
-    )
-    return 0
-
-
-def _download_robomimic(settings: DownloadSettings) -> int:
-    from cmpolicy_data.robomimic_download import download
-
-    if settings.task is None:
-        raise ConfigError("name the task, for example: cmpolicy data download robomimic task=lift")
-    path = download(
-        settings.task,
-        settings.type,
-        settings.out,
-        endpoint=settings.endpoint,
-        revision=settings.revision,
-    )
-    print(f"{path}: readable")
-    print(
-        f"convert it with: cmpolicy data convert robomimic {shlex.quote(str(path))} "
-        f"out={settings.task}_{settings.type}.zarr"
-    )
-    return 0
-
-
-def _convert(settings: ConvertSettings, layout: str, source: str) -> int:
-    from cmpolicy_data.convert import robomimic
-
-    choose({"robomimic": 0}, layout, "layout")
-    suffix = "_abs.zarr" if settings.actions == "absolute" else ".zarr"
-    with _bar(None, "episode") as show:
-        report = robomimic.convert(
-            Path(source),
-            settings.out or f"{Path(source).stem}{suffix}",
-            actions=settings.actions,
-            keys=list(settings.obs) or None,
-            filter_key=settings.filter,
-            states=settings.states,
-            cameras=settings.cameras,
-            camera_size=settings.camera_size,
-            workers=settings.workers,
-            progress=show,
-        )
-    shown = shlex.quote(str(report.path))
-    print(
-        f"{report.path}: {report.task}, {report.episodes} episode(s), {report.steps} steps, "
-        f"{report.actions} actions ({report.seconds:.0f} s)"
-    )
-    if report.goals_from_file:
-        print(f"absolute actions of {report.goals_from_file} episode(s): the file's actions_abs")
-    for name, count in report.masks.items():
-        print(f"mask {name}: {count} episode(s)")
-    print(f"check it with: cmpolicy data replay robomimic {shown}")
-    print(f"train on it with: cmpolicy train task={report.task} data=robomimic data.path={shown}")
-    return 0
-
-
-def _replay(settings: ReplaySettings, layout: str, path: str) -> int:
-    from cmpolicy_data.convert import replay
-
-    choose({"robomimic": 0}, layout, "layout")
-    with tqdm(unit="episode", disable=None) as bar:
-
-        def show(done: int, failed: int) -> None:
-            bar.set_postfix(failed=failed, refresh=False)
-            bar.update(done - bar.n)
-
-        report = replay.replay(
-            path, episodes=settings.episodes, workers=settings.workers, progress=show
-        )
-    succeeded = report.episodes - len(report.failed)
-    print(
-        f"{report.path}: {succeeded} of {report.episodes} episodes succeed again with "
-        f"{report.actions} actions ({report.success_rate:.1%}, {report.seconds:.0f} s)"
-    )
-    if report.failed:
-        print(f"failed: {', '.join(map(str, report.failed))}")
+    hashes = seal(path, off=settings.off)
+    print(f"{path}: not sealed" if settings.off else f"{path}: {len(hashes)} arrays are sealed")
     return 0
 
 
@@ -391,26 +167,35 @@ _COMMANDS: dict[str, _Command] = {
     "validate": _Command(
         (_STORE,), "list everything that is wrong with a store", ValidateSettings, _validate
     ),
+    "seal": _Command(
+        ("STORE (directory)",),
+        "note a hash of every array, which validate and training check",
+        SealSettings,
+        _seal,
+    ),
     "generate": _Command(
         ("pusht|robomimic",),
         "make scripted demonstrations in the simulator",
-        GenerateSettings,
-        _generate,
+        data_sources.GenerateSettings,
+        data_sources.generate,
     ),
     "download": _Command(
-        ("pusht|robomimic",), "fetch human demonstrations", DownloadSettings, _download
+        ("pusht|robomimic",),
+        "fetch human demonstrations",
+        data_sources.DownloadSettings,
+        data_sources.download,
     ),
     "convert": _Command(
         ("robomimic", "FILE.hdf5"),
         "convert demonstrations of another layout to a store",
-        ConvertSettings,
-        _convert,
+        data_sources.ConvertSettings,
+        data_sources.convert,
     ),
     "replay": _Command(
         ("robomimic", "STORE"),
         "play the actions of a converted store again: how many episodes succeed",
-        ReplaySettings,
-        _replay,
+        data_sources.ReplaySettings,
+        data_sources.replay,
     ),
     "pack": _Command(
         ("STORE", "FILE.zip"), "pack a directory store into one .zip", NoSettings, _pack

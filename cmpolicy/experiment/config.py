@@ -76,6 +76,9 @@ class DataConfig:
         action_rotations: which action dimensions are rotations, e.g. ``["angle:2",
             "quaternion:3,4,5,6"]``; ``[]`` if none is; null takes what the store says. Plans are
             blended only where this is known.
+        missing_chunks: what a chunk that is not in the store means: ``zero``, that its writer left
+            it out because it holds only zeros (zarr 3 does so); ``error``, that it is lost;
+            ``auto`` takes it for left out where nothing speaks against it.
         image_memory: GiB of frames that are kept in memory; more are decoded into a file of the
             download cache once, and read from there.
     """
@@ -89,6 +92,7 @@ class DataConfig:
     short_episodes: Literal["pad", "skip"] = "pad"
     pad_loss: bool | None = None
     action_rotations: tuple[str, ...] | None = None
+    missing_chunks: Literal["auto", "zero", "error"] = "auto"
     image_memory: float = 4.0
 
     def __post_init__(self) -> None:

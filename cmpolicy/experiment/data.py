@@ -133,7 +133,12 @@ def load_training_data(config: TrainConfig) -> TrainingData:
         )
     path = resolve(data.name, data.path)
     arrays = load_demonstrations(
-        path, data.obs, data.action, data.augment, image_memory=data.image_memory
+        path,
+        data.obs,
+        data.action,
+        data.augment,
+        image_memory=data.image_memory,
+        missing_chunks=data.missing_chunks,
     )
     for key, values in arrays.obs.items():
         if key not in arrays.images:

@@ -1,10 +1,10 @@
 """Demonstration data: replay buffers in Zarr, window indices, checks, downloads, generators."""
 
 from cmpolicy_data.catalog import DatasetNotFoundError, bundled_path, resolve
+from cmpolicy_data.chunks import ReplayBufferError
 from cmpolicy_data.demonstrations import Demonstrations, load_demonstrations
 from cmpolicy_data.replay_buffer import ReplayBuffer
 from cmpolicy_data.selector import Selector, SelectorError
-from cmpolicy_data.store import ReplayBufferError
 from cmpolicy_data.validation import Problem, validate
 from cmpolicy_data.windows import (
     EpisodeSplit,

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cmpolicy_data.augment import AugmentError, Episodes, augmentation
+from cmpolicy_data.chunks import MissingChunks
 from cmpolicy_data.frames import load_frames, looks_like_frames
 from cmpolicy_data.replay_buffer import ReplayBuffer
 from cmpolicy_data.selector import Selector
@@ -81,6 +82,7 @@ def load_demonstrations(
     augment: Sequence[str] = (),
     *,
     image_memory: float = 4.0,
+    missing_chunks: MissingChunks = "auto",
 ) -> Demonstrations:
     """Load what a policy is trained on.
 
@@ -93,6 +95,7 @@ def load_demonstrations(
             :data:`~cmpolicy_data.augment.AUGMENTATIONS` (Push-T only; they need the key ``state``).
             Push-T's frames are then rendered from the transformed states.
         image_memory: GiB of frames that are kept in memory, see ``frames``.
+        missing_chunks: what a chunk that is not there means, see ``ReplayBuffer.open``.
 
     Raises:
         FileNotFoundError, ReplayBufferError, SelectorError: see ``ReplayBuffer``.
@@ -105,7 +108,7 @@ def load_demonstrations(
             f"selector ({{agent_pos: 'state[:2]'}}); got {obs!r}."
         )
     named = obs if isinstance(obs, Mapping) else {key: key for key in obs}
-    buffer = ReplayBuffer.open(path)
+    buffer = ReplayBuffer.open(path, missing_chunks=missing_chunks)
     sources = {key: _Source.read(given) for key, given in named.items()}
     images = {key for key, source in sources.items() if source.is_image(buffer)}
     chosen = {key: s.selector for key, s in sources.items() if key not in images}

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from cmpolicy_data.chunks import ReplayBufferError, read_rows
 from cmpolicy_data.frames import as_levels, looks_like_frames
 from cmpolicy_data.replay_buffer import ReplayBuffer
-from cmpolicy_data.store import ReplayBufferError, read_rows
 
 _HEIGHT = 256  # of a camera's picture, px
 _CURVES = 96  # height of one key's curves, px

@@ -19,8 +19,8 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from cmpolicy_data.catalog import cache_dir
+from cmpolicy_data.chunks import Array, ReplayBufferError, blocks, read_rows
 from cmpolicy_data.replay_buffer import ReplayBuffer
-from cmpolicy_data.store import Array, ReplayBufferError, blocks, read_rows
 
 Frames = npt.NDArray[np.uint8]
 

@@ -22,21 +22,25 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import LocalStore
 
+from cmpolicy_data.chunks import (
+    Array,
+    MissingChunks,
+    ReplayBufferError,
+    lost_chunks,
+    lost_message,
+    read_rows,
+)
+from cmpolicy_data.seal import SEAL, broken_seal, refuse_to_append
 from cmpolicy_data.selector import Selector, SelectorError
 from cmpolicy_data.store import (
     MARK,
-    Array,
-    ReplayBufferError,
     arrays,
     get_array,
     is_marked,
     mark,
-    missing_chunks,
-    missing_message,
+    missing_rule,
     only_writer,
     open_root,
-    read_rows,
-    writes_all_chunks,
 )
 from cmpolicy_data.windows import WindowError, check_episode_ends
 
@@ -55,16 +59,31 @@ class ReplayBuffer:
         unreadable: arrays that cannot be opened, by key, and why; all others can be used.
     """
 
-    def __init__(self, path: Path, root: zarr.Group) -> None:
+    def __init__(
+        self, path: Path, root: zarr.Group, missing_chunks: MissingChunks = "auto"
+    ) -> None:
         self.path = path
         self._root = root
+        self._rule = missing_rule(root, missing_chunks)
         self._marked = is_marked(root)
         self._data, self.unreadable = arrays(root, "data", path)
         self.episode_ends = self._read_episode_ends()
 
     @classmethod
-    def open(cls, path: str | Path, mode: Literal["r", "r+"] = "r") -> Self:
+    def open(
+        cls,
+        path: str | Path,
+        mode: Literal["r", "r+"] = "r",
+        *,
+        missing_chunks: MissingChunks = "auto",
+    ) -> Self:
         """Open a store: a directory or a .zip, Zarr format 2 or 3 (``r+``: to append).
+
+        Args:
+            path: of the store.
+            mode: ``r`` or ``r+``.
+            missing_chunks: what a chunk that is not there means: ``auto``, ``zero`` or ``error``,
+                see :func:`cmpolicy_data.chunks.lost_chunks`.
 
         Raises:
             FileNotFoundError: there is nothing at ``path``.
@@ -72,7 +91,7 @@ class ReplayBuffer:
                 ends that do not increase.
         """
         path = Path(path).expanduser()
-        return cls(path, open_root(path, mode))
+        return cls(path, open_root(path, mode), missing_chunks)
 
     @classmethod
     def create(cls, path: str | Path, *, attrs: Mapping[str, Any] | None = None) -> Self:
@@ -124,7 +143,8 @@ class ReplayBuffer:
     @property
     def attrs(self) -> dict[str, Any]:
         """The store's own attributes, a copy."""
-        return {key: value for key, value in self._root.attrs.asdict().items() if key != MARK}
+        own = (MARK, SEAL)
+        return {key: value for key, value in self._root.attrs.asdict().items() if key not in own}
 
     def update_attrs(self, attrs: Mapping[str, Any]) -> None:
         """Add or replace attributes (JSON values) of a store opened for appending."""
@@ -162,7 +182,7 @@ class ReplayBuffer:
         Raises:
             SelectorError: bad syntax, or columns that are not there.
             ReplayBufferError: no such key, not numbers, no episodes, a length that does not match
-                the episodes, or chunks that are missing or damaged.
+                the episodes, a broken seal, or chunks that are missing or damaged.
         """
         chosen = Selector.parse(selector)
         self.check(chosen.key)
@@ -202,9 +222,12 @@ class ReplayBuffer:
                 f"{self.n_steps} (last entry of meta/episode_ends). Every array needs exactly one "
                 "row per step. `cmpolicy data validate` lists all that does not match."
             )
-        lost = missing_chunks(array, self.n_steps, strict=writes_all_chunks(self._root))
+        changed = broken_seal(self._root, f"data/{key}")
+        if changed:
+            raise ReplayBufferError(f"{self.path}: data/{key} {changed}.")
+        lost = lost_chunks(array, self.n_steps, rule=self._rule, ends=self.episode_ends)
         if lost:
-            raise ReplayBufferError(f"{self.path}: {missing_message(lost, array)}.")
+            raise ReplayBufferError(f"{self.path}: {lost_message(lost, array)}.")
 
     def append_episode(self, episode: Mapping[str, npt.ArrayLike]) -> int:
         """Append one episode {key: (L, ...)}, atomically (module docstring).
@@ -227,6 +250,7 @@ class ReplayBuffer:
         return self.n_episodes - 1
 
     def _append(self, values: Mapping[str, npt.NDArray[Any]]) -> None:
+        refuse_to_append(self._root, self.path)
         # What is on disk counts: the append that was cut off may have been our own.
         self._data, self.unreadable = arrays(self._root, "data", self.path)
         if self.unreadable:
@@ -265,9 +289,12 @@ class ReplayBuffer:
             )
         # The last entry may be of an append that was cut off just before its commit, so not there.
         committed = array.shape[0] - 1 if self._marked else array.shape[0]
-        lost = missing_chunks(array, committed, strict=writes_all_chunks(self._root))
+        changed = broken_seal(self._root, _ENDS)
+        if changed:
+            raise ReplayBufferError(f"{self.path}: {_ENDS} {changed}.")
+        lost = lost_chunks(array, committed, rule="error")  # 0 is no episode's end
         if lost:
-            raise ReplayBufferError(f"{self.path}: {missing_message(lost, array)}.")
+            raise ReplayBufferError(f"{self.path}: {lost_message(lost, array)}.")
         ends = read_rows(array, 0, array.shape[0], self.path).astype(np.int64)
         if self._marked and ends.size and ends[-1] <= 0:
             ends = ends[:-1]

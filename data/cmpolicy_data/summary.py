@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from cmpolicy_data.chunks import Array, absent_chunks, blocks, n_chunks, read_rows
 from cmpolicy_data.frames import looks_like_frames
 from cmpolicy_data.replay_buffer import ReplayBuffer
-from cmpolicy_data.store import Array, blocks, chunks, missing_chunks, read_rows, size_on_disk
+from cmpolicy_data.store import size_on_disk
 
 _BAR = 40
 _BINS = 8
@@ -130,15 +131,15 @@ def _summarize_key(key: str, array: Array, path: Path) -> KeySummary:
                 maximum = max(maximum, float(rows.max()))
                 total += float(rows.sum(dtype=np.float64))
                 count += rows.size
-    n_chunks = len(chunks(array)) if array.ndim else 1
-    n_missing = len(missing_chunks(array, strict=True)) if array.ndim else 0
+    n_total = n_chunks(array)
+    n_absent = len(absent_chunks(array)) if array.ndim else 0
     return KeySummary(
         key=key,
         shape=array.shape,
         dtype=str(array.dtype),
         chunks=array.chunks,
-        chunks_stored=n_chunks - n_missing,
-        chunks_total=n_chunks,
+        chunks_stored=n_total - n_absent,
+        chunks_total=n_total,
         minimum=minimum if count else None,
         maximum=maximum if count else None,
         mean=total / count if count else None,

@@ -14,20 +14,18 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from cmpolicy_data.selector import Selector, SelectorError
-from cmpolicy_data.store import (
+from cmpolicy_data.chunks import (
     Array,
+    MissingChunks,
     ReplayBufferError,
-    arrays,
     blocks,
-    get_array,
-    is_marked,
-    missing_chunks,
-    missing_message,
-    open_root,
+    lost_chunks,
+    lost_message,
     read_rows,
-    writes_all_chunks,
 )
+from cmpolicy_data.seal import broken_seals
+from cmpolicy_data.selector import Selector, SelectorError
+from cmpolicy_data.store import arrays, get_array, is_marked, missing_rule, open_root
 
 _ENDS = "meta/episode_ends"
 
@@ -52,12 +50,17 @@ class Problem:
         return f"{self.key or self.path}: {self.message}"
 
 
-def validate(path: str | Path, required: Sequence[str] = ("action",)) -> list[Problem]:
+def validate(
+    path: str | Path,
+    required: Sequence[str] = ("action",),
+    missing_chunks: MissingChunks = "auto",
+) -> list[Problem]:
     """All problems of a store; an empty list means that it can be trained on.
 
     Args:
         path: of the store, a directory or a .zip.
         required: selectors that must be there (``action``, ``state[:2]``).
+        missing_chunks: what a chunk that is not there means, see ``ReplayBuffer.open``.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
@@ -79,8 +82,10 @@ def validate(path: str | Path, required: Sequence[str] = ("action",)) -> list[Pr
             Problem(path, "data", None, "there are no arrays under data/, so nothing to train on")
         )
     problems.extend(_required(data, required, path))
+    problems += [Problem(path, name, None, why) for name, why in broken_seals(root).items()]
+    rule = missing_rule(root, missing_chunks)
     for key, array in data.items():
-        problems.extend(_check_array(f"data/{key}", array, ends, root, path))
+        problems.extend(_check_array(f"data/{key}", array, ends, is_marked(root), rule, path))
     return problems
 
 
@@ -104,9 +109,9 @@ def _episode_ends(root: zarr.Group, path: Path, found: list[Problem]) -> npt.NDA
         return none
     marked = is_marked(root)
     committed = array.shape[0] - 1 if marked else None
-    lost = missing_chunks(array, committed, strict=writes_all_chunks(root))
+    lost = lost_chunks(array, committed, rule="error")
     if lost:
-        report(lost[0].start, missing_message(lost, array))
+        report(lost[0].start, lost_message(lost, array))
     try:
         ends = read_rows(array, 0, array.shape[0], path).astype(np.int64)
     except ReplayBufferError as error:
@@ -146,7 +151,8 @@ def _check_array(
     name: str,
     array: Array,
     ends: npt.NDArray[np.int64],
-    root: zarr.Group,
+    marked: bool,
+    rule: MissingChunks,
     path: Path,
 ) -> Iterator[Problem]:
     if array.dtype.kind not in "biuf":
@@ -166,11 +172,11 @@ def _check_array(
             name,
             min(length, n_steps),
             f"wrong length: {length} steps, but the last episode ends at step {n_steps}"
-            + (left if is_marked(root) and length > n_steps else ""),
+            + (left if marked and length > n_steps else ""),
         )
-    lost = missing_chunks(array, n_steps, strict=writes_all_chunks(root))
+    lost = lost_chunks(array, n_steps, rule=rule, ends=ends)
     if lost:
-        yield Problem(path, name, lost[0].start, missing_message(lost, array))
+        yield Problem(path, name, lost[0].start, lost_message(lost, array))
     for start, stop in blocks(array):
         try:
             rows = read_rows(array, start, stop, path)

@@ -22,7 +22,7 @@ from cmpolicy.policy.bundle import BundleError
 from cmpolicy.spec import PolicySpec
 from cmpolicy.training.checkpoint import CheckpointError, TrainingState, load_state, save_state
 from cmpolicy_data import ReplayBuffer
-from cmpolicy_data.store import ReplayBufferError
+from cmpolicy_data.chunks import ReplayBufferError
 from cmpolicy_data.store import only_writer as only_appender
 
 _APPEND = """

@@ -41,6 +41,7 @@ SHORT = {
     "cmpolicy train resume=": ["examples=24"],
     "cmpolicy data inspect": [],
     "cmpolicy data validate": [],
+    "cmpolicy data seal": [],
     "cmpolicy data view": [],
     "cmpolicy data generate": ["episodes=1", "workers=1"],
     "cmpolicy data generate robomimic": ["episodes=2", "workers=1"],

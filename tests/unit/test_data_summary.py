@@ -7,7 +7,7 @@ import pytest
 import zarr
 
 from cmpolicy_data import ReplayBuffer, ReplayBufferError
-from cmpolicy_data.store import blocks
+from cmpolicy_data.chunks import blocks
 from cmpolicy_data.summary import format_summary, summarize
 
 

@@ -14,10 +14,10 @@ import zarr
 
 from cmpolicy.cli.main import main
 from cmpolicy_data import ReplayBuffer
+from cmpolicy_data.chunks import ReplayBufferError
 from cmpolicy_data.convert.pusht_frames import render_pusht_frames
 from cmpolicy_data.demonstrations import load_demonstrations
 from cmpolicy_data.frames import load_frames
-from cmpolicy_data.store import ReplayBufferError
 from cmpolicy_data.validation import validate
 from cmpolicy_envs.pusht import PushTEnv, PushTImageEnv
 
@@ -34,7 +34,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _store(tmp_path: Path, **data: Any) -> ReplayBuffer:
     buffer = ReplayBuffer.create(tmp_path / "cameras.zarr")
-    whole = {"action": np.zeros((N, 2), np.float32), **data}
+    whole = {"action": np.ones((N, 2), np.float32), **data}
     for start, end in ((0, 15), (15, N)):
         buffer.append_episode({key: value[start:end] for key, value in whole.items()})
     return buffer
@@ -110,7 +110,7 @@ def _add_v2_array(path: Path, name: str, meta: dict[str, Any], chunks: list[byte
 def _v2_store(path: Path) -> Path:
     """Written by another program, as UMI's are."""
     root = zarr.open_group(path, mode="w", zarr_format=2)
-    for key, value in (("data/action", np.zeros((N, 2), "f4")), ("meta/episode_ends", [15, N])):
+    for key, value in (("data/action", np.ones((N, 2), "f4")), ("meta/episode_ends", [15, N])):
         array = np.asarray(value)
         root.create_array(key, shape=array.shape, dtype=array.dtype)[:] = array
     return path

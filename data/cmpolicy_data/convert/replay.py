@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cmpolicy_data.chunks import read_rows
 from cmpolicy_data.convert.scenes import read_scenes
 from cmpolicy_data.convert.workers import map_in_order
 from cmpolicy_data.replay_buffer import ReplayBuffer
-from cmpolicy_data.store import read_rows
 from cmpolicy_envs.robomimic_args import EnvArgs
 
 WANTED = ("task", "env_args", "actions")

@@ -19,14 +19,8 @@ import numpy.typing as npt
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from cmpolicy_data.store import (
-    ReplayBufferError,
-    get_array,
-    missing_chunks,
-    missing_message,
-    open_root,
-    read_rows,
-)
+from cmpolicy_data.chunks import ReplayBufferError, lost_chunks, lost_message, read_rows
+from cmpolicy_data.store import get_array, open_root
 
 _CHUNK = 1 << 24
 
@@ -68,9 +62,9 @@ def read_scenes(path: str | Path, n_episodes: int) -> list[str] | None:
         array = get_array(root, name, path)
         if array is None:
             return None
-        lost = missing_chunks(array, strict=True)
+        lost = lost_chunks(array, rule="error")
         if lost:
-            raise ReplayBufferError(f"{path}: {missing_message(lost, array)}.")
+            raise ReplayBufferError(f"{path}: {lost_message(lost, array)}.")
         columns.append(read_rows(array, 0, array.shape[0], path))
     xml, ends, index = columns
     if len(index) != n_episodes:

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cmpolicy_data.chunks import ReplayBufferError
 from cmpolicy_data.convert.scenes import write_scenes
 from cmpolicy_data.pack import pack
 from cmpolicy_data.replay_buffer import ReplayBuffer
-from cmpolicy_data.store import ReplayBufferError
 
 CONVERTER = "converter"
 """Attribute of the stores that a converter wrote: its name."""

@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from cmpolicy_data.chunks import ReplayBufferError
 from cmpolicy_data.generate.demonstrator import Demonstrator, NoPushError
 from cmpolicy_data.generate.tee import Pose
 from cmpolicy_data.generate.world import State
 from cmpolicy_data.pack import pack
 from cmpolicy_data.replay_buffer import ReplayBuffer
-from cmpolicy_data.store import ReplayBufferError
 from cmpolicy_envs import keypoints_from_pose
 from cmpolicy_envs.pusht import ARENA, SUCCESS_COVERAGE, PushTEnv
 
