@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_CWD, _RENAME_EXCHANGE = -100, 2  # of Linux: AT_FDCWD, and the flag of renameat2
+
+
+class WriteError(OSError):
+    """A file could not be written, most often for lack of room; the message names it."""
+
+    exit_status = 1
 
 
 class InUseError(OSError):
@@ -45,7 +55,10 @@ def only_writer(folder: Path, what: str) -> Iterator[None]:
 def replace_directory(target: Path, fill: Callable[[Path], None]) -> None:
     """Put a folder that ``fill`` writes in the place of ``target``; an older one stays until then.
 
-    What the old folder holds under names that the new one lacks moves on to the new one.
+    What the old folder holds under names that the new one lacks is in the new one too. On Linux the
+    two change places in one step, so a reader always finds one of them whole. Where ``target`` is a
+    link, the folder that it points to is replaced. What writers that were killed left behind is
+    removed.
 
     Args:
         target: absolute; its parents are made.
@@ -54,22 +67,40 @@ def replace_directory(target: Path, fill: Callable[[Path], None]) -> None:
     Raises:
         OSError: the disk is full or not writable; the older folder is intact.
     """
+    target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
+    _clear_leftovers(target)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        new = work / "new"
-        new.mkdir()
-        fill(new)
-        for path in sorted(new.rglob("*")):
-            _fsync(path)
-        _swap(new, target, aside=work / "old")
-    finally:
-        if target.exists() or not (work / "old").exists():
-            shutil.rmtree(work, ignore_errors=True)
+    with _held(work):
+        try:
+            new = work / "new"
+            new.mkdir()
+            fill(new)
+            for path in sorted(new.rglob("*")):
+                _fsync(path)
+            if target.exists():
+                _link_rest(target, new)
+            _swap(new, target, aside=work / "old")
+        finally:
+            if target.exists() or not (work / "old").exists():
+                shutil.rmtree(work, ignore_errors=True)
 
 
 def write_atomically(target: Path, content: bytes) -> None:
-    """Replace ``target`` by ``content``; on any failure the previous file is intact."""
+    """Replace ``target`` by ``content``; on any failure the previous file is intact.
+
+    Raises:
+        WriteError: the disk is full or not writable.
+    """
+    try:
+        _write_atomically(target, content)
+    except OSError as error:
+        raise WriteError(
+            f"cannot write {target}: {error.strerror or error}; {space_note(target, len(content))}"
+        ) from error
+
+
+def _write_atomically(target: Path, content: bytes) -> None:
     descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -92,21 +123,80 @@ def space_note(target: Path, needed: int) -> str:
 
 
 def _swap(new: Path, target: Path, aside: Path) -> None:
-    """Put ``new`` in the place of ``target``, which goes to ``aside`` and comes back on failure."""
-    replaced = target.exists()
-    if replaced:
-        target.rename(aside)
-    try:
-        new.rename(target)
-    except BaseException:
+    """Put ``new`` in the place of ``target``, which goes to ``new``'s place, or to ``aside``."""
+    if not _exchange(new, target):
+        replaced = target.exists()
         if replaced:
-            aside.rename(target)
-        raise
+            target.rename(aside)
+        try:
+            new.rename(target)
+        except BaseException:
+            if replaced:
+                aside.rename(target)
+            raise
     _fsync(target.parent)
-    if replaced:
-        for entry in aside.iterdir():
-            if not (target / entry.name).exists():
-                entry.rename(target / entry.name)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change places in one step; False where the system cannot, or lacks one."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):  # not Linux, or an old C library
+        return False
+    status = renameat2(_CWD, os.fsencode(one), _CWD, os.fsencode(other), _RENAME_EXCHANGE)
+    return bool(status == 0)
+
+
+def _link_rest(old: Path, new: Path) -> None:
+    """Give ``new`` the entries of ``old`` that it lacks: the same files, by hard links."""
+
+    def link(source: str, copy: str) -> str:
+        try:
+            os.link(source, copy, follow_symlinks=False)
+        except OSError:  # a file system without hard links
+            shutil.copy2(source, copy, follow_symlinks=False)
+        return copy
+
+    for entry in old.iterdir():
+        place = new / entry.name
+        if place.exists() or place.is_symlink():
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, place, symlinks=True, copy_function=link)
+        else:
+            link(str(entry), str(place))
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Show other processes that a temporary folder is in use; ends with this process."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _clear_leftovers(target: Path) -> None:
+    """Remove the temporary folders for ``target`` of writers that live no more."""
+    for folder in target.parent.glob(f".{glob.escape(target.name)}.*"):
+        if not (folder / "new").is_dir() and not (folder / "old").is_dir():
+            continue
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            old = folder / "old"
+            if old.is_dir() and not target.exists():  # killed between two renames
+                old.rename(target)
+            shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # its writer is at work
+            continue
+        finally:
+            os.close(descriptor)
 
 
 def _fsync(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -21,10 +22,20 @@ from cmpolicy.training.checkpoint import state_path
 from cmpolicy.training.config import LoopConfig
 from cmpolicy.training.curves import draw_curves
 from cmpolicy.training.guard import NonFiniteError
-from cmpolicy.training.trackers import run_trackers
+from cmpolicy.training.trackers import LOG_FILE, run_trackers
 from cmpolicy.training.trainer import Batches, DrawStep, Keep, RunEnd, Score, Trainer
 
 CONFIG_FILE, COMMAND_FILE, FACTS_FILE = "config.yaml", "command.txt", "facts.json"
+#: What a run that was stopped before its first state has written; it can be started again.
+_BEFORE_A_STATE = {
+    ".lock",
+    CONFIG_FILE,
+    COMMAND_FILE,
+    FACTS_FILE,
+    LOG_FILE,
+    "tensorboard",
+    state_path(Path()).parent.name,
+}
 #: What may change between the parts of any run. The rest would make it another run.
 RESUME_SETTINGS = (
     "examples",
@@ -124,7 +135,7 @@ def _new_folder(stem: str, out: str | Path | None, verb: str) -> Path:
             "choose another out"
         )
     there = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else set()
-    if run_dir.is_file() or there - {".lock"}:
+    if run_dir.is_file() or there - _BEFORE_A_STATE:
         raise ConfigError(f"out={out} exists and is not an empty folder; choose another out")
     return run_dir
 
@@ -218,31 +229,60 @@ def run_training(
                     f"examples={config.examples} is less than the {trainer.examples} that "
                     f"{run_dir} has been trained on; give more to go on, or leave it out"
                 )
-        if is_main:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            texts = {
-                CONFIG_FILE: yaml.safe_dump(config.to_dict(), sort_keys=False),
-                COMMAND_FILE: folder.command + "\n",
-                FACTS_FILE: json.dumps(dict(folder.facts)) + "\n",
-            }
-            for name, text in texts.items():
-                write_atomically(run_dir / name, text.encode())
-            trainer.trackers = run_trackers(config, run_dir, trainer.examples)
+            if trainer.end().finished:
+                warnings.warn(
+                    f"the run in {run_dir} has had all of its {trainer.examples} examples; there "
+                    "is nothing to do. Give examples=<more> to go on",
+                    stacklevel=2,
+                )
+                return _result(trainer, folder, is_main)
         try:
-            end = trainer.train(until)
+            if is_main:
+                texts = {
+                    CONFIG_FILE: yaml.safe_dump(config.to_dict(), sort_keys=False),
+                    COMMAND_FILE: folder.command + "\n",
+                    FACTS_FILE: json.dumps(dict(folder.facts)) + "\n",
+                }
+                for name, text in texts.items():
+                    write_atomically(run_dir / name, text.encode())
+                trainer.trackers = run_trackers(config, run_dir, trainer.examples)
+            trainer.train(until)
         except NonFiniteError as error:
             error.add_note(
                 f"the last good state, example {trainer.saved_at}, is kept; go on with:\n"
                 f"  cmpolicy {folder.verb} resume={run_dir} optim.lr={config.optim.lr / 3:.2g}"
             )
             raise
+        except OSError as error:
+            error.add_note(_after_a_failed_write(trainer, folder))
+            raise
         finally:
             for tracker in trainer.trackers:
                 tracker.close()
         if is_main:
-            draw_curves(run_dir)
-        parameters = sum(p.numel() for p in model.parameters())
-        return RunResult(run_dir, end, trainer.seconds, parameters, is_main)
+            try:
+                draw_curves(run_dir)
+            except OSError as error:  # all else is there
+                warnings.warn(f"cannot draw the curves in {run_dir}: {error}", stacklevel=2)
+        return _result(trainer, folder, is_main)
+
+
+def _result(trainer: Trainer, folder: RunFolder, is_main: bool) -> RunResult:
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    return RunResult(folder.path, trainer.end(), trainer.seconds, parameters, is_main)
+
+
+def _after_a_failed_write(trainer: Trainer, folder: RunFolder) -> str:
+    """What is safe, and how to go on."""
+    if not state_path(folder.path).is_file():
+        return (
+            f"no state of the run in {folder.path} was saved yet: start it again; the same out= "
+            "will do"
+        )
+    return (
+        f"the state of example {trainer.saved_at} is safe; go on with:\n"
+        f"  cmpolicy {folder.verb} resume={folder.path}"
+    )
 
 
 def stopped_text(result: RunResult, verb: str, of: int) -> str:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from cmpolicy.files import replace_directory, space_note
+from cmpolicy.files import WriteError, replace_directory, space_note
 from cmpolicy.nn.registry import EncoderConfig, NetConfig, encoder_config, net_config, to_mapping
 from cmpolicy.policy.hub import BundleError as BundleError
 from cmpolicy.policy.hub import download
@@ -99,7 +99,7 @@ def write_bundle(
     Raises:
         BundleError: ``directory`` exists and is no bundle, a weight is not finite, or the metadata
             is not JSON-ready.
-        OSError: the disk is full or not writable; the older bundle is intact.
+        WriteError: the disk is full or not writable; the older bundle is intact.
     """
     target = Path(directory).expanduser().absolute()
     _check_replaceable(target)
@@ -170,12 +170,11 @@ def _contents(
     return {CONFIG: text.encode(), **tensors, CARD: card.encode()}
 
 
-def _write_error(target: Path, needed: int, error: OSError) -> OSError:
+def _write_error(target: Path, needed: int, error: OSError) -> WriteError:
     previous = "; the bundle that was there before is intact" if target.exists() else ""
-    return OSError(
-        error.errno,
+    return WriteError(
         f"cannot write the policy bundle {target}: {error.strerror or error}; "
-        f"{space_note(target, needed)}{previous}",
+        f"{space_note(target, needed)}{previous}"
     )
 
 
@@ -190,6 +189,25 @@ def read_bundle(name_or_path: str | os.PathLike[str]) -> Bundle:
             sense, or a bundle of a newer format version.
     """
     directory = locate(name_or_path)
+    while True:
+        identity = _identity(directory)
+        try:
+            return _read(directory)
+        except (BundleError, OSError):
+            if _identity(directory) == identity:
+                raise
+            # the bundle was replaced meanwhile: what was read is of two
+
+
+def _identity(directory: Path) -> int | None:
+    """Another one once the directory was replaced."""
+    try:
+        return directory.stat().st_ino
+    except OSError:
+        return None
+
+
+def _read(directory: Path) -> Bundle:
     config = _read_config(directory)
     arrays = _read_tensors(directory, NORMALIZER, config)
     weights = _read_tensors(directory, MODEL, config)

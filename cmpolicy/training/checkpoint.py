@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cmpolicy.files import write_atomically
+from cmpolicy.files import WriteError, write_atomically
 
 FORMAT_VERSION = 2  # 1 counted "samples"
 FOLDER = "training_state"
@@ -60,8 +59,9 @@ def save_state(run_dir: Path, state: TrainingState) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(target, data)
-    except OSError as error:
-        raise CheckpointError(_full_message(target, len(data), error)) from error
+    except WriteError as error:
+        previous = "the previous one is intact" if target.is_file() else "there is no older one"
+        raise CheckpointError(f"{error}; {previous}") from error
     return target
 
 
@@ -117,14 +117,3 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _full_message(target: Path, needed: int, error: OSError) -> str:
-    previous = "the previous one is intact" if target.is_file() else "there was no previous one"
-    folder = next(p for p in target.parents if p.exists())
-    free = shutil.disk_usage(folder).free
-    return (
-        f"could not write the training state {target}: {error.strerror or error}; it needs "
-        f"{needed / 1e6:.1f} MB, {folder} has {free / 1e6:.1f} MB free; {previous}. Free some "
-        f"space, then go on with resume={target.parent.parent}"
-    )

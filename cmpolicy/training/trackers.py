@@ -6,14 +6,16 @@ import json
 import math
 import secrets
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
 
 from tqdm import tqdm
 
-from cmpolicy.files import write_atomically
+from cmpolicy.files import WriteError, write_atomically
 from cmpolicy.training.config import LoopConfig
 
 LOG_FILE = "log.jsonl"
@@ -51,7 +53,7 @@ class JsonLines:
     """
 
     def __init__(self, run_dir: Path, *, start: int = 0) -> None:
-        path = run_dir / LOG_FILE
+        path = self._path = run_dir / LOG_FILE
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _is_before(line, start)]
             write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
@@ -61,12 +63,16 @@ class JsonLines:
         """See :class:`Tracker`. NaN and infinities, which JSON lacks, are written as null."""
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         entry = {"kind": kind, "examples": examples, **finite}
-        self._file.write(json.dumps(entry, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(entry, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise WriteError(f"cannot write {self._path}: {error.strerror or error}") from error
 
     def close(self) -> None:
         """See :class:`Tracker`."""
-        self._file.close()
+        with suppress(OSError):  # of a full disk, which was reported when it was written to
+            self._file.close()
 
 
 def read_log(run_dir: Path) -> list[dict[str, Any]]:
@@ -91,6 +97,7 @@ class Accelerated:
     """
 
     def __init__(self, name: str, run_dir: Path, *, start: int = 0) -> None:
+        self._name, self._failed = name, False
         # imported here: they take a second, which runs without them need not wait for
         from accelerate.tracking import TensorBoardTracker, WandBTracker
 
@@ -111,11 +118,26 @@ class Accelerated:
 
     def log(self, kind: Kind, examples: int, values: Mapping[str, float]) -> None:
         """See :class:`Tracker`."""
-        self._tracker.log({f"{kind}/{key}": value for key, value in values.items()}, step=examples)
+        named = {f"{kind}/{key}": value for key, value in values.items()}
+        self._attempt(lambda: self._tracker.log(named, step=examples))
 
     def close(self) -> None:
         """See :class:`Tracker`."""
-        self._tracker.finish()
+        self._attempt(self._tracker.finish)
+
+    def _attempt(self, do: Callable[[], None]) -> None:
+        """A tracker whose disk is full or whose network is gone is no reason to end a run."""
+        if self._failed:
+            return
+        try:
+            do()
+        except OSError as error:
+            self._failed = True
+            warnings.warn(
+                f"{self._name} fails ({error}); the run goes on without it, and {LOG_FILE} has all "
+                "of its numbers",
+                stacklevel=3,
+            )
 
 
 def _id(run_dir: Path) -> str:

@@ -140,10 +140,14 @@ class Trainer:
                     self.saved_at // self.config.save_every
                 ):
                     self.save()
-            self.save()
             of_these = self._scores if self._evaluated_at == self.examples else None
             self._keep_policy("last", of_these)
+            self.save()
             self._window.pause_clock()
+        return self.end()
+
+    def end(self) -> RunEnd:
+        """How things stand."""
         finished = self.examples >= self.config.examples and not self._evaluation_due(True)
         return RunEnd(self.examples, finished, self._agreed_signum, self.best, dict(self._metrics))
 
@@ -240,9 +244,9 @@ class Trainer:
     def save(self) -> None:
         """Write the training state (main process)."""
         self._guard.check()
-        self.saved_at = self.examples
         if self.accelerator.is_main_process:
             save_state(self.run_dir, self.state())
+        self.saved_at = self.examples
         self.accelerator.wait_for_everyone()
 
     def state(self) -> TrainingState:
@@ -265,7 +269,8 @@ class Trainer:
             "window_steps": self._window.steps,
             "seconds": self._window.seconds,
             "window_seconds": self._window.window_seconds,
-            "metrics": {k: v for k, v in self._metrics.items() if np.isfinite(v)},
+            "metrics": _finite(self._metrics),
+            "scores": self._scores and {"metrics": _finite(self._scores.metrics)},
         }
         return TrainingState(tensors, values)
 
@@ -298,6 +303,8 @@ class Trainer:
         self.best = None if values["best"] is None else tuple(values["best"])
         self._evaluated_at = int(values["evaluated_at"])
         self._metrics = dict(values["metrics"])
+        scores = values.get("scores")  # older states lack it
+        self._scores = None if scores is None else Scores(scores["metrics"], ())
         self._window.restore(
             select(state.tensors, "window"),
             int(values["window_steps"]),
@@ -307,6 +314,10 @@ class Trainer:
         torch.set_rng_state(state.tensors["rng/cpu"])
         if self.device.type == "cuda" and "rng/cuda" in state.tensors:
             torch.cuda.set_rng_state(state.tensors["rng/cuda"], self.device)
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float]:
+    return {k: v for k, v in values.items() if np.isfinite(v)}
 
 
 def step_generator(seed: int, examples: int, device: torch.device) -> torch.Generator:

@@ -239,14 +239,20 @@ class ReplayBuffer:
 
         Raises:
             ReplayBufferError: other keys, shapes or kinds of numbers than the store's, lengths that
-                differ, an empty episode, a store opened for reading, or one that another process
-                appends to.
+                differ, an empty episode, a store opened for reading or sealed, one that another
+                process appends to, or a full disk.
         """
         self._require_writable()
         values = {key: np.asarray(value) for key, value in episode.items()}
         # Chunks of nothing but zeros are written too, else they could not be told from lost ones.
-        with only_writer(self.path), zarr.config.set({"array.write_empty_chunks": True}):
-            self._append(values)
+        try:
+            with only_writer(self.path), zarr.config.set({"array.write_empty_chunks": True}):
+                self._append(values)
+        except OSError as error:
+            raise ReplayBufferError(
+                f"Cannot append to {self.path}: {error.strerror or error}. The {self.n_episodes} "
+                "episodes that it has are whole; make room, then append this one again."
+            ) from error
         return self.n_episodes - 1
 
     def _append(self, values: Mapping[str, npt.NDArray[Any]]) -> None:

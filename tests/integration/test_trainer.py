@@ -357,7 +357,6 @@ def test_disk_full_leaves_the_previous_state_and_says_so(tmp_path: Path) -> None
     assert str(state_path(tmp_path)) in message
     assert "MB free" in message
     assert "the previous one is intact" in message
-    assert f"go on with resume={tmp_path}" in message
     assert state_path(tmp_path).read_bytes() == before
     assert list(state_path(tmp_path).parent.iterdir()) == [state_path(tmp_path)]
     trainer.save()

@@ -187,7 +187,7 @@ class TestAppending:
             return await real_set(self, key, value, *args, **kwargs)
 
         monkeypatch.setattr(LocalStore, "set", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(ReplayBufferError, match="No space left"):
             writer.append_episode(episode(50))
         monkeypatch.undo()
         assert writer.n_episodes == 3
