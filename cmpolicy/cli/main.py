@@ -74,8 +74,16 @@ def _run(verb: str, words: list[str]) -> int:
         if not status and not isinstance(error, ValueError | OSError | ImportError):
             raise  # a defect of ours: its traceback is what a report needs
         notes = getattr(error, "__notes__", [])
-        print("\n".join([f"cmpolicy {verb}: {error}", *notes]), file=sys.stderr)
+        text = "\n".join([f"cmpolicy {verb}: {error}", *notes])
+        print(_printable(text), file=sys.stderr)
         return status or 2
+
+
+def _printable(text: str) -> str:
+    """A message with what it quotes of files: that may not steer the terminal."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def _show_warning(verb: str, otherwise: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -48,7 +49,7 @@ class PolicyKeeper:
         metadata = {
             "task": self._config.task.name,
             "data": self._data.source,
-            "command": self._folder.command,
+            "command": without_folders(self._folder.command),
             "data_fingerprint": self._data.fingerprint_digest,
             "examples": examples,
             "nfe": policy.nfe,
@@ -65,6 +66,15 @@ class PolicyKeeper:
         policy.save_pretrained(folder, card=model_card(policy, metadata), metadata=metadata)
         if kind == "best" and self._scorer.result is not None:
             self._scorer.result.save(self._folder.path / RESULT)
+
+
+_QUOTED_PATH = re.compile(r"'([^'=]*=)?(?:~|\.{0,2})/[^']*?([^'/]*)/?'")
+_PATH = re.compile(r"(?<=[=\s\[,])(?:~[^\s/]*|\.{0,2})/(?:[^\s'\",\]]*/)?([^\s/'\",\]]+)/?")
+
+
+def without_folders(command: str) -> str:
+    """A command as others may read it: of paths on this machine only the last part is left."""
+    return _PATH.sub(r"\1", _QUOTED_PATH.sub(r"'\1\2'", command))
 
 
 def model_card(policy: ConsistencyPolicy, metadata: Mapping[str, Any]) -> str:

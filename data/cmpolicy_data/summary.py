@@ -11,7 +11,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from cmpolicy_data.chunks import Array, absent_chunks, blocks, n_chunks, read_rows
+from cmpolicy_data.chunks import (
+    Array,
+    absent_chunks,
+    blocks,
+    n_chunks,
+    printable,
+    read_rows,
+)
 from cmpolicy_data.frames import looks_like_frames
 from cmpolicy_data.replay_buffer import ReplayBuffer
 from cmpolicy_data.store import size_on_disk
@@ -111,7 +118,7 @@ def format_summary(summary: StoreSummary) -> str:
             "attributes:",
             *(f"  {k}: {_short(v)}" for k, v in sorted(summary.attrs.items())),
         ]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _summarize_key(key: str, array: Array, path: Path) -> KeySummary:

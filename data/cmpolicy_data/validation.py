@@ -21,6 +21,7 @@ from cmpolicy_data.chunks import (
     blocks,
     lost_chunks,
     lost_message,
+    printable,
     read_rows,
 )
 from cmpolicy_data.seal import broken_seals
@@ -47,7 +48,7 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.key or self.path}: {self.message}"
+        return printable(f"{self.key or self.path}: {self.message}")
 
 
 def validate(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import zarr
 
-from cmpolicy_data import ReplayBuffer, ReplayBufferError
+from cmpolicy_data import ReplayBuffer, ReplayBufferError, validate
 from cmpolicy_data.chunks import blocks
 from cmpolicy_data.summary import format_summary, summarize
 
@@ -94,3 +94,14 @@ def test_images_and_what_cannot_be_read(tmp_path: Path) -> None:
     text = format_summary(summarize(buffer.path))
     assert "top: images of 12 x 16, mean colour (10, 20, 30), 2.88 kB as uint8, codec" in text
     assert "other: not read, its codec or its description cannot be read" in text
+
+
+def test_what_steers_a_terminal_is_escaped(tmp_path: Path) -> None:
+    red = "a\x1b[31mb\nc"
+    buffer = ReplayBuffer.create(tmp_path / "s.zarr", attrs={red: f"{red}é"})
+    buffer.append_episode({"action": np.ones((3, 1)), red.replace("\n", ""): np.full(3, np.nan)})
+    text = format_summary(summarize(buffer.path))
+    assert "\x1b" not in text
+    assert "a\\x1b[31mb\\nc: a\\x1b[31mb c" in text
+    assert "é" in text
+    assert "\x1b" not in "".join(map(str, validate(buffer.path)))

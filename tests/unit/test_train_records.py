@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cmpolicy.experiment.model_card import without_folders
 from cmpolicy.training.checkpoint import CheckpointError, TrainingState, load_state, save_state
 from cmpolicy.training.curves import draw_curves, smoothed
 from cmpolicy.training.trackers import Accelerated, JsonLines, Terminal, read_log
@@ -138,3 +139,16 @@ def test_a_foreign_file_is_no_state(tmp_path: Path) -> None:
     (tmp_path / "training_state/state.safetensors").write_bytes(b"something else")
     with pytest.raises(CheckpointError, match="damaged or not one of cmpolicy's"):
         load_state(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("task=pusht seed=3", "task=pusht seed=3"),
+        ("data.path=/home/me/x.zarr out=../r/", "data.path=x.zarr out=r"),
+        ("'data.path=/home/my data/x.zarr'", "'data.path=x.zarr'"),
+        ("init=owner/name data.path=demos/x", "init=owner/name data.path=demos/x"),
+    ],
+)
+def test_a_card_names_no_folder_of_the_machine(words: str, shown: str) -> None:
+    assert without_folders(f"cmpolicy train {words}") == f"cmpolicy train {shown}"
