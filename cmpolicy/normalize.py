@@ -26,16 +26,26 @@ class Normalizer(nn.Module):
     A scale of 0 says that the dimension is constant: it is 0 for the network, and comes back as the
     value that is stored in its offset, whatever the network says.
 
+    A key may have limits: values beyond them are cut to them, before they are scaled and after they
+    came back, so that no action leaves what was seen and no glitch reaches the network.
+
     Build it with :meth:`fit` from data. A policy bundle stores :meth:`to_arrays`. Buffers are named
     after their key, so a state dict fits whatever the order of the keys was.
     """
 
-    def __init__(self, affine: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self,
+        affine: Mapping[str, tuple[Tensor, Tensor]],
+        limits: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
         super().__init__()
         self._keys = tuple(affine)
         for key, (scale, offset) in affine.items():
             self.register_buffer(_buffer("scale", key), scale.clone())
             self.register_buffer(_buffer("offset", key), offset.clone())
+        for key, (low, high) in (limits or {}).items():
+            self.register_buffer(_buffer("low", key), low.clone())
+            self.register_buffer(_buffer("high", key), high.clone())
         self._find_constants()
         self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
             lambda module, keys: module._find_constants()
@@ -52,6 +62,9 @@ class Normalizer(nn.Module):
         cls,
         data: Mapping[str, npt.NDArray[Any]],
         unchanged: Mapping[str, npt.NDArray[np.bool_]] | None = None,
+        *,
+        spans: Mapping[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] | None = None,
+        limits: Mapping[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] | None = None,
     ) -> Normalizer:
         """Map each dimension's minimum to -1 and maximum to 1.
 
@@ -62,6 +75,8 @@ class Normalizer(nn.Module):
             data: (N, ...) finite values per key, in env units.
             unchanged: (...) true where a dimension of a key is left as it is, such as rotations,
                 whose entries are of one unit and in [-1, 1] already.
+            spans: two arrays (...) by key, in place of minimum and maximum.
+            limits: two arrays (...) by key, beyond which values are cut; none by default.
 
         Raises:
             ValueError: an empty or non-finite array, with the key.
@@ -70,8 +85,8 @@ class Normalizer(nn.Module):
         for key, values in data.items():
             if len(values) == 0:
                 raise ValueError(f"cannot fit the normaliser: {key!r} holds no steps")
-            low = values.min(axis=0).astype(np.float64)
-            high = values.max(axis=0).astype(np.float64)
+            low, high = (spans or {}).get(key) or (values.min(axis=0), values.max(axis=0))
+            low, high = low.astype(np.float64), high.astype(np.float64)
             if not (np.isfinite(low).all() and np.isfinite(high).all()):
                 raise ValueError(
                     f"cannot fit the normaliser: {key!r} holds NaN or inf; "
@@ -92,7 +107,11 @@ class Normalizer(nn.Module):
                 torch.as_tensor(scale, dtype=torch.float32),
                 torch.as_tensor(offset, dtype=torch.float32),
             )
-        return cls(affine)
+        cut = {
+            key: (torch.as_tensor(low).float(), torch.as_tensor(high).float())
+            for key, (low, high) in (limits or {}).items()
+        }
+        return cls(affine, cut)
 
     @classmethod
     def identity(cls, shapes: Mapping[str, Iterable[int]]) -> Normalizer:
@@ -113,22 +132,46 @@ class Normalizer(nn.Module):
     def normalize(self, key: str, x: Tensor) -> Tensor:
         """(..., *shape) in env units to [-1, 1]; constant dimensions to 0."""
         scale, offset = self._affine(key)
-        y = x * scale + offset
+        y = self._cut(key, x) * scale + offset
         return y.masked_fill(scale == 0, 0.0) if key in self._with_constants else y
 
     def unnormalize(self, key: str, y: Tensor) -> Tensor:
         """The inverse of :meth:`normalize`; constant dimensions to their value, exactly."""
         scale, offset = self._affine(key)
         if key not in self._with_constants:
-            return (y - offset) / scale
+            return self._cut(key, (y - offset) / scale)
         constant = scale == 0
-        return torch.where(constant, offset, (y - offset) / scale.masked_fill(constant, 1.0))
+        x = torch.where(constant, offset, (y - offset) / scale.masked_fill(constant, 1.0))
+        return self._cut(key, x)
+
+    def limits(self, key: str) -> tuple[Tensor, Tensor] | None:
+        """(low, high) (...) to which values of the key are cut; None if they are not."""
+        low = getattr(self, _buffer("low", key), None)
+        return None if low is None else (low, getattr(self, _buffer("high", key)))
+
+    def _cut(self, key: str, x: Tensor) -> Tensor:
+        limits = self.limits(key)
+        return x if limits is None else x.clamp(*limits)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Take over which keys have limits, too: training states from before them have none."""
+        for key in self._keys:
+            for name in (_buffer("low", key), _buffer("high", key)):
+                there = state_dict.get(prefix + name)
+                if there is None:
+                    self._buffers.pop(name, None)
+                elif name not in self._buffers:
+                    self.register_buffer(name, torch.empty_like(there))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def to_arrays(self) -> dict[str, Tensor]:
-        """``{"<key>.scale": ..., "<key>.offset": ...}``, what a bundle stores."""
+        """Scale and offset by ``<key>.scale`` and so on; low and high where there are limits."""
         arrays: dict[str, Tensor] = {}
         for key in self._keys:
             arrays[f"{key}.scale"], arrays[f"{key}.offset"] = self._affine(key)
+            limits = self.limits(key)
+            if limits is not None:
+                arrays[f"{key}.low"], arrays[f"{key}.high"] = limits
         return arrays
 
     @classmethod
@@ -139,6 +182,7 @@ class Normalizer(nn.Module):
             ValueError: a scale without its offset, or a number that is not finite.
         """
         affine: dict[str, tuple[Tensor, Tensor]] = {}
+        limits: dict[str, tuple[Tensor, Tensor]] = {}
         for name, scale in arrays.items():
             key, _, kind = name.rpartition(".")
             if kind != "scale":
@@ -151,7 +195,12 @@ class Normalizer(nn.Module):
             if max(float(scale.abs().max()), float(offset.abs().max())) > _LARGEST:
                 raise ValueError(f"normaliser entry {key!r} holds numbers above {_LARGEST:g}")
             affine[key] = (scale, offset)
-        return cls(affine)
+            low, high = arrays.get(f"{key}.low"), arrays.get(f"{key}.high")
+            if low is not None and high is not None:
+                if not (low.shape == high.shape == scale.shape and bool((low <= high).all())):
+                    raise ValueError(f"normaliser entry {key!r} has limits that cannot be")
+                limits[key] = (low, high)
+        return cls(affine, limits)
 
 
 def _warn_of_rounding(

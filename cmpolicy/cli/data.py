@@ -31,10 +31,12 @@ class ValidateSettings:
     Args:
         keys: keys or selectors that the store must have.
         missing_chunks: what a chunk that is not there means: auto, zero (left out) or error (lost).
+        strict: what looks healthy and is not counts as a problem.
     """
 
     keys: tuple[str, ...] = ("action",)
     missing_chunks: Literal["auto", "zero", "error"] = "auto"
+    strict: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +109,16 @@ def _is_setting(word: str) -> bool:
 
 def _inspect(_: NoSettings, path: str) -> int:
     from cmpolicy_data.catalog import resolve
+    from cmpolicy_data.report import table_of_store
     from cmpolicy_data.summary import format_summary, summarize
 
-    print(format_summary(summarize(resolve(path))))
+    store = resolve(path)
+    print(format_summary(summarize(store)))
+    try:
+        numbers = table_of_store(store)
+    except ValueError as error:
+        numbers = [f"no percentiles: {error}"]
+    print("\n".join(["", "percentiles:", *(f"  {line}" for line in numbers)]))
     return 0
 
 
@@ -129,6 +138,7 @@ def _view(settings: ViewSettings, path: str) -> int:
 
 def _validate(settings: ValidateSettings, path: str) -> int:
     from cmpolicy_data.catalog import resolve
+    from cmpolicy_data.report import examine_store
     from cmpolicy_data.validation import validate
 
     store = resolve(path)
@@ -137,8 +147,12 @@ def _validate(settings: ValidateSettings, path: str) -> int:
         print(problem)
     if len(problems) > _SHOWN_PROBLEMS:
         print(f"... and {len(problems) - _SHOWN_PROBLEMS} more")
-    print(f"{store}: {len(problems)} problem(s)" if problems else f"{store}: no problems")
-    return 1 if problems else 0
+    findings = [] if problems else examine_store(store, missing_chunks=settings.missing_chunks)
+    for finding in findings:
+        print(finding)
+    wrong = f"{len(problems)} problem(s)" if problems else "no problems"
+    print(f"{store}: {wrong}" + (f", {len(findings)} warning(s)" if findings else ""))
+    return 1 if problems or (findings and settings.strict) else 0
 
 
 def _seal(settings: SealSettings, path: str) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from cmpolicy.flow.objectives import OBJECTIVES, Objective, build_objective
 from cmpolicy.flow.sampler import SamplerKind
@@ -36,6 +36,8 @@ from cmpolicy.schema import (
 )
 from cmpolicy.spec import Rotation
 from cmpolicy.training.config import EvalConfig, LoopConfig
+
+NormalizeMethod = Literal["auto", "minmax", "quantile", "gaussian"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,12 @@ class DataConfig:
         augment: what is done to the demonstrations, in this order; of Push-T: ``recentre`` (each
             episode moved so that its block comes to rest on the goal), ``mirror`` (every episode's
             mirror image is added).
+        normalize: how keys are scaled, all (``data.normalize=gaussian``) or one of the policy's
+            (``data.normalize.action=quantile``): ``auto`` takes the range of the values, but for a
+            few that are out of all bounds, which are cut; ``minmax`` of all values; ``quantile``
+            the percentiles 1 and 99; ``gaussian`` mean and standard deviation.
+        clamp_actions: whether the policy's actions are cut to the range of those it was trained on.
+        strict: whether findings about the data are errors.
         short_episodes: what to do with episodes shorter than a window: ``pad`` repeats their last
             step, ``skip`` leaves them out.
         pad_loss: whether the actions that repeat an episode's first or last one are trained on;
@@ -89,6 +97,9 @@ class DataConfig:
     action: str = "action"
     val_fraction: float = 0.02
     augment: tuple[str, ...] = ()
+    normalize: Mapping[str, str] = field(default_factory=lambda: {"default": "auto"})
+    clamp_actions: bool = True
+    strict: bool = False
     short_episodes: Literal["pad", "skip"] = "pad"
     pad_loss: bool | None = None
     action_rotations: tuple[str, ...] | None = None
@@ -103,6 +114,10 @@ class DataConfig:
                 "data.obs has the key 'action', which is the policy's output; name the observation "
                 "otherwise, e.g. data.obs={past_action: action}"
             )
+        known = {"default", "action", *self.obs}
+        for key, method in self.normalize.items():
+            choose(dict.fromkeys(known), key, "key of data.normalize")
+            choose(dict.fromkeys(get_args(NormalizeMethod)), method, f"data.normalize.{key}")
         for text in self.action_rotations or ():
             parse_rotation(text)
         for key, source in self.obs.items():
@@ -130,6 +145,9 @@ class DataConfig:
         if isinstance(data, Mapping):
             augment = data.get("augment") or ()
             data = {**data, "augment": [augment] if isinstance(augment, str) else augment}
+            method = data.get("normalize")
+            if isinstance(method, str):
+                data = {**data, "normalize": {"default": method}}
         return from_mapping(cls, data, where=where)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,8 @@ from cmpolicy_data import (
 )
 from cmpolicy_data.catalog import resolve
 from cmpolicy_data.demonstrations import Demonstrations, load_demonstrations
+from cmpolicy_data.report import decision_steps, examine
+from cmpolicy_data.statistics import KeyStatistics
 from cmpolicy_data.windows import WindowError, min_episode_length
 
 ACTION = "action"
@@ -48,6 +51,7 @@ class TrainingData:
         rotations: of the action; None where nothing is known.
         fingerprint: tells whether other data is the same: a hash per episode, and the shapes.
         n_short: episodes shorter than a window.
+        normalize, clamp_actions: see ``data.normalize`` and ``data.clamp_actions``.
     """
 
     arrays: Demonstrations
@@ -60,6 +64,20 @@ class TrainingData:
     rotations: tuple[Rotation, ...] | None = None
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     n_short: int = 0
+    normalize: Mapping[str, Any] = field(default_factory=lambda: {"default": "auto"})
+    clamp_actions: bool = True
+
+    @property
+    def summary(self) -> str:
+        """How much there is, and which of it training uses; one line."""
+        ends = self.arrays.episode_ends
+        short = f"; {self.n_short} are shorter than a window" if self.n_short else ""
+        windows = self.windows
+        used = decision_steps(ends, windows.episode, windows.obs[:, -1])
+        return (
+            f"{self.source}: {len(ends)} episodes, {len(self.split.val_ids)} of them held out"
+            f"{short}; {used}"
+        )
 
     def spec(self, config: PolicyConfig) -> PolicySpec:
         """Inputs and outputs of a policy on this data."""
@@ -76,12 +94,20 @@ class TrainingData:
     def normalizer(self) -> Normalizer:
         """Fitted to the training episodes."""
         rows = np.unique(self.windows.select(self.split.train_ids).action)
-        states = {k: v for k, v in self.arrays.obs.items() if k not in self.arrays.images}
-        named = {**states, ACTION: self.arrays.action}
+        named = {key: value[rows] for key, value in self.arrays.numbers.items()}
+        spans, limits = {}, {}
+        for key, values in named.items():
+            statistics = KeyStatistics.of(values)
+            method = self.normalize.get(key, self.normalize["default"])
+            spans[key] = statistics.span(method)
+            glitches = method == "auto" and bool(statistics.n_outliers.any())
+            if glitches or (key == ACTION and self.clamp_actions):
+                least = (statistics.low, statistics.high)
+                limits[key] = least if method == "auto" else statistics.span("minmax")
         unchanged = {}
         if self.simulator.actions == "absolute":
             unchanged[ACTION] = ~is_position(self.arrays.action.shape[1])
-        return Normalizer.fit({key: value[rows] for key, value in named.items()}, unchanged)
+        return Normalizer.fit(named, unchanged, spans=spans, limits=limits)
 
     def loader(
         self,
@@ -145,6 +171,7 @@ def load_training_data(config: TrainConfig) -> TrainingData:
             _check_state(key, values, path)
             _check_finite(key, values, path)
     _check_finite(data.action, arrays.action, path)
+    _report(arrays, path, strict=data.strict)
     sizes = {
         "horizon": config.policy.horizon,
         "n_obs_steps": config.policy.n_obs_steps,
@@ -171,6 +198,8 @@ def load_training_data(config: TrainConfig) -> TrainingData:
         rotations=_rotations(data, attrs, simulator, arrays.action.shape[1]),
         fingerprint=fingerprint(arrays),
         n_short=int((lengths < min_episode_length(**sizes)).sum()),
+        normalize={"default": "auto", **data.normalize},
+        clamp_actions=data.clamp_actions,
     )
 
 
@@ -262,6 +291,25 @@ def _rotations(
         arms = range(0, size, _ARM)
         return tuple(Rotation("rotation_6d", tuple(range(a + 3, a + 9))) for a in arms)
     return None
+
+
+class DataWarning(UserWarning):
+    """Data that trains without an error and may give a useless policy."""
+
+
+def _report(arrays: Demonstrations, path: Path, *, strict: bool) -> None:
+    """Say what looks healthy in the data and is not.
+
+    Raises:
+        ConfigError: there is something, and ``strict``.
+    """
+    findings = examine(arrays.numbers, arrays.episode_ends, actions=(ACTION,))
+    if not findings:
+        return
+    text = "\n  ".join([f"{path}:", *map(str, findings)])
+    if strict:
+        raise ConfigError(f"{text}\nleave out data.strict to train all the same")
+    warnings.warn(text, DataWarning, stacklevel=3)
 
 
 def _check_state(key: str, values: npt.NDArray[Any], path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,8 @@ def _train(
     before = read_facts(folder.path) if resume else {}
     if resume:
         check_same_data(before, data, folder.path)
+    if accelerator.is_main_process:
+        print(data.summary, file=sys.stderr, flush=True)
     torch.manual_seed(config.seed)
     device = accelerator.device
     policy = new_policy(config, data).to(device)

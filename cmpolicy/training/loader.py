@@ -92,12 +92,6 @@ class DeviceLoader:
         self._is_pad = torch.from_numpy(np.ascontiguousarray(windows.action_is_pad)).to(self.device)
         self._order = ExampleOrder(n_windows, seed=seed, device=self.device)
 
-    @property
-    def action_range(self) -> float:
-        """Largest minus smallest action in env units, root mean square over the dimensions."""
-        span = self._action.amax(0) - self._action.amin(0)
-        return float(span.square().mean().sqrt())
-
     def batch(self, first_example: int, count: int | None = None) -> Batch:
         """The ``count`` examples of the run from ``first_example`` on (default: a whole batch).
 

@@ -196,7 +196,15 @@ def _is_shown(name: str) -> bool:
     return name.startswith("loss") or name in _SHOWN
 
 
-_SHOWN = ("grad_norm", "examples_per_s", "success", "score", "val_loss", "val_action_error")
+_SHOWN = (
+    "grad_norm",
+    "examples_per_s",
+    "success",
+    "score",
+    "val_loss",
+    "val_action_error",
+    "val_action_range",
+)
 
 
 def _short(value: float) -> str:

@@ -77,7 +77,6 @@ class Validator:
         self._loader = loader
         self._parts = numbers.split(loader.batch_size)
         self._seed = seed
-        self._range = loader.action_range
 
     @torch.no_grad()
     def __call__(self, policy: ConsistencyPolicy) -> Validation:
@@ -100,10 +99,20 @@ class Validator:
             squares, values = squares + error, values + count
         metrics = losses.read() | {
             "val_action_error": float((squares / max(values, 1)) ** 0.5),
-            "val_action_range": self._range,
+            "val_action_range": _action_range(policy),
         }
         health = policy.health(self._loader.gather(self._parts[0][:HEALTH_WINDOWS]), generator)
         return Validation(metrics | health_metrics(health))
+
+
+def _action_range(policy: ConsistencyPolicy) -> float:
+    """Largest minus smallest action that counts, in env units, root mean square over dimensions."""
+    limits = policy.normalizer.limits("action")
+    if limits is None:  # what the network calls -1 and 1
+        ends = torch.tensor([[-1.0], [1.0]]).expand(2, policy.spec.action_dim)
+        scaled = policy.normalizer.unnormalize("action", ends.to(policy.device))
+        limits = (scaled[0], scaled[1])
+    return float((limits[1] - limits[0]).square().mean().sqrt())
 
 
 def _action_error(policy: ConsistencyPolicy, batch: Batch, noise: Tensor) -> tuple[float, int]:

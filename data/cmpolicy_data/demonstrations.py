@@ -35,6 +35,12 @@ class Demonstrations:
     source_episode: npt.NDArray[np.int64]
     images: tuple[str, ...] = ()
 
+    @property
+    def numbers(self) -> dict[str, npt.NDArray[Any]]:
+        """All that is no image: observation keys, and ``action``."""
+        states = {key: value for key, value in self.obs.items() if key not in self.images}
+        return {**states, "action": self.action}
+
     def expand(self, split: EpisodeSplit) -> EpisodeSplit:
         """A split of the stored episodes as one of these: mirror images stay with their source."""
         return EpisodeSplit(

@@ -1,0 +1,87 @@
+"""Numbers about a key that one glitch cannot fool: ranges, percentiles, outliers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Float64Array = npt.NDArray[np.float64]
+
+#: How the values of a key are scaled, see :meth:`KeyStatistics.span`.
+Normalize = Literal["auto", "minmax", "quantile", "gaussian"]
+
+PERCENTILES = (0.1, 1.0, 50.0, 99.0, 99.9)
+# A value is out of all bounds if it lies farther from the rest than this many times the rest's
+# range, and is one of few: at most one in 2000 (three in small data) on its side.
+_FAR = 10.0
+_ONE_IN = 2000
+_FEW = 3
+
+
+@dataclass(frozen=True)
+class KeyStatistics:
+    """Of (N, ...) values over the steps, per dimension (...), in float64.
+
+    Attributes:
+        minimum, maximum: of all values.
+        low, high: of the values that are not out of all bounds.
+        mean, std: of these as well.
+        percentiles: (5, ...), see :data:`PERCENTILES`, of all values.
+        n_outliers: values beyond [low, high].
+    """
+
+    minimum: Float64Array
+    maximum: Float64Array
+    low: Float64Array
+    high: Float64Array
+    mean: Float64Array
+    std: Float64Array
+    percentiles: Float64Array
+    n_outliers: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, values: npt.NDArray[Any]) -> KeyStatistics:
+        """Statistics of (N, ...) finite values, N at least 1."""
+        numbers = values.astype(np.float64, copy=False)
+        n = len(numbers)
+        minimum, maximum = numbers.min(axis=0), numbers.max(axis=0)
+        low, high = minimum.copy(), maximum.copy()
+        few = max(_FEW, n // _ONE_IN)
+        inside: npt.NDArray[np.bool_] | None = None
+        if n > 4 * few:
+            ordered = np.partition(numbers, (few, n - 1 - few), axis=0)
+            bottom, top = ordered[few], ordered[n - 1 - few]
+            reach = _FAR * (top - bottom)
+            reach = np.where(reach > 0, reach, np.inf)  # all but few equal: perhaps a switch
+            inside = (numbers >= bottom - reach) & (numbers <= top + reach)
+            low = np.where(inside, numbers, np.inf).min(axis=0)
+            high = np.where(inside, numbers, -np.inf).max(axis=0)
+        kept = numbers if inside is None else np.where(inside, numbers, np.nan)
+        return cls(
+            minimum,
+            maximum,
+            low,
+            high,
+            np.asarray(np.nanmean(kept, axis=0)),
+            np.asarray(np.nanstd(kept, axis=0)),
+            np.percentile(numbers, PERCENTILES, axis=0),
+            np.zeros(minimum.shape, np.int64) if inside is None else (~inside).sum(axis=0),
+        )
+
+    def span(self, method: Normalize) -> tuple[Float64Array, Float64Array]:
+        """What becomes -1 and 1: two arrays (...).
+
+        ``minmax`` takes the range of all values, ``auto`` that of those not out of all bounds,
+        ``quantile`` the percentiles 1 and 99, ``gaussian`` the mean minus and plus the standard
+        deviation.
+        """
+        if method == "minmax":
+            return self.minimum, self.maximum
+        if method == "quantile":
+            return self.percentiles[1], self.percentiles[3]
+        if method == "gaussian":
+            return self.mean - self.std, self.mean + self.std
+        return self.low, self.high
