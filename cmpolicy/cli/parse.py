@@ -53,7 +53,7 @@ class Composition:
     package: str = PACKAGE
     extra: Mapping[str, Any] = field(default_factory=lambda: {"out": None})
     text: Sequence[str] = ("out", "init", "data.path", "dataset.path", "task.name")
-    open_groups: Sequence[str] = ("data.obs",)
+    open_groups: Sequence[str] = ("data.obs", "data.normalize")
 
     @property
     def groups(self) -> dict[str, list[str]]:

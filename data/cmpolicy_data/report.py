@@ -226,9 +226,9 @@ def _column(
     if span == 0:
         return  # the normaliser writes it instead of generating it
     if largest * _FLOAT32 > _COARSE * span:
-        clock = " It looks like a clock, and a clock never shows a time of the training again." * (
-            largest > _CLOCK and not is_action
-        )
+        is_clock = largest > _CLOCK and not is_action
+        clock = " It looks like a clock, which never shows a time of the training again."
+        clock = clock if is_clock else ""
         yield Finding(
             key,
             column,

@@ -147,3 +147,35 @@ def test_unchanged_dimensions_stay_as_they_are() -> None:
     assert mapped[:, [0, 2]].amin() == pytest.approx(-1, abs=1e-6)
     assert mapped[:, [0, 2]].amax() == pytest.approx(1, abs=1e-6)
     assert normalizer.normalize("state", given)[:, 1].amax() == pytest.approx(1, abs=1e-6)
+
+
+def test_limits_cut_before_and_after() -> None:
+    values = np.random.default_rng(0).uniform(-1, 1, (50, 2))
+    values[3, 0] = 5000
+    spans = {"action": (np.array([-1.0, -1.0]), np.array([1.0, 1.0]))}
+    normalizer = Normalizer.fit({"action": values}, spans=spans, limits=spans)
+    y = normalizer.normalize("action", torch.as_tensor(values, dtype=torch.float32))
+    assert y.abs().max() == 1
+    assert normalizer.unnormalize("action", torch.tensor([[7.0, -0.5]])).tolist() == [[1.0, -0.5]]
+    assert normalizer.limits("action")[1].tolist() == [1, 1]
+    again = Normalizer.from_arrays(normalizer.to_arrays())
+    assert again.unnormalize("action", torch.tensor([[7.0, -0.5]])).tolist() == [[1.0, -0.5]]
+
+
+def test_a_state_without_limits_takes_them_away_and_one_with_them_brings_them() -> None:
+    values = {"action": np.linspace(0, 1, 9)[:, None]}
+    limits = {"action": (np.zeros(1), np.ones(1))}
+    plain, cut = Normalizer.fit(values), Normalizer.fit(values, limits=limits)
+    for target, source in ((plain, cut), (cut, Normalizer.fit(values))):
+        target.load_state_dict(source.state_dict())
+        high = float(target.unnormalize("action", torch.tensor([3.0])))
+        assert high == (2.0 if source.limits("action") is None else 1.0)
+
+
+def test_limits_that_cannot_be() -> None:
+    arrays = Normalizer.fit(
+        {"a": np.linspace(0, 1, 9)[:, None]}, limits={"a": (np.zeros(1), np.ones(1))}
+    ).to_arrays()
+    arrays["a.low"] = torch.tensor([2.0])
+    with pytest.raises(ValueError, match="'a' has limits that cannot be"):
+        Normalizer.from_arrays(arrays)
