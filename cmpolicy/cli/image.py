@@ -59,8 +59,8 @@ def _train(words: Sequence[str]) -> int:
 
     overrides = {override.key_or_group: override for override in parse(words)}
     if "resume" in overrides:
-        run_dir = str(overrides.pop("resume").value())
-        result = resume_images(run_dir, {key: o.value() for key, o in overrides.items()})
+        changes = _training().values(overrides.values())
+        result = resume_images(changes.pop("resume"), changes)
         config = ImageTrainConfig.from_mapping(read_yaml(result.run_dir / CONFIG_FILE))
     else:
         settings = _training().compose(words)

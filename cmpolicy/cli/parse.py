@@ -52,7 +52,7 @@ class Composition:
     config_name: str = "train"
     package: str = PACKAGE
     extra: Mapping[str, Any] = field(default_factory=lambda: {"out": None})
-    text: Sequence[str] = ("out", "init", "data.path", "dataset.path", "task.name")
+    text: Sequence[str] = ("out", "resume", "init", "data.path", "dataset.path", "task.name")
     open_groups: Sequence[str] = ("data.obs", "data.normalize")
 
     @property
@@ -95,9 +95,16 @@ class Composition:
                     )
                 leaves = [k for k in known if not any(o.startswith(f"{k}.") for o in known)]
                 raise ConfigError(unknown_key_message(key, [*leaves, *self.groups], how=HOW))
-            value = _text(override) if key in self.text else override.value()
-            OmegaConf.update(config, key, _plain(value), merge=False)
+            OmegaConf.update(config, key, self._value(override), merge=False)
         return _container(config)
+
+    def values(self, overrides: Iterable[Override]) -> dict[str, Any]:
+        """The values of settings by key, of words that compose nothing."""
+        return {override.key_or_group: self._value(override) for override in overrides}
+
+    def _value(self, override: Override) -> Any:
+        is_text = override.key_or_group in self.text
+        return _plain(_text(override) if is_text else override.value())
 
     def help(self, header: str, words: Sequence[str]) -> str:
         """The groups with their choices and all settings with their values."""

@@ -77,8 +77,8 @@ def train_words(
 
     overrides = {override.key_or_group: override for override in parse(words)}
     if "resume" in overrides:
-        run_dir = str(overrides.pop("resume").value())
-        result = resume(run_dir, {key: o.value() for key, o in overrides.items()})
+        changes = COMPOSITION.values(overrides.values())
+        result = resume(changes.pop("resume"), changes, command=command)
         return result, TrainConfig.from_mapping(_written(result.run_dir))
     settings = COMPOSITION.compose(words)
     chosen = settings.pop("out")

@@ -77,6 +77,7 @@ class DataConfig:
             the percentiles 1 and 99; ``gaussian`` mean and standard deviation.
         clamp_actions: whether the policy's actions are cut to the range of those it was trained on.
         strict: whether findings about the data are errors.
+        changed: what to do when a run goes on and finds other data: ``refuse``, or ``accept``.
         short_episodes: what to do with episodes shorter than a window: ``pad`` repeats their last
             step, ``skip`` leaves them out.
         pad_loss: whether the actions that repeat an episode's first or last one are trained on;
@@ -100,6 +101,7 @@ class DataConfig:
     normalize: Mapping[str, str] = field(default_factory=lambda: {"default": "auto"})
     clamp_actions: bool = True
     strict: bool = False
+    changed: Literal["refuse", "accept"] = "refuse"
     short_episodes: Literal["pad", "skip"] = "pad"
     pad_loss: bool | None = None
     action_rotations: tuple[str, ...] | None = None

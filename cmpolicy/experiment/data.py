@@ -217,11 +217,13 @@ def fingerprint(arrays: Demonstrations) -> dict[str, Any]:
     return {"arrays": shapes, "episodes": hashes}
 
 
-def check_same_data(facts: Mapping[str, Any], data: TrainingData, run_dir: Path) -> None:
+def check_same_data(
+    facts: Mapping[str, Any], data: TrainingData, run_dir: Path, *, accept: bool = False
+) -> None:
     """Whether a run that goes on finds the data that it was started on.
 
     Raises:
-        ConfigError: what changed.
+        ConfigError: what changed, unless ``accept``, which makes it a warning.
     """
     before, now = facts.get("data", {}), data.facts["data"]
     if not before or facts == {**facts, **data.facts}:
@@ -236,9 +238,19 @@ def check_same_data(facts: Mapping[str, Any], data: TrainingData, run_dir: Path)
     else:
         first = next(i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b)
         what = f"episode {first} is another one"
+    same = before.get("arrays") == now["arrays"]
+    if accept and same:
+        warnings.warn(
+            f"the run in {run_dir} goes on with other data: {what}. Its scaling stays that of the "
+            "data it was started on",
+            DataWarning,
+            stacklevel=3,
+        )
+        return
+    how = "go on with this data all the same with data.changed=accept, " if same else ""
     raise ConfigError(
         f"the data is not the one that {run_dir} was started on: {what}. Give the old data with "
-        "data.path=..., or start a new run on this one, from the old policy with init=..."
+        f"data.path=..., {how}or start a new run on this one, from the old policy with init=..."
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from cmpolicy.experiment.config import TrainConfig
 from cmpolicy.experiment.data import TrainingData
-from cmpolicy.experiment.run import RunFolder
+from cmpolicy.experiment.run import RunFolder, read_facts
 from cmpolicy.experiment.scoring import PolicyScorer
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.training.trainer import Scores
@@ -62,6 +62,11 @@ class PolicyKeeper:
             metadata["simulator"] = self._data.simulator.to_dict()
         if self._start is not None:
             metadata["start"] = self._start
+        history = read_facts(self._folder.path).get("history", [])
+        if history:
+            metadata["history"] = [
+                {**part, "command": without_folders(part["command"])} for part in history
+            ]
         folder = self._folder.path / (BEST if kind == "best" else LAST)
         policy.save_pretrained(folder, card=model_card(policy, metadata), metadata=metadata)
         if kind == "best" and self._scorer.result is not None:
@@ -100,7 +105,11 @@ def model_card(policy: ConsistencyPolicy, metadata: Mapping[str, Any]) -> str:
     )
     init = config.get("init")
     start = "from scratch" if init is None else f"further, from `{init}`,"
-    before, stages = metadata.get("start"), ""
+    stages = "".join(
+        f"- from example {part['examples']} on: `{part['command']}`\n"
+        for part in metadata.get("history", [])
+    )
+    before = metadata.get("start")
     while before:
         stages += f"- before that: {before.get('examples')} examples, `{before.get('command')}`\n"
         before = before.get("start")

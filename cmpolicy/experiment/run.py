@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -17,8 +18,8 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from cmpolicy.files import only_writer, write_atomically
-from cmpolicy.schema import ConfigError, merge
-from cmpolicy.training.checkpoint import state_path
+from cmpolicy.schema import ConfigError, choose, merge
+from cmpolicy.training.checkpoint import load_state, state_path
 from cmpolicy.training.config import LoopConfig
 from cmpolicy.training.curves import draw_curves
 from cmpolicy.training.guard import NonFiniteError
@@ -43,6 +44,7 @@ RESUME_SETTINGS = (
     "device",
     "optim.lr",
     "optim.grad_clip",
+    "schedule",
     "eval.every",
     "log.every",
     "log.trackers",
@@ -60,6 +62,7 @@ class RunFolder:
         command: what the user typed, as far as the run's folder knows.
         facts: what a resumed run has to find unchanged, JSON-ready; kept in ``facts.json``.
         resumed: whether the run goes on.
+        change: the command by which it goes on with other settings, if it does.
     """
 
     path: Path
@@ -67,6 +70,7 @@ class RunFolder:
     command: str
     facts: Mapping[str, Any] = field(default_factory=dict)
     resumed: bool = False
+    change: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,7 @@ def open_run(
     command: str,
     resume: bool,
     verb: str,
+    change: str | None = None,
 ) -> RunFolder:
     """The folder of a run, the same in every process: ``out``, or one named after ``stem`` and now.
 
@@ -120,7 +125,7 @@ def open_run(
         raise RuntimeError("the main process named no folder for the run")
     file = place / COMMAND_FILE  # a resumed run is still that of the command that started it
     command = file.read_text().strip() if resume and file.is_file() else command
-    return RunFolder(path=place, verb=verb, command=command, resumed=resume)
+    return RunFolder(path=place, verb=verb, command=command, resumed=resume, change=change)
 
 
 def _new_folder(stem: str, out: str | Path | None, verb: str) -> Path:
@@ -152,6 +157,12 @@ def resumed_settings(run_dir: Path, changes: Mapping[str, Any], known: tuple[str
             f"resume={run_dir}: there is no {path}; give the folder of a run, such as outputs/<run>"
         )
     settings = read_yaml(path)
+    changes = dict(changes)
+    restart = changes.pop("schedule", "extend")
+    choose({"extend": 0, "restart": 0}, str(restart), "schedule")
+    if restart == "restart":
+        changes["optim.begin"] = int(load_state(run_dir).values["examples"])
+        known = (*known, "optim.begin")
     for key, value in changes.items():
         if key not in known:
             raise ConfigError(
@@ -238,10 +249,13 @@ def run_training(
                 return _result(trainer, folder, is_main)
         try:
             if is_main:
+                facts = dict(folder.facts)
+                if folder.resumed:
+                    facts["history"] = _history(trainer, config, folder)
                 texts = {
                     CONFIG_FILE: yaml.safe_dump(config.to_dict(), sort_keys=False),
                     COMMAND_FILE: folder.command + "\n",
-                    FACTS_FILE: json.dumps(dict(folder.facts)) + "\n",
+                    FACTS_FILE: json.dumps(facts) + "\n",
                 }
                 for name, text in texts.items():
                     write_atomically(run_dir / name, text.encode())
@@ -265,6 +279,26 @@ def run_training(
             except OSError as error:  # all else is there
                 warnings.warn(f"cannot draw the curves in {run_dir}: {error}", stacklevel=2)
         return _result(trainer, folder, is_main)
+
+
+def _history(trainer: Trainer, config: LoopConfig, folder: RunFolder) -> list[dict[str, Any]]:
+    """The changes with which the run went on, this one included; says what this one does."""
+    history: list[dict[str, Any]] = list(read_facts(folder.path).get("history", []))
+    if folder.change is None:
+        return history
+    before = read_yaml(folder.path / CONFIG_FILE).get("examples")
+    if before != config.examples:
+        (rate,) = trainer.schedule.get_last_lr()
+        print(
+            f"the run goes on from {trainer.examples} to {config.examples} examples (before: "
+            f"{before}); its learning rate is {rate:.2g} now, and its schedule ends there. "
+            "schedule=restart begins a new one, with its warm-up; schedule=extend (the default) "
+            "is where it would be had the run been that long from the start",
+            file=sys.stderr,
+        )
+    if history and history[-1] == {"examples": trainer.examples, "command": folder.change}:
+        return history
+    return [*history, {"examples": trainer.examples, "command": folder.change}]
 
 
 def _result(trainer: Trainer, folder: RunFolder, is_main: bool) -> RunResult:

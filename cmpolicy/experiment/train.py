@@ -32,7 +32,7 @@ from cmpolicy.training.device import make_accelerator
 from cmpolicy.training.validation import Validator
 
 VALIDATION_BATCH = 512
-RESUMABLE = (*RESUME_SETTINGS, "eval.workers", "data.path")
+RESUMABLE = (*RESUME_SETTINGS, "eval.workers", "data.path", "data.changed")
 
 
 class TrainResult(RunResult):
@@ -78,13 +78,16 @@ def resume(
     run_dir: str | Path,
     changes: Mapping[str, Any] | None = None,
     *,
+    command: str | None = None,
     until: int | None = None,
 ) -> TrainResult:
     """Go on with a run, bit by bit as if it had never stopped.
 
     Args:
         run_dir: its folder.
-        changes: settings that may change meanwhile, by dotted key, such as ``{"examples": 2e6}``.
+        changes: settings that may change meanwhile, by dotted key, such as ``{"examples": 2e6}``;
+            ``schedule`` may be ``extend`` or ``restart``, see ``optim.begin``.
+        command: as in :func:`train`; the card tells it if it changes anything.
         until: as in :func:`train`.
 
     Raises:
@@ -93,7 +96,15 @@ def resume(
     folder = Path(run_dir).expanduser()
     settings = resumed_settings(folder, changes or {}, RESUMABLE)
     config = TrainConfig.from_mapping(settings)
-    return _train(config, folder, command="", until=until, resume=True)
+    change = command or f"cmpolicy.resume: {changes}"
+    return _train(
+        config,
+        folder,
+        command="",
+        until=until,
+        resume=True,
+        change=change if changes else None,
+    )
 
 
 def _train(
@@ -103,6 +114,7 @@ def _train(
     command: str | None,
     until: int | None,
     resume: bool,
+    change: str | None = None,
 ) -> TrainResult:
     accelerator = make_accelerator(config)
     config = _with_absolute_path(config)
@@ -113,11 +125,15 @@ def _train(
         command=describe(config) if command is None else command,
         resume=resume,
         verb="train",
+        change=change,
     )
     data = load_training_data(config)
     before = read_facts(folder.path) if resume else {}
     if resume:
-        check_same_data(before, data, folder.path)
+        check_same_data(before, data, folder.path, accept=config.data.changed == "accept")
+        config = dataclasses.replace(  # it was for this change alone
+            config, data=dataclasses.replace(config.data, changed="refuse")
+        )
     if accelerator.is_main_process:
         print(data.summary, file=sys.stderr, flush=True)
     torch.manual_seed(config.seed)

@@ -30,6 +30,8 @@ class OptimConfig:
         betas, eps, weight_decay: of AdamW (Loshchilov and Hutter 2019).
         warmup: examples over which the rate rises linearly from 0.
         schedule: ``cosine`` falls to 0 at the end of the run, ``constant`` stays.
+        begin: examples after which warm-up and decay begin; set where a run goes on with
+            ``schedule=restart``.
         grad_clip: the gradient is scaled down to this norm; null leaves it.
     """
 
@@ -39,6 +41,7 @@ class OptimConfig:
     weight_decay: float = 1e-6
     warmup: int = 12_800
     schedule: Literal["cosine", "constant"] = "cosine"
+    begin: int = 0
     grad_clip: float | None = 1.0
 
     def __post_init__(self) -> None:
@@ -46,6 +49,7 @@ class OptimConfig:
         positive("optim.eps", self.eps)
         at_least("optim.weight_decay", self.weight_decay, 0)
         at_least("optim.warmup", self.warmup, 0)
+        at_least("optim.begin", self.begin, 0)
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ConfigError(f"optim.betas must be two numbers in [0, 1), got {list(self.betas)}")
         if self.grad_clip is not None:
@@ -177,10 +181,11 @@ class LoopConfig:
                 f"examples={self.examples} is less than one batch (batch_size={self.batch_size}); "
                 "raise examples or lower batch_size"
             )
-        if self.optim.warmup >= self.examples:
+        if self.optim.warmup >= self.examples - self.optim.begin:
+            after = f" after optim.begin={self.optim.begin}" if self.optim.begin else ""
             raise ConfigError(
-                f"optim.warmup={self.optim.warmup} leaves nothing of examples={self.examples}; "
-                "it counts examples, not steps"
+                f"optim.warmup={self.optim.warmup} leaves nothing of examples={self.examples}"
+                f"{after}; it counts examples, not steps"
             )
 
     @classmethod

@@ -36,8 +36,11 @@ def build_schedule(
         name,
         optimizer,
         num_warmup_steps=-(-config.warmup // step_examples),
-        num_training_steps=-(-examples // step_examples),
+        num_training_steps=-(-(examples - config.begin) // step_examples),
     )
+    if config.begin:
+        first, rate = config.begin // step_examples, schedule.lr_lambdas[0]
+        schedule.lr_lambdas = [lambda step: rate(max(0, step - first))]
     return schedule
 
 

@@ -38,7 +38,11 @@ def test_inspect(capsys: pytest.CaptureFixture[str], store: Path):
 
 
 def test_validate_a_good_and_a_bad_store(capsys: pytest.CaptureFixture[str], store: Path):
-    assert run(capsys, "validate", store)[:2] == (0, f"{store}: no problems\n")
+    status, out, _ = run(capsys, "validate", store)
+    assert status == 0
+    assert out.endswith(f"{store}: no problems, 1 warning(s)\n")
+    assert "92% of the steps repeat the one before" in out
+    assert run(capsys, "validate", store, "strict=true")[0] == 1
     assert run(capsys, "validate", store, "keys=[action,'state[:3]']")[0] == 0
     status, out, _ = run(capsys, "validate", store, "keys=[pose,action]")
     assert status == 1
