@@ -200,10 +200,16 @@ _COMMANDS: dict[str, _Command] = {
         data_sources.download,
     ),
     "convert": _Command(
-        ("robomimic", "FILE.hdf5"),
+        ("robomimic|aloha", "FILE.hdf5"),
         "convert demonstrations of another layout to a store",
         data_sources.ConvertSettings,
         data_sources.convert,
+    ),
+    "edit": _Command(
+        (_STORE,),
+        "copy a store with episodes left out, joined or cut",
+        data_sources.EditSettings,
+        data_sources.edit,
     ),
     "replay": _Command(
         ("robomimic", "STORE"),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -62,6 +62,7 @@ class ConvertSettings:
 
     Args:
         out: store to write (.zarr or .zip); null: named as the source.
+        control_hz: of aloha: actions per second.
         actions: delta, or absolute: target poses, 10 numbers per arm.
         obs: observation keys; empty: all that are one vector per step.
         filter: convert only the demonstrations of this mask (train, valid, ...).
@@ -72,6 +73,7 @@ class ConvertSettings:
     """
 
     out: str | None = None
+    control_hz: float = 50.0
     actions: Literal["delta", "absolute"] = "delta"
     obs: tuple[str, ...] = ()
     filter: str | None = None
@@ -79,6 +81,27 @@ class ConvertSettings:
     cameras: tuple[str, ...] = ()
     camera_size: int = 84
     workers: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditSettings:
+    """Of ``edit``.
+
+    Args:
+        out: store to write (.zarr or .zip).
+        drop: episodes to leave out, such as [3,7].
+        keep: only these; null: all but those of drop.
+        join: episodes that become one, such as [[3,4],[8,9]].
+        cut: steps before which an episode is cut, such as {5: [20,40]}.
+        min_steps: leave out what is shorter than this.
+    """
+
+    out: str | None = None
+    drop: tuple[int, ...] = ()
+    keep: tuple[int, ...] | None = None
+    join: tuple[tuple[int, ...], ...] = ()
+    cut: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    min_steps: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,9 +229,11 @@ def _download_robomimic(settings: DownloadSettings) -> int:
 
 def convert(settings: ConvertSettings, layout: str, source: str) -> int:
     """Make a store of a file in another layout; the exit status."""
+    choose({"robomimic": 0, "aloha": 0}, layout, "layout")
+    if layout == "aloha":
+        return _convert_aloha(settings, source)
     from cmpolicy_data.convert import robomimic
 
-    choose({"robomimic": 0}, layout, "layout")
     suffix = "_abs.zarr" if settings.actions == "absolute" else ".zarr"
     with _bar(None, "episode") as show:
         report = robomimic.convert(
@@ -234,6 +259,43 @@ def convert(settings: ConvertSettings, layout: str, source: str) -> int:
         print(f"mask {name}: {count} episode(s)")
     print(f"check it with: cmpolicy data replay robomimic {shown}")
     print(f"train on it with: cmpolicy train task={report.task} data=robomimic data.path={shown}")
+    return 0
+
+
+def _convert_aloha(settings: ConvertSettings, source: str) -> int:
+    from cmpolicy_data.convert import aloha
+
+    out = settings.out or f"{Path(source).expanduser().resolve().stem}.zarr"
+    with _bar(None, "episode") as show:
+        buffer = aloha.convert(source, out, control_hz=settings.control_hz, progress=show)
+    keys = ",".join(key for key in buffer if key != "action")
+    print(f"{out}: {buffer.n_episodes} episode(s), {buffer.n_steps} steps, keys {buffer.keys()}")
+    print(
+        f"train on it with: cmpolicy train task=custom data.path={shlex.quote(str(out))} "
+        f"data.obs=[{keys}]"
+    )
+    return 0
+
+
+def edit(settings: EditSettings, source: str) -> int:
+    """Copy a store with episodes left out, joined or cut; the exit status."""
+    from cmpolicy_data.catalog import resolve
+    from cmpolicy_data.convert import edit as editing
+
+    if settings.out is None:
+        raise ConfigError("out is not set: edit writes another store, such as out=edited.zarr")
+    with _bar(None, "episode") as show:
+        buffer = editing.edit(
+            resolve(source),
+            settings.out,
+            drop=settings.drop,
+            keep=settings.keep,
+            join=settings.join,
+            cut={int(k): v for k, v in settings.cut.items()},
+            min_steps=settings.min_steps,
+            progress=show,
+        )
+    print(f"{settings.out}: {buffer.n_episodes} episode(s), {buffer.n_steps} steps")
     return 0
 
 

@@ -63,6 +63,9 @@ def open_root(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Group:
         )
     if not (path.is_file() or path.is_dir()):
         raise ReplayBufferError(f"{path} is neither a folder nor a regular file. {_EXPECTED}")
+    foreign = _why_foreign(path)
+    if foreign:
+        raise ReplayBufferError(f"{path} {foreign}")
     if path.is_file() and mode != "r":
         raise ReplayBufferError(
             f"{path} is one file: .zip stores are read-only. Append to a directory store and pack "
@@ -252,6 +255,42 @@ def size_on_disk(path: Path) -> int:
     if path.is_file():
         return path.stat().st_size
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def _why_foreign(path: Path) -> str | None:
+    """What a path is that people have in the place of a store, and what to do; None if nothing."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(_HDF5)) != _HDF5:
+                return None
+        return (
+            "is an HDF5 file, not a Zarr store. robomimic's layout (data/demo_0/...): `cmpolicy "
+            f"data convert robomimic {path} out=my.zarr`; ALOHA's (observations/qpos): `cmpolicy "
+            f"data convert aloha {path.parent} out=my.zarr`"
+        )
+    if any((path / name).exists() for name in (".zgroup", "zarr.json", "meta/episode_ends")):
+        return None
+    if (path / "meta" / "info.json").is_file():
+        return (
+            "is a LeRobot data set, not a Zarr store: `cmpolicy data convert lerobot "
+            f"{path} out=my.zarr`"
+        )
+    if any(path.glob("*.hdf5")):
+        return (
+            "holds HDF5 files and no Zarr store. Episodes of ALOHA: `cmpolicy data convert aloha "
+            f"{path} out=my.zarr`; a file of robomimic: `cmpolicy data convert robomimic FILE`"
+        )
+    inside = [p for p in sorted(path.iterdir()) if _is_group(p)]
+    if inside:
+        return f"is a folder around a store: did you mean {inside[0]}?"
+    return None
+
+
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+
+
+def _is_group(path: Path) -> bool:
+    return path.suffix == ".zip" or any((path / n).is_file() for n in (".zgroup", "zarr.json"))
 
 
 def _check_metadata_files(path: Path) -> None:

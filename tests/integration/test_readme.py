@@ -6,6 +6,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 
 from cmpolicy.cli.main import main
@@ -42,6 +44,8 @@ SHORT = {
     "cmpolicy data inspect": [],
     "cmpolicy data validate": [],
     "cmpolicy data seal": [],
+    "cmpolicy data edit": [],
+    "cmpolicy data convert aloha": [],
     "cmpolicy data view": [],
     "cmpolicy data generate": ["episodes=1", "workers=1"],
     "cmpolicy data generate robomimic": ["episodes=2", "workers=1"],
@@ -92,6 +96,10 @@ def workplace(tmp_path: Path) -> Path:
             steps = {key: whole[key][start:end] for key in list(whole.keys())}
             few.append_episode(steps)
             start = int(end)
+    (tmp_path / "aloha_task").mkdir()
+    for number in range(2):
+        with h5py.File(tmp_path / "aloha_task" / f"episode_{number}.hdf5", "w") as file:
+            file["action"] = file["observations/qpos"] = np.ones((5, 14))
     return tmp_path
 
 

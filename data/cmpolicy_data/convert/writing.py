@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,17 @@ class ConvertedEpisode:
         return arrays
 
 
+class StoredEpisode(Protocol):
+    """What `write_store` asks of an episode."""
+
+    @property
+    def model(self) -> str | None:
+        """MuJoCo XML of the scene, if there is one."""
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """key -> (L, ...), as they are stored."""
+
+
 def check_target(out: Path) -> None:
     """Refuse to write over anything but a store that a converter wrote.
 
@@ -67,7 +78,7 @@ def check_target(out: Path) -> None:
 
 
 def write_store(
-    out: Path, converter: str, episodes: Iterable[ConvertedEpisode], attrs: Mapping[str, Any]
+    out: Path, converter: str, episodes: Iterable[StoredEpisode], attrs: Mapping[str, Any]
 ) -> int:
     """Write the episodes, one at a time, as the store ``out``; returns the number of steps.
 
