@@ -67,6 +67,10 @@ class DataConfig:
             shape is (H, W, 3) and its values are whole numbers in [0, 255], unless ``kind`` says
             otherwise.
         action: selector of the actions.
+        episodes: which of them are used: a list of numbers, or what the store says of episodes: the
+            name of ``meta/<name>`` (E,), such as ``success``, or of a mask; null uses all.
+        weights: name of ``meta/<name>`` (E,), whole numbers: how often the windows of an episode
+            come in an epoch; null takes each once.
         val_fraction: share of the episodes held out for validation.
         augment: what is done to the demonstrations, in this order; of Push-T: ``recentre`` (each
             episode moved so that its block comes to rest on the goal), ``mirror`` (every episode's
@@ -96,6 +100,8 @@ class DataConfig:
     path: str | None = None
     obs: Mapping[str, Any]
     action: str = "action"
+    episodes: Any = None
+    weights: str | None = None
     val_fraction: float = 0.02
     augment: tuple[str, ...] = ()
     normalize: Mapping[str, str] = field(default_factory=lambda: {"default": "auto"})
@@ -124,6 +130,13 @@ class DataConfig:
             parse_rotation(text)
         for key, source in self.obs.items():
             _check_source(key, source)
+        numbers = isinstance(self.episodes, list | tuple) and all(
+            isinstance(e, int) and not isinstance(e, bool) for e in self.episodes
+        )
+        if self.episodes is not None and not isinstance(self.episodes, str) and not numbers:
+            raise ConfigError(
+                f"data.episodes={self.episodes!r} must be a list of episode numbers or a name"
+            )
         if not self.image_memory > 0:
             raise ConfigError(f"data.image_memory={self.image_memory} must be above 0 GiB")
         if not 0 <= self.val_fraction < 1:

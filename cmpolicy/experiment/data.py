@@ -51,6 +51,7 @@ class TrainingData:
         rotations: of the action; None where nothing is known.
         fingerprint: tells whether other data is the same: a hash per episode, and the shapes.
         n_short: episodes shorter than a window.
+        times: (E,) how often the windows of each episode come in an epoch; None: once.
         normalize, clamp_actions: see ``data.normalize`` and ``data.clamp_actions``.
     """
 
@@ -66,6 +67,7 @@ class TrainingData:
     n_short: int = 0
     normalize: Mapping[str, Any] = field(default_factory=lambda: {"default": "auto"})
     clamp_actions: bool = True
+    times: npt.NDArray[np.int64] | None = None
 
     @property
     def summary(self) -> str:
@@ -121,6 +123,8 @@ class TrainingData:
         """Batches of the training or of the held-out episodes; None where none are held out."""
         episodes = self.split.train_ids if train else self.split.val_ids
         windows = self.windows.select(episodes)
+        if train and self.times is not None:
+            windows = windows.repeat(self.times)
         if len(windows) == 0:
             return None
         return DeviceLoader(
@@ -181,10 +185,12 @@ def load_training_data(config: TrainConfig) -> TrainingData:
         windows = window_index(arrays.episode_ends, **sizes, short_episodes=data.short_episodes)
     except WindowError as error:
         raise ConfigError(f"{path}: {error}") from error
-    stored = int(arrays.source_episode.max()) + 1
-    split = arrays.expand(split_episodes(stored, data.val_fraction, config.seed))
+    buffer = ReplayBuffer.open(path, missing_chunks=data.missing_chunks)
+    chosen = chosen_episodes(buffer, data.episodes)
+    parts = split_episodes(len(chosen), data.val_fraction, config.seed)
+    split = arrays.expand(EpisodeSplit(chosen[parts.train_ids], chosen[parts.val_ids]))
     named = data.path is None or data.name == "pusht_human"  # else a store of the user's own
-    attrs = ReplayBuffer.open(path).attrs
+    attrs = buffer.attrs
     simulator = Simulator.from_mapping(attrs)
     lengths = np.diff(arrays.episode_ends, prepend=0)
     return TrainingData(
@@ -200,7 +206,40 @@ def load_training_data(config: TrainConfig) -> TrainingData:
         n_short=int((lengths < min_episode_length(**sizes)).sum()),
         normalize={"default": "auto", **data.normalize},
         clamp_actions=data.clamp_actions,
+        times=None if data.weights is None else _times(buffer, data.weights, arrays),
     )
+
+
+def chosen_episodes(buffer: ReplayBuffer, episodes: Any) -> npt.NDArray[np.int64]:
+    """Numbers of the stored episodes that ``data.episodes`` names, sorted.
+
+    Raises:
+        ConfigError: numbers that are not there, or none.
+        ReplayBufferError: the store knows no such name.
+    """
+    n = buffer.n_episodes
+    if episodes is None:
+        return np.arange(n, dtype=np.int64)
+    if isinstance(episodes, str):
+        found = np.flatnonzero(buffer.per_episode(episodes)).astype(np.int64)
+    else:
+        found = np.unique(np.asarray(episodes, dtype=np.int64))
+        if found.size and not (found[0] >= 0 and found[-1] < n):
+            raise ConfigError(f"data.episodes={list(episodes)}: {buffer.path} has 0 to {n - 1}")
+    if not found.size:
+        raise ConfigError(f"data.episodes={episodes} names no episode of {buffer.path}")
+    return found
+
+
+def _times(buffer: ReplayBuffer, name: str, arrays: Demonstrations) -> npt.NDArray[np.int64]:
+    weights = buffer.per_episode(name)
+    whole = weights.astype(np.int64)
+    if (whole != weights).any() or (whole < 0).any():
+        raise ConfigError(
+            f"data.weights={name}: meta/{name} of {buffer.path} must hold whole numbers from 0 on: "
+            "how often the windows of an episode come in an epoch"
+        )
+    return whole[arrays.source_episode]
 
 
 def fingerprint(arrays: Demonstrations) -> dict[str, Any]:

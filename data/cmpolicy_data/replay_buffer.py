@@ -34,6 +34,7 @@ from cmpolicy_data.seal import SEAL, broken_seal, refuse_to_append
 from cmpolicy_data.selector import Selector, SelectorError
 from cmpolicy_data.store import (
     MARK,
+    array_names,
     arrays,
     get_array,
     is_marked,
@@ -150,6 +151,33 @@ class ReplayBuffer:
         """Add or replace attributes (JSON values) of a store opened for appending."""
         self._require_writable()
         self._root.attrs.update({**attrs, MARK: self._root.attrs.asdict()[MARK]})
+
+    def per_episode(self, name: str) -> npt.NDArray[Any]:
+        """(E,) what the store says of every episode: ``meta/<name>``, or a mask of that name.
+
+        A mask is a list of episode numbers in the attribute ``masks``, as converted robomimic
+        files have them.
+
+        Raises:
+            ReplayBufferError: there is no such thing, or not one number per episode; lists what
+                there is.
+        """
+        masks = self.attrs.get("masks")
+        if isinstance(masks, dict) and name in masks:
+            return np.isin(np.arange(self.n_episodes), np.asarray(masks[name], np.int64))
+        array = get_array(self._root, f"meta/{name}", self.path)
+        if array is None:
+            there = sorted({*array_names(self._root, "meta"), *(masks or ())} - {"episode_ends"})
+            raise ReplayBufferError(
+                f"{self.path} says nothing of the name {name!r} about its episodes: expected "
+                f"meta/{name}, (E,), or a mask (there are: {', '.join(there) or 'none'})."
+            )
+        if array.shape != (self.n_episodes,) or array.dtype.kind not in "biuf":
+            raise ReplayBufferError(
+                f"{self.path}: meta/{name} has shape {array.shape}, dtype {array.dtype}; expected "
+                f"one number per episode, ({self.n_episodes},)."
+            )
+        return read_rows(array, 0, self.n_episodes, self.path)
 
     def __getitem__(self, key: str) -> Array:
         """The Zarr array of a key, unread.

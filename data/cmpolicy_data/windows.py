@@ -57,6 +57,13 @@ class WindowIndex:
             self.obs[keep], self.action[keep], self.action_is_pad[keep], self.episode[keep]
         )
 
+    def repeat(self, times: npt.ArrayLike) -> WindowIndex:
+        """Each window as many times, one after the other, as ``times`` (episodes,) says."""
+        rows = np.repeat(np.arange(len(self)), np.asarray(times, dtype=np.int64)[self.episode])
+        return WindowIndex(
+            self.obs[rows], self.action[rows], self.action_is_pad[rows], self.episode[rows]
+        )
+
 
 @dataclass(frozen=True)
 class EpisodeSplit:

@@ -1,0 +1,85 @@
+"""Which episodes are trained on, and how often: ``data.episodes`` and ``data.weights``."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+import cmpolicy
+from cmpolicy.experiment.data import TrainingData, load_training_data
+from cmpolicy.schema import ConfigError
+from cmpolicy_data import ReplayBuffer
+from cmpolicy_data.chunks import ReplayBufferError
+
+E = 8
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    buffer = ReplayBuffer.create(tmp_path / "s.zarr", attrs={"masks": {"better": [2, 3, 6, 7]}})
+    for number in range(E):
+        steps = np.random.default_rng(number).uniform(number, number + 1, (20, 2))
+        buffer.append_episode({"state": steps, "action": steps})
+    root = zarr.open_group(buffer.path, mode="r+")
+    for name, values in (
+        ("success", np.arange(E) % 2 == 0),
+        ("times", np.array([0, 1, 2, 3, 1, 1, 1, 1])),
+        ("half", np.full(E, 0.5)),
+        ("short", np.ones(3)),
+    ):
+        array = root.create_array(f"meta/{name}", shape=values.shape, dtype=values.dtype)
+        array[...] = values
+    return buffer.path
+
+
+def load(store: Path, **data: Any) -> TrainingData:
+    words = [f"data.path={store}", "data.obs=[state]", "control_hz=10", "task=custom"]
+    words += [f"data.{key}={value}" for key, value in data.items()]
+    return load_training_data(cmpolicy.compose(*words))
+
+
+@pytest.mark.parametrize(
+    ("episodes", "expected"),
+    [("null", range(E)), ("success", [0, 2, 4, 6]), ("better", [2, 3, 6, 7]), ("[1,5]", [1, 5])],
+)
+def test_what_is_trained_on_and_held_out(store: Path, episodes: str, expected: Any) -> None:
+    data = load(store, episodes=episodes, val_fraction=0.25)
+    both = np.sort(np.concatenate([data.split.train_ids, data.split.val_ids]))
+    assert both.tolist() == list(expected)
+    assert len(data.split.val_ids) == max(1, len(expected) // 4)
+    low, high = data.normalizer().limits("action")
+    assert data.split.train_ids.min() <= low.min()
+    assert high.max() <= data.split.train_ids.max() + 1
+
+
+def test_weights_repeat_windows(store: Path) -> None:
+    data = load(store, weights="times", val_fraction=0)
+    loader = data.loader(train=True, batch_size=4, seed=0, device=torch.device("cpu"))
+    assert loader is not None
+    once = load(store, val_fraction=0).windows
+    per_episode = len(once) // E
+    assert loader.n_windows == per_episode * 10
+    rows = loader.gather(torch.arange(loader.n_windows))["action"][:, 0, 0]
+    counts = np.bincount(rows.floor().long().numpy(), minlength=E)
+    assert (counts // per_episode).tolist() == [0, 1, 2, 3, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("setting", "error", "words"),
+    [
+        ({"episodes": "[8]"}, ConfigError, r"data\.episodes=\[8\]: .* has 0 to 7"),
+        ({"episodes": "[]"}, ConfigError, "names no episode"),
+        ({"episodes": "1.5"}, ConfigError, "must be a list of episode numbers or a name"),
+        ({"episodes": "good"}, ReplayBufferError, r"'good'.*there are: better, half, short, succ"),
+        ({"episodes": "short"}, ReplayBufferError, r"expected one number per episode, \(8,\)"),
+        ({"weights": "half"}, ConfigError, "must hold whole numbers from 0 on"),
+    ],
+)
+def test_what_cannot_be(
+    store: Path, setting: dict[str, str], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        load(store, **setting)
