@@ -3,8 +3,8 @@
 No request waits in order to be batched. While a call runs, requests queue; when it ends, the next
 call takes as many of them as fit into a number of rows, in turn the oldest first and the smallest
 first. Turns of the smallest keep a robot that asks for one row from waiting behind large batches:
-it waits for the call in progress and at most one more. Turns of the oldest keep a large batch from
-waiting for ever behind small requests.
+it waits for the call in progress and at most one more, as long as the requests of its size fit into
+one call. Turns of the oldest keep a large batch from waiting for ever behind small requests.
 """
 
 from __future__ import annotations
