@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ class ServeSettings:
         device: cpu or cuda (an exported file: cpu).
         threads: of the CPU, for one policy call.
         sessions: clients at once.
+        idle_timeout: seconds after which a client that asks for nothing is disconnected; 0: never.
         batch: observations per policy call.
         max_message_mb: longest message of a client, in MiB; null: 16, or as much as `batch`
             observations need.
@@ -56,6 +58,7 @@ class ServeSettings:
     device: str = "cpu"
     threads: int = 1
     sessions: int = 64
+    idle_timeout: float | None = 300.0
     batch: int = 64
     max_message_mb: float | None = None
     seed: int | None = None
@@ -65,6 +68,10 @@ class ServeSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1")
+        if self.idle_timeout is not None and not 0 <= self.idle_timeout < math.inf:
+            raise ConfigError(
+                f"idle_timeout={self.idle_timeout} must be a number of seconds, or 0 for no limit"
+            )
         if self.max_message_mb is not None and not 0 < self.max_message_mb <= 1024:
             raise ConfigError(f"max_message_mb={self.max_message_mb} must lie in (0, 1024]")
         if not 0 <= self.port <= 65535:
@@ -102,6 +109,7 @@ def _serve(settings: ServeSettings) -> int:
         token=token,
         name=settings.policy,
         max_sessions=settings.sessions,
+        idle_timeout=settings.idle_timeout,
         max_batch=settings.batch,
         max_message_bytes=(
             None if settings.max_message_mb is None else round(settings.max_message_mb * 2**20)

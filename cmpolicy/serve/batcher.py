@@ -1,8 +1,10 @@
 """One policy for many clients: requests that wait at the same time share one policy call.
 
 No request waits in order to be batched. While a call runs, requests queue; when it ends, the next
-call takes requests from the front of the queue, up to a number of rows. First come, first served:
-no client starves, and a request waits only for the calls ahead of it.
+call takes as many of them as fit into a number of rows, in turn the oldest first and the smallest
+first. Turns of the smallest keep a robot that asks for one row from waiting behind large batches:
+it waits for the call in progress and at most one more, as long as the requests of its size fit into
+one call. Turns of the oldest keep a large batch from waiting for ever behind small requests.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class StoppedError(Exception):
     """The batcher was closed before the policy answered."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Waiting:
     request: Request
     answer: asyncio.Future[Answer]
@@ -50,7 +51,8 @@ class Batcher:
     def __init__(self, policy: ChunkPolicy, max_rows: int) -> None:
         self._policy = policy
         self._max_rows = max_rows
-        self._queue: deque[_Waiting] = deque()
+        self._queue: list[_Waiting] = []  # oldest first; a session has at most one
+        self._is_turn_of_oldest = True
         self._running: list[_Waiting] = []
         self._loop = asyncio.get_running_loop()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="cmpolicy-server-policy")
@@ -90,17 +92,25 @@ class Batcher:
     def _next_call(self) -> None:
         if self._running:
             return
-        batch: list[_Waiting] = []
-        rows = 0
-        while self._queue and (not batch or rows + self._queue[0].request.rows <= self._max_rows):
-            waiting = self._queue.popleft()
-            if not waiting.answer.done():  # its client may be gone
-                batch.append(waiting)
-                rows += waiting.request.rows
+        batch = self._take()
         if batch:
             self._running = batch
             call = self._pool.submit(self._call, batch)
             call.add_done_callback(lambda done: self._hand_over(batch, done))
+
+    def _take(self) -> list[_Waiting]:
+        """Take the requests of one call from the queue: the first in any case, then what fits."""
+        queue = [waiting for waiting in self._queue if not waiting.answer.done()]
+        by_size = sorted(queue, key=lambda waiting: waiting.request.rows)
+        batch: list[_Waiting] = []
+        rows = 0
+        for waiting in queue if self._is_turn_of_oldest else by_size:
+            if not batch or rows + waiting.request.rows <= self._max_rows:
+                batch.append(waiting)
+                rows += waiting.request.rows
+        self._is_turn_of_oldest = not self._is_turn_of_oldest
+        self._queue = [waiting for waiting in queue if waiting not in batch]
+        return batch
 
     def _hand_over(
         self, batch: list[_Waiting], done: Future[list[Answer | InferenceError]]

@@ -28,6 +28,7 @@ try:
         InvalidURI,
         WebSocketException,
     )
+    from websockets.protocol import State
     from websockets.sync.client import ClientConnection, connect
 except ImportError as error:
     raise ImportError(
@@ -71,7 +72,8 @@ class RemotePolicy:
 
     A lost connection is made again, with pauses that double and vary, and the request is sent
     again: the answer does not depend on what was sent before. The caller meanwhile waits, at most
-    about ``retries * (timeout + max_backoff)`` seconds.
+    about ``retries * (timeout + max_backoff)`` seconds. One that the server closed as idle is made
+    again at once.
 
     Args:
         url: ``ws://host:8000``, or ``wss://...`` through a TLS proxy.
@@ -261,8 +263,9 @@ class RemotePolicy:
             _LostError: not now.
             RemotePolicyError: not ever.
         """
-        if self._connection is not None:
+        if self._connection is not None and self._connection.protocol.state is State.OPEN:
             return self._connection
+        self._disconnect()  # the server closes one that is idle for long
         try:
             connection = self._stack.enter_context(
                 connect(

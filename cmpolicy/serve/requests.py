@@ -26,11 +26,9 @@ and a policy that takes it for the step before would see a speed that never was)
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import logging
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -130,36 +128,6 @@ def reply(
             "server_timing": timing,
         }
     )
-
-
-class Token:
-    """A bearer token. Only its digest is kept.
-
-    Raises:
-        ValueError: the text is empty or does not fit into an HTTP header.
-    """
-
-    def __init__(self, text: str) -> None:
-        if not text or not all("!" <= character <= "~" for character in text):
-            raise ValueError(
-                "the token must be of visible ASCII characters without spaces, at least one"
-            )
-        self._digest = _digest(text)
-
-    def allows(self, authorization: Sequence[str]) -> bool:
-        """Whether the ``Authorization`` headers of a request are one header with this token.
-
-        ``Bearer <token>``, or openpi's ``Api-Key <token>``. Digests of one length are compared in
-        constant time, so the duration tells nothing about the token.
-        """
-        value = authorization[0] if len(authorization) == 1 else ""
-        scheme, _, text = value.strip().partition(" ")
-        is_equal = hmac.compare_digest(_digest(text.strip()), self._digest)
-        return is_equal and scheme.lower() in ("bearer", "api-key")
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,19 @@
                                                   or what was wrong (text); the connection goes on
 
 Messages are packed by :mod:`cmpolicy.serve.wire`; what a request may hold is described in
-:mod:`cmpolicy.serve.requests`. ``GET /healthz`` answers 200 on the same port.
+:mod:`cmpolicy.serve.requests`, who is let in by :mod:`cmpolicy.serve.admission`. ``GET /healthz``
+answers 200 on the same port.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
-from http import HTTPStatus
 from types import TracebackType
 from typing import Any, cast
 
@@ -28,22 +28,15 @@ import numpy as np
 
 from cmpolicy import __version__
 from cmpolicy.robot.policy import ChunkPolicy
+from cmpolicy.serve.admission import Admission, Token, address_of
 from cmpolicy.serve.batcher import Batcher, InferenceError, StoppedError
-from cmpolicy.serve.requests import (
-    RESERVED,
-    RequestError,
-    Session,
-    Token,
-    message_bound,
-    reply,
-)
-from cmpolicy.serve.wire import WireError, pack, unpack
+from cmpolicy.serve.conversation import GOING_AWAY, TRY_AGAIN_LATER, Conversation, InFlight
+from cmpolicy.serve.requests import RESERVED, Session, message_bound
+from cmpolicy.serve.wire import pack
 
 try:
     from websockets.asyncio.server import Server, ServerConnection, serve
     from websockets.exceptions import ConnectionClosed
-    from websockets.http11 import Request as HttpRequest
-    from websockets.http11 import Response as HttpResponse
 except ImportError as error:
     raise ImportError(
         "the policy server and its client need websockets: pip install 'cmpolicy[serve]'"
@@ -58,9 +51,6 @@ _OPEN_TIMEOUT = 5.0  # s, for a whole opening handshake: a client may send it by
 _CLOSE_TIMEOUT = 2.0  # s, for a client to answer our close frame
 _PING_INTERVAL = 20.0  # s; a client that does not answer within as long again is gone
 _MAX_FRAMES = 1  # received ahead per connection; beyond it the client's own socket fills up
-_UNOPENED = 128  # TCP connections beyond max_sessions, for handshakes and /healthz
-_UNOPENED_PER_ADDRESS = 32  # of these: one that only connects keeps no other address out
-_GOING_AWAY, _TRY_AGAIN_LATER = 1001, 1013
 
 
 class ServerError(RuntimeError):
@@ -87,6 +77,8 @@ class PolicyServer:
             It is not encrypted on the way: across networks, put a TLS proxy or a tunnel before it.
         name: of the policy, told to clients.
         max_sessions: connections at once; further ones get HTTP 503.
+        idle_timeout: seconds; a session that sends no request for so long is closed with code 3008
+            and its place is free. :class:`RemotePolicy` connects again by itself. None or 0: never.
         max_batch: observations per policy call and per message.
         max_message_bytes: larger messages are refused with a text; messages of more than twice the
             bound close their connection with code 1009. None: 16 MiB, or as much as ``max_batch``
@@ -95,8 +87,8 @@ class PolicyServer:
         grace: seconds that running requests get to end when the server stops.
 
     Raises:
-        ValueError: a token that no header can hold, a limit below 1, or a policy with an
-            observation key that the protocol uses itself.
+        ValueError: a token that no header can hold, a limit below 1, an ``idle_timeout`` below 0,
+            or a policy with an observation key that the protocol uses itself.
     """
 
     def __init__(
@@ -108,6 +100,7 @@ class PolicyServer:
         token: str | None = None,
         name: str = "policy",
         max_sessions: int = 64,
+        idle_timeout: float | None = 300.0,
         max_batch: int = 64,
         max_message_bytes: int | None = None,
         seed: int | None = None,
@@ -128,6 +121,11 @@ class PolicyServer:
         ):
             if value < 1:
                 raise ValueError(f"{limit} must be at least 1, got {value}")
+        if idle_timeout is not None and not 0 <= idle_timeout < math.inf:
+            raise ValueError(
+                "idle_timeout must be a number of seconds, or 0 or None for no limit, "
+                f"got {idle_timeout}"
+            )
         if not host:  # asyncio would listen everywhere
             raise ValueError("host is empty; give 127.0.0.1, or 0.0.0.0 to listen everywhere")
         if not 0 <= port <= 65535:
@@ -137,6 +135,7 @@ class PolicyServer:
         self._host, self._port = host, port
         self._token = None if token is None else Token(token)
         self._max_sessions = max_sessions
+        self._idle_timeout = idle_timeout or None
         self._max_batch = max_batch
         self._max_bytes = max_message_bytes
         self._grace = grace
@@ -157,11 +156,9 @@ class PolicyServer:
             }
         )
         self._seeds = np.random.SeedSequence(seed)
-        self._sessions = self._connections = self._in_flight = 0
-        self._waiting: Counter[str] = Counter()  # connections in their handshake, by address
-        self._is_stopping = False
+        self._admission: Admission
         self._batcher: Batcher
-        self._idle: asyncio.Event
+        self._in_flight: InFlight
         self._stop: asyncio.Event
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -251,9 +248,8 @@ class PolicyServer:
         self, on_ready: Callable[[PolicyServer], None], *, handle_signals: bool
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._stop, self._idle = asyncio.Event(), asyncio.Event()
-        self._idle.set()
-        self._is_stopping = False
+        self._stop, self._in_flight = asyncio.Event(), InFlight()
+        self._admission = Admission(self._token, self._max_sessions, self._stop)
         self._batcher = Batcher(self._policy, self._max_batch)
         try:
             try:
@@ -286,7 +282,7 @@ class PolicyServer:
                 self._port,
                 # No browsers: any web page could talk to a server on its visitor's machine.
                 origins=[None],
-                process_request=self._admit,
+                process_request=self._admission.answer,
                 compression=None,  # no bombs, and less latency
                 open_timeout=_OPEN_TIMEOUT,
                 close_timeout=_CLOSE_TIMEOUT,
@@ -308,12 +304,12 @@ class PolicyServer:
 
     async def _shut_down(self, server: Server) -> None:
         """Answer what is being worked on, then close all connections with 1001."""
-        self._is_stopping = True
+        self._stop.set()
         try:
             async with asyncio.timeout(self._grace):
-                await self._idle.wait()
+                await self._in_flight.wait_for_none()
         except TimeoutError:
-            _logger.warning("stopped with %d requests unanswered", self._in_flight)
+            _logger.warning("stopped with %d requests unanswered", self._in_flight.count)
         self._batcher.close()
         server.close()  # with 1001
         await server.wait_closed()
@@ -322,118 +318,60 @@ class PolicyServer:
 
     def _connection_class(self) -> type[ServerConnection]:
         """Connections that are counted from the first packet, handshake or not."""
-        policy_server = self
+        admission = self._admission
 
         class Connection(ServerConnection):
-            address = ""
             is_waiting = True  # for the end of its handshake
 
             def connection_made(self, transport: asyncio.BaseTransport) -> None:
                 super().connection_made(transport)
-                peer = transport.get_extra_info("peername")
-                self.address = peer[0] if isinstance(peer, tuple) else ""
-                policy_server._connections += 1
-                policy_server._waiting[self.address] += 1
-                if (
-                    policy_server._connections > policy_server._max_sessions + _UNOPENED
-                    or policy_server._waiting[self.address] > _UNOPENED_PER_ADDRESS
-                ):
+                self.address = address_of(transport.get_extra_info("peername"))
+                if not admission.connected(self.address):
                     self.transport.abort()
 
             def opened(self) -> None:
                 if self.is_waiting:
                     self.is_waiting = False
-                    policy_server._waiting[self.address] -= 1
-                    if not policy_server._waiting[self.address]:
-                        del policy_server._waiting[self.address]
+                    admission.opened(self.address)
 
             def connection_lost(self, exc: Exception | None) -> None:
-                policy_server._connections -= 1
+                admission.connections -= 1
                 self.opened()
                 super().connection_lost(exc)
 
         return Connection
 
-    def _admit(self, connection: ServerConnection, request: HttpRequest) -> HttpResponse | None:
-        """Answer an HTTP request that is not to become a session."""
-        if request.path.partition("?")[0] == "/healthz":
-            return connection.respond(HTTPStatus.OK, "OK\n")
-        authorization = request.headers.get_all("Authorization")
-        if self._token is not None and not self._token.allows(authorization):
-            response = connection.respond(
-                HTTPStatus.UNAUTHORIZED,
-                "this server needs its token, as 'Authorization: Bearer <token>'\n",
-            )
-            response.headers["WWW-Authenticate"] = "Bearer"
-            return response
-        if self._is_stopping or self._sessions >= self._max_sessions:
-            why = "is shutting down" if self._is_stopping else "has no session left"
-            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, f"this server {why}\n")
-        return None
-
     async def _serve(self, connection: ServerConnection) -> None:
         cast(Any, connection).opened()
-        if self._sessions >= self._max_sessions:  # several were admitted at the same moment
-            await connection.close(_TRY_AGAIN_LATER, "this server has no session left")
+        if self._admission.is_full:  # several were admitted at the same moment
+            await connection.close(TRY_AGAIN_LATER, "this server has no session left")
             return
-        self._sessions += 1
+        self._admission.sessions += 1
         session = Session(self.spec, max_batch=self._max_batch, seed=self._seeds.spawn(1)[0])
-        begin, counts = time.monotonic(), [0, 0]
+        conversation = Conversation(
+            session, self._batcher, max_bytes=self._max_bytes, idle_timeout=self._idle_timeout
+        )
+        begin = time.monotonic()
         try:
             await connection.send(self._greeting)
-            await self._converse(connection, session, counts)
+            await conversation.run(connection, self._in_flight, self._stop)
         except ConnectionClosed:
             pass  # also in the middle of a request: its answer is dropped
         except StoppedError:  # of a policy that took longer than the grace
-            await connection.close(_GOING_AWAY, "the server is shutting down")
+            await connection.close(GOING_AWAY, "the server is shutting down")
         except Exception:
             _logger.exception("a session failed")
             await connection.close(1011, "internal error")
         finally:
-            self._sessions -= 1
+            self._admission.sessions -= 1
             _logger.info(
                 "%s: %d answered, %d refused in %.1f s, closed with %s",
                 _peer(connection),
-                *counts,
+                conversation.answered,
+                conversation.refused,
                 time.monotonic() - begin,
                 connection.close_code,
             )
-
-    async def _converse(
-        self, connection: ServerConnection, session: Session, counts: list[int]
-    ) -> None:
-        """Answer message after message; ``counts`` are of answers and of refusals."""
-        previous_ms: float | None = None
-        while True:
-            data = await connection.recv()
-            if self._is_stopping:
-                await connection.close(_GOING_AWAY, "the server is shutting down")
-                return
-            begin = time.perf_counter()
-            self._in_flight += 1
-            self._idle.clear()
-            try:
-                answer = await self._respond(data, session, previous_ms)
-                counts[isinstance(answer, str)] += 1
-                await connection.send(answer)
-            finally:
-                self._in_flight -= 1
-                if not self._in_flight:
-                    self._idle.set()
-            previous_ms = (time.perf_counter() - begin) * 1e3
-
-    async def _respond(
-        self, data: str | bytes, session: Session, previous_ms: float | None
-    ) -> str | bytes:
-        """The answer to a frame: bytes, or text that says what is wrong with it."""
-        try:
-            if isinstance(data, str):
-                raise RequestError("messages are binary frames of msgpack, got a text frame")
-            request = session.read(unpack(data, max_bytes=self._max_bytes))
-            answer = None if request is None else await self._batcher.infer(request)
-        except (WireError, RequestError, InferenceError) as error:
-            return str(error)
-        return reply(request, answer, self.spec, previous_ms)
 
 
 def _peer(connection: ServerConnection) -> str:

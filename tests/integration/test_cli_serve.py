@@ -206,6 +206,7 @@ def test_warnings(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["policy=x", "port=http"], "port must be a whole number, got 'http'"),
         (["policy=x", "nfe=0"], "nfe=0 must be at least 1"),
         (["policy=x", "threads=0"], "threads=0 must be at least 1"),
+        (["policy=x", "idle_timeout=-1"], "idle_timeout=-1.0 must be a number of seconds, or 0"),
         (["policy=x", "seed=-1"], "seed=-1 must be at least 0"),
         (["policy=x", "device=warp"], "device=warp is no device"),
         (["policy={bundle}", "token=''"], "the token must be of visible ASCII"),

@@ -21,6 +21,7 @@ from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.robot.policy import Array, ChunkPolicy
+from cmpolicy.serve import admission
 from cmpolicy.serve import server as server_module
 from cmpolicy.serve.server import ServerError
 from cmpolicy.serve.wire import pack, unpack
@@ -321,10 +322,10 @@ def test_a_client_that_leaves_while_it_waits(gated: GatedPolicy) -> None:
         _entered(gated)
         stayer.send(pack(obs))
         leaver.socket.shutdown(socket.SHUT_RDWR)
-        _eventually(lambda: server._connections == 1)
+        _eventually(lambda: server._admission.connections == 1)
         gated.gate.set()
         assert unpack(stayer.recv(timeout=WAIT))["actions"].shape == (TA, A)
-        _eventually(lambda: server._sessions == 1)
+        _eventually(lambda: server._admission.sessions == 1)
         assert _ask(stayer, obs)["actions"].shape == (TA, A)
         stayer.close()
         leaver.close()
@@ -447,13 +448,13 @@ def test_connections_without_a_handshake_are_bounded_and_end(
 ) -> None:
     """Clients that connect and send nothing, or a byte at a time, keep nobody out for long."""
     monkeypatch.setattr(server_module, "_OPEN_TIMEOUT", 0.5)
-    monkeypatch.setattr(server_module, "_UNOPENED", 4)
+    monkeypatch.setattr(admission, "_UNOPENED", 4)
     with PolicyServer(policy, port=0, max_sessions=4) as server:
         served = RemotePolicy(server.address)
         address = ("127.0.0.1", server.port)
         silent = [socket.create_connection(address, timeout=WAIT) for _ in range(12)]
         silent[0].sendall(b"GET / HTTP/1.1\r\nHost:")
-        _eventually(lambda: server._connections <= 8)
+        _eventually(lambda: server._admission.connections <= 8)
         assert served.infer(_batch(np.random.default_rng(0))).shape == (1, TA, A)
         for sock in silent:  # all end: at once beyond the bound, by the timeout within it
             try:
@@ -462,7 +463,7 @@ def test_connections_without_a_handshake_are_bounded_and_end(
             except ConnectionResetError:
                 pass
             sock.close()
-        _eventually(lambda: server._connections == 1)
+        _eventually(lambda: server._admission.connections == 1)
         RemotePolicy(server.address).close()
         served.close()
 
@@ -480,7 +481,7 @@ def test_stopping_finishes_what_runs_and_closes_with_1001(gated: GatedPolicy) ->
     _entered(gated)
     stopper = threading.Thread(target=server.stop)
     stopper.start()
-    _eventually(lambda: server._is_stopping)
+    _eventually(lambda: server._stop.is_set())
     with pytest.raises(InvalidStatus) as refused:
         _raw(server)
     assert refused.value.response.status_code == 503
@@ -510,7 +511,7 @@ def test_stopping_does_not_wait_for_ever(gated: GatedPolicy) -> None:
         connection.recv(timeout=WAIT)
     assert closed.value.rcvd is not None
     assert closed.value.rcvd.code == 1001
-    assert server._sessions == 0
+    assert server._admission.sessions == 0
 
 
 def test_start_again_and_errors_of_starting(policy: ConsistencyPolicy, gated: GatedPolicy) -> None:
@@ -542,6 +543,8 @@ def test_start_again_and_errors_of_starting(policy: ConsistencyPolicy, gated: Ga
         ({"token": "a\nb"}, "token must be of visible ASCII"),
         ({"port": 65536}, "port must lie in"),
         ({"host": ""}, "host is empty; give 127"),
+        ({"idle_timeout": -1}, "idle_timeout must be a number of seconds, or 0 or None"),
+        ({"idle_timeout": float("nan")}, "idle_timeout must be a number of seconds, or 0 or None"),
         ({"max_sessions": 0}, "max_sessions must be at least 1, got 0"),
         ({"max_batch": 0}, "max_batch must be at least 1, got 0"),
         ({"max_message_bytes": 0}, "max_message_bytes must be at least 1, got 0"),
@@ -572,7 +575,9 @@ def test_one_line_per_connection_without_secrets(
                 remote.infer(_batch(np.random.default_rng(0)))
         with pytest.raises(RuntimeError, match="refused the token"):
             RemotePolicy(server.address, token="other")
-        _eventually(lambda: server._sessions == 0)
-    (line,) = [r.getMessage() for r in caplog.records if r.name.startswith("cmpolicy")]
-    assert "3 answered, 0 refused" in line
+        _eventually(lambda: server._admission.sessions == 0)
+    lines = [r.getMessage() for r in caplog.records if r.name.startswith("cmpolicy")]
+    assert sum("3 answered, 0 refused" in line for line in lines) == 1
+    assert sum("127.0.0.1: no token or a wrong one, 1 in all" in line for line in lines) == 1
+    assert len(lines) == 2
     assert "s3cret" not in caplog.text
