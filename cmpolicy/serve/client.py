@@ -29,7 +29,9 @@ try:
         WebSocketException,
     )
     from websockets.protocol import State
+    from websockets.proxy import get_proxy
     from websockets.sync.client import ClientConnection, connect
+    from websockets.uri import parse_uri
 except ImportError as error:
     raise ImportError(
         "the policy server and its client need websockets: pip install 'cmpolicy[serve]'"
@@ -82,6 +84,8 @@ class RemotePolicy:
         retries: attempts after the first, per call.
         backoff: seconds before the first of them.
         max_backoff: longest pause, seconds.
+        proxy: whether a proxy of the environment (``HTTPS_PROXY`` and so on) is used where the
+            server's host is a public one; hosts of one's own network are reached without it.
 
     Raises:
         ValueError: a ``url`` that is none, or a setting that makes no sense.
@@ -98,6 +102,7 @@ class RemotePolicy:
         retries: int = 5,
         backoff: float = 0.1,
         max_backoff: float = 2.0,
+        proxy: bool = True,
     ) -> None:
         _check_url(url)
         for name, value, least in (("retries", retries, 0), ("backoff", backoff, 0)):
@@ -106,6 +111,7 @@ class RemotePolicy:
         if not timeout > 0:
             raise ValueError(f"timeout must be above 0 seconds, got {timeout}")
         self.url = url
+        self._proxy = get_proxy(parse_uri(url)) if proxy and _is_public(url) else None
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._timeout = timeout
         self._retries, self._backoff, self._max_backoff = retries, backoff, max_backoff
@@ -273,8 +279,7 @@ class RemotePolicy:
                     create_connection=_Connection,
                     additional_headers=self._headers,
                     compression=None,
-                    # a proxy of the environment is for the outside
-                    proxy=None if _is_loopback(self.url) else True,
+                    proxy=self._proxy,
                     open_timeout=self._timeout,
                     close_timeout=_CLOSE_TIMEOUT,
                     max_size=_MAX_REPLY,
@@ -294,10 +299,10 @@ class RemotePolicy:
         except (InvalidMessage, InvalidHandshake, InvalidURI) as error:
             # a connection that ends without any answer is one of a server that is just stopping
             if isinstance(error.__cause__, EOFError | OSError):
-                raise _LostError(str(error)) from error
-            raise self._foreign(str(error)) from error
+                raise _LostError(f"{error}{self._through()}") from error
+            raise self._foreign(f"{error}{self._through()}") from error
         except (OSError, WebSocketException) as error:  # TimeoutError is an OSError
-            raise _LostError(str(error) or type(error).__name__) from error
+            raise _LostError(f"{str(error) or type(error).__name__}{self._through()}") from error
         self._greet(greeting)
         self._connection = connection
         return connection
@@ -350,6 +355,16 @@ class RemotePolicy:
         self.server_timing = timing if isinstance(timing, dict) else {}
         return plan.copy()  # writable, and the message is let go
 
+    def _through(self) -> str:
+        """Which proxy the connection went through, for messages."""
+        if self._proxy is None:
+            return ""
+        place = urlsplit(self._proxy)  # without the password in it
+        return (
+            f" (through the proxy {place.hostname}:{place.port} of the environment; proxy=False "
+            "goes without it)"
+        )
+
     def _foreign(self, why: str) -> RemotePolicyError:
         return RemotePolicyError(f"{self.url} is no policy server of cmpolicy's: {why}")
 
@@ -360,9 +375,14 @@ def _check_url(url: str) -> None:
         raise ValueError(f"url must look like ws://host:8000, got {url!r}")
 
 
-def _is_loopback(url: str) -> bool:
+def _is_public(url: str) -> bool:
+    """Whether a host is one of the internet, not of one's own network."""
     host = urlsplit(url).hostname or ""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host).is_global
     except ValueError:
-        return host == "localhost"
+        return "." in host and not host.endswith(_OWN_NETWORK)
+
+
+#: Ends of names that are given in one's own network (RFC 6762, RFC 8375, and common practice).
+_OWN_NETWORK = (".local", ".lan", ".home.arpa", ".internal", ".localdomain", ".localhost")
