@@ -6,14 +6,20 @@ them accepts is accepted by all, with the same words where it is not.
 
 from __future__ import annotations
 
+import io
+import warnings
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image, ImageOps
 
 from cmpolicy.spec import PolicySpec, SpecError
 
 Array = npt.NDArray[Any]
+
+#: Of a frame that comes as a file: more than a 4K camera has, and not a bomb.
+_MOST_PIXELS = 4096 * 4096
 
 
 class ObservationError(SpecError):
@@ -34,7 +40,8 @@ def read_observation(spec: PolicySpec, key: str, value: Any) -> Array:
     Args:
         spec: of the policy.
         key: of ``spec.obs``.
-        value: (..., *shape); an array, a tensor on the CPU, a list or a number.
+        value: (..., *shape); an array, a tensor on the CPU, a list or a number. Frames may be JPEG
+            or PNG files (bytes) in lists as deep as the leading axes.
 
     Returns:
         (..., *shape) float32, or uint8 for an image; the value itself where it is that already. A
@@ -46,7 +53,7 @@ def read_observation(spec: PolicySpec, key: str, value: Any) -> Array:
     """
     what = f"observation {key!r}"
     if key in spec.images:
-        return read_frames(what, value, spec.obs[key])
+        return read_frames(what, value, spec.obs[key], resize=spec.resize)
     array = read_numbers(what, value)
     return array[None] if array.ndim == 0 and spec.obs[key] == (1,) else array
 
@@ -69,16 +76,22 @@ def read_numbers(what: str, value: Any) -> npt.NDArray[np.float32]:
     return numbers
 
 
-def read_frames(what: str, value: Any, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+def read_frames(
+    what: str, value: Any, shape: tuple[int, ...], *, resize: bool = False
+) -> npt.NDArray[np.uint8]:
     """Camera frames (..., H, W, 3) as uint8 RGB; ``shape`` is (H, W, 3).
 
-    Floating-point frames are accepted if they hold whole numbers in [0, 255].
+    Floating-point frames are accepted if they hold whole numbers in [0, 255]. With ``resize``
+    frames of another size are brought to this one: the largest part in the middle that has its
+    proportions is scaled, each new pixel the mean of those that it covers.
 
     Raises:
         ObservationError: another size, grey or four-channel frames, channels first, or numbers that
             are not grey levels; the message says which conversion is needed.
     """
-    array = _array(what, value)
+    array = _array(what, _decoded(what, value, shape))
+    if resize and array.ndim >= 3 and array.shape[-1] == 3 and array.shape[-3:] != shape:
+        return _resized(as_uint8(what, array), shape)
     if array.shape[-3:] != shape:
         raise ObservationError(f"{what} {_why_not(array.shape, shape)}")
     return as_uint8(what, array)
@@ -107,6 +120,48 @@ def as_uint8(what: str, array: Array) -> npt.NDArray[np.uint8]:
     return levels
 
 
+def encode_jpeg(frame: npt.NDArray[np.uint8], quality: int) -> bytes:
+    """A frame (H, W, 3) as a JPEG file; ``quality`` from 1 to 95."""
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def _decoded(what: str, value: Any, shape: tuple[int, ...]) -> Any:
+    """Frames that come as files, as arrays; anything else as it is."""
+    if isinstance(value, list | tuple) and value and isinstance(value[0], bytes | list | tuple):
+        parts = [_decoded(what, part, shape) for part in value]
+        if len({np.shape(part) for part in parts}) > 1:
+            raise ObservationError(f"{what} holds frames of several sizes")
+        return parts
+    if not isinstance(value, bytes | bytearray):
+        return value
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # see below
+            with Image.open(io.BytesIO(value), formats=("JPEG", "PNG")) as image:
+                # the header's size is looked at before anything is decoded
+                if image.width * image.height > _MOST_PIXELS:
+                    raise ObservationError(
+                        f"{what} is an image of {image.height} x {image.width}; at most "
+                        f"{_MOST_PIXELS} pixels are decoded"
+                    )
+                return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, ObservationError):
+            raise
+        raise ObservationError(f"{what} holds bytes that are no JPEG or PNG: {error}") from error
+
+
+def _resized(frames: npt.NDArray[np.uint8], shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+    size = (shape[1], shape[0])
+    flat = frames.reshape(-1, *frames.shape[-3:])
+    out = np.empty((len(flat), *shape), np.uint8)
+    for i, frame in enumerate(flat):
+        out[i] = ImageOps.fit(Image.fromarray(frame), size, method=Image.Resampling.BOX)
+    return out.reshape(*frames.shape[:-3], *shape)
+
+
 def _why_not(got: tuple[int, ...], shape: tuple[int, ...]) -> str:
     """What is wrong with the shape of a frame, and what to do."""
     height, width, channels = shape
@@ -122,8 +177,9 @@ def _why_not(got: tuple[int, ...], shape: tuple[int, ...]) -> str:
         return f"has {got[-1]} channels: {wanted} (RGB); drop alpha with frame[..., :3]"
     size = " x ".join(map(str, got[-3:])) if got else "a number"
     return (
-        f"has frames of {size}: {wanted}; resize them before, with the aspect ratio kept, and "
-        "use the camera that the demonstrations were recorded with"
+        f"has frames of {size}: {wanted}; resize them before, with the aspect ratio kept "
+        "(or train with policy.resize=true), and use the camera that the demonstrations were "
+        "recorded with"
     )
 
 

@@ -74,6 +74,8 @@ class PolicySpec:
         action_rotations: which action dimensions are rotations; empty where none is, None where
             nothing is known about it (plans are then not blended).
         images: keys of ``obs`` that are camera frames, (H, W, 3) uint8 RGB. All others are numbers.
+        resize: whether frames of another size are brought to this one, proportions kept, or
+            refused.
 
     Raises:
         SpecError: where the numbers cannot go together; the message holds them.
@@ -86,6 +88,7 @@ class PolicySpec:
     n_action_steps: int
     action_rotations: tuple[Rotation, ...] | None = None
     images: tuple[str, ...] = ()
+    resize: bool = False
 
     def __post_init__(self) -> None:
         for name in ("action_dim", "horizon", "n_obs_steps", "n_action_steps"):
@@ -151,6 +154,8 @@ class PolicySpec:
             plain["images"] = list(self.images)
         else:
             del plain["images"]  # older readers know no images
+        if not self.resize:
+            del plain["resize"]
         if self.action_rotations is None:
             del plain["action_rotations"]
         else:
@@ -167,6 +172,7 @@ class PolicySpec:
             obs = {str(key): tuple(shape) for key, shape in data["obs"].items()}
             rest = {n: data[n] for n in ("action_dim", "horizon", "n_obs_steps", "n_action_steps")}
             rest["images"] = tuple(data.get("images", ()))
+            rest["resize"] = bool(data.get("resize", False))
             if data.get("action_rotations") is not None:
                 rest["action_rotations"] = tuple(Rotation(**r) for r in data["action_rotations"])
         except (KeyError, TypeError, AttributeError) as error:
@@ -192,6 +198,8 @@ class PolicySpec:
         for key, shape in self.obs.items():
             got = tuple(np.shape(obs[key]))
             want = (self.n_obs_steps, *shape)
+            if self.resize and key in self.images and len(got) == 5:
+                want = (self.n_obs_steps, *got[2:4], 3)  # of any size
             if not got or got[1:] != want or got[0] < 1:
                 raise SpecError(
                     f"observation {key!r} has shape {got}, expected "

@@ -173,12 +173,15 @@ class PolicyConfig:
     Args:
         horizon: T, predicted actions. n_obs_steps: To. n_action_steps: Ta, executed actions.
         path: ``linear`` or ``trigonometric``.
+        resize: camera frames of another size than those of the demonstrations are brought to that
+            size when the policy is used, proportions kept, instead of being refused.
     """
 
     horizon: int = 16
     n_obs_steps: int = 2
     n_action_steps: int = 8
     path: Literal["linear", "trigonometric"] = "linear"
+    resize: bool = False
 
     def __post_init__(self) -> None:
         for name in ("horizon", "n_obs_steps", "n_action_steps"):

@@ -91,6 +91,7 @@ class TrainingData:
             n_action_steps=config.n_action_steps,
             action_rotations=self.rotations,
             images=self.arrays.images,
+            resize=config.resize,
         )
 
     def normalizer(self) -> Normalizer:

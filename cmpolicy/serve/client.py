@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from cmpolicy.observation import read_numbers, read_observation
+from cmpolicy.observation import encode_jpeg, read_numbers, read_observation
 from cmpolicy.robot.policy import Array
 from cmpolicy.serve.wire import WireError, pack, unpack
 from cmpolicy.spec import PolicySpec, SpecError
@@ -84,6 +84,8 @@ class RemotePolicy:
         retries: attempts after the first, per call.
         backoff: seconds before the first of them.
         max_backoff: longest pause, seconds.
+        jpeg: quality, 1 to 95, of the JPEG files that camera frames are sent as; None sends them as
+            they are.
         proxy: whether a proxy of the environment (``HTTPS_PROXY`` and so on) is used where the
             server's host is a public one; hosts of one's own network are reached without it.
 
@@ -102,15 +104,19 @@ class RemotePolicy:
         retries: int = 5,
         backoff: float = 0.1,
         max_backoff: float = 2.0,
+        jpeg: int | None = None,
         proxy: bool = True,
     ) -> None:
         _check_url(url)
         for name, value, least in (("retries", retries, 0), ("backoff", backoff, 0)):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if jpeg is not None and not 1 <= jpeg <= 95:
+            raise ValueError(f"jpeg must be a quality from 1 to 95, got {jpeg}")
         if not timeout > 0:
             raise ValueError(f"timeout must be above 0 seconds, got {timeout}")
         self.url = url
+        self._jpeg = jpeg
         self._proxy = get_proxy(parse_uri(url)) if proxy and _is_public(url) else None
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._timeout = timeout
@@ -182,13 +188,20 @@ class RemotePolicy:
         size = int(self.metadata.get("max_batch", rows))
         parts = []
         for start in range(0, rows, size):
-            part = {key: value[start : start + size] for key, value in arrays.items()}
+            part = {
+                key: self._sent(key, value[start : start + size]) for key, value in arrays.items()
+            }
             with self._lock:
                 reply = self._exchange(pack(part))
             if isinstance(reply, str):
                 raise RemotePolicyError(f"the policy server at {self.url} refused: {reply}")
             parts.append(self._plan(self._unpack(reply), min(size, rows - start)))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _sent(self, key: str, value: Array) -> Any:
+        if self._jpeg is None or key not in self.spec.images:
+            return value
+        return [[encode_jpeg(frame, self._jpeg) for frame in history] for history in value]
 
     def close(self) -> None:
         """End the connection; a call that waits in another thread ends with an error."""

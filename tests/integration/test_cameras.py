@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 import cmpolicy
 from cmpolicy import ConsistencyPolicy, ControlLoop, PolicyServer, RemotePolicy
 from cmpolicy.cli.main import main
-from cmpolicy.observation import ObservationError
+from cmpolicy.observation import ObservationError, encode_jpeg, read_observation
 from cmpolicy.robot import SafetyLimits
 from cmpolicy_data import ReplayBuffer, bundled_path
 
@@ -152,6 +154,48 @@ def test_server_with_frames(policy: ConsistencyPolicy) -> None:
         with pytest.raises(RuntimeError, match="'top' has its channels first"):
             client.infer({**message, "top": np.moveaxis(message["top"], -1, 0)})
         client._ws.close()
+
+
+def test_server_with_frames_as_files(policy: ConsistencyPolicy) -> None:
+    obs, noise = _batch(3), _noise(3)
+    files = {key: [[encode_jpeg(f, 80) for f in history] for history in obs[key]] for key in SIZES}
+    decoded = {k: read_observation(policy.spec, k, v) for k, v in files.items()}
+    expected = policy.infer({**obs, **decoded}, noise)
+    assert not np.allclose(expected, policy.infer(obs, noise), atol=1e-3)
+    with PolicyServer(policy, port=0) as server:
+        with RemotePolicy(server.address, jpeg=80) as remote:
+            np.testing.assert_allclose(remote.infer(obs, noise), expected, rtol=1e-4, atol=1e-5)
+        module = pytest.importorskip("openpi_client.websocket_client_policy")
+        client = module.WebsocketClientPolicy("127.0.0.1", server.port)
+        step = {**_step(), "noise": noise[0]}
+        with pytest.raises(RuntimeError, match="'top' holds bytes that are no JPEG or PNG"):
+            client.infer({**step, "top": b"\xff\xd8"})
+        step["top"] = encode_jpeg(step["top"], 95)
+        assert client.infer(step)["actions"].shape == (policy.n_action_steps, 2)
+        client._ws.close()
+
+
+def test_a_policy_that_resizes(policy: ConsistencyPolicy, tmp_path: Path) -> None:
+    resizing = copy.deepcopy(policy)
+    resizing.spec = dataclasses.replace(policy.spec, resize=True)
+    resizing.save_pretrained(tmp_path / "bundle")
+    resizing = ConsistencyPolicy.from_pretrained(tmp_path / "bundle")
+    obs, noise = _batch(2), _noise(2)
+    doubled = obs["top"].repeat(2, axis=2).repeat(2, axis=3)  # each pixel four times
+    np.testing.assert_allclose(
+        resizing.infer({**obs, "top": doubled}, noise), policy.infer(obs, noise), atol=1e-6
+    )
+    with PolicyServer(resizing, port=0) as server, RemotePolicy(server.address) as remote:
+        np.testing.assert_allclose(
+            remote.infer({**obs, "top": doubled}, noise),
+            policy.infer(obs, noise),
+            rtol=1e-4,
+            atol=1e-5,
+        )
+    arm = _Arm()
+    arm.wrong = True  # a frame of 23 x 32
+    with ControlLoop(resizing, arm, schedule=cmpolicy.robot.Synchronous(), hz=20) as loop:
+        assert loop.run(steps=5).stopped_by == "completed"
 
 
 class _Arm:

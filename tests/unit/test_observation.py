@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import io
 from typing import Any
 
 import numpy as np
@@ -7,10 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from cmpolicy.observation import (
     NonFiniteObservationError,
     ObservationError,
+    encode_jpeg,
     read_frames,
     read_numbers,
     read_observation,
@@ -77,3 +81,63 @@ def test_numbers_from_anywhere() -> None:
             read_observation(SPEC, "arm", bad)
     with pytest.raises(ObservationError, match="not an array of numbers"):
         read_observation(SPEC, "arm", [[1], [2, 3]])
+
+
+def _file(frame: np.ndarray, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def test_frames_that_come_as_files() -> None:
+    assert np.array_equal(read_frames("frame", _file(FRAME), SHAPE), FRAME)
+    history = [_file(FRAME), _file(FRAME // 2)]
+    read = read_frames("frame", [history, history], SHAPE)
+    assert read.shape == (2, 2, *SHAPE)
+    assert np.array_equal(read[1, 1], FRAME // 2)
+    smooth = np.full((48, 64, 3), 120, np.uint8)
+    jpeg = read_frames("frame", encode_jpeg(smooth, 90), smooth.shape)
+    assert np.abs(jpeg.astype(int) - smooth).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (b"\xff\xd8\xff nothing", "holds bytes that are no JPEG or PNG"),
+        (b"", "holds bytes that are no JPEG or PNG"),
+        (_file(FRAME)[:-30], "holds bytes that are no JPEG or PNG"),
+        (_file(FRAME, "BMP"), "holds bytes that are no JPEG or PNG"),
+        (_file(np.zeros((5000, 5000, 3), np.uint8)), "an image of 5000 x 5000; at most 16777216"),
+        (_file(FRAME[:, :4]), "frames of 6 x 4 x 3: the policy was trained on frames of 6 x 8 x 3"),
+        ([_file(FRAME), _file(FRAME[:5])], "frames of several sizes"),
+    ],
+)
+def test_files_that_are_no_frames(value: Any, words: str) -> None:
+    with pytest.raises(ObservationError, match=words):
+        read_frames("frame", value, SHAPE)
+
+
+def test_resizing_keeps_proportions() -> None:
+    """Of a wide frame the middle is seen; a pixel is the mean of those that it covers."""
+    wide = np.zeros((60, 100, 3), np.uint8)
+    wide[:, :10] = wide[:, -10:] = 255  # 80 of 100 columns are seen
+    small = read_frames("frame", wide, SHAPE, resize=True)
+    assert small.shape == SHAPE
+    assert not small.any()
+    checks = np.indices((12, 16)).sum(0)[..., None].repeat(3, -1) % 2 * 200
+    small = read_frames("frame", np.stack([checks, checks]).astype(np.uint8), SHAPE, resize=True)
+    assert small.shape == (2, *SHAPE)
+    assert (small == 100).all()
+    with pytest.raises(ObservationError, match=r"policy\.resize=true"):
+        read_frames("frame", wide, SHAPE)
+    with pytest.raises(ObservationError, match="drop alpha"):
+        read_frames("frame", np.zeros((6, 8, 4), np.uint8), SHAPE, resize=True)
+
+
+def test_a_policy_that_resizes_takes_histories_of_any_size() -> None:
+    spec = dataclasses.replace(SPEC, resize=True)
+    assert PolicySpec.from_dict(spec.to_dict()) == spec
+    assert PolicySpec.from_dict(SPEC.to_dict()) == SPEC
+    obs = {"top": np.zeros((2, 1, 30, 40, 3), np.uint8), "grip": np.zeros((2, 1, 1))}
+    assert spec.check_obs({**obs, "arm": np.zeros((2, 1, 2))}) == 2
+    assert read_observation(spec, "top", obs["top"]).shape == (2, 1, *SHAPE)
