@@ -35,8 +35,9 @@ class GatedPolicy:
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.gate.set()
+        self.lets_one_through = False  # per opening of the gate
         self.entered = threading.Semaphore(0)
-        self.calls: list[int] = []  # rows
+        self.calls: list[list[float]] = []  # a state per row
 
     def infer(self, obs: Mapping[str, Array], noise: Array | None = None) -> Array:
         return self.infer_plan(obs, noise)
@@ -44,7 +45,9 @@ class GatedPolicy:
     def infer_plan(self, obs: Mapping[str, Array], noise: Array | None = None) -> Array:
         self.entered.release()
         assert self.gate.wait(WAIT)
-        self.calls.append(len(obs["state"]))
+        if self.lets_one_through:
+            self.gate.clear()
+        self.calls.append(obs["state"][:, -1, 0].tolist())
         return np.repeat(obs["state"], 2, axis=1)
 
     def close_gate(self) -> None:
@@ -154,35 +157,41 @@ def test_a_small_request_waits_for_one_call_beside_the_one_in_progress(policy: G
         policy.gate.set()
         for number, answer in enumerate(answers):
             assert (answer.result(WAIT) == number).all()
-        assert policy.calls.index(1) <= 2
-        assert sorted(policy.calls) == [1] + [MAX_ROWS] * 9
+        assert policy.calls.index([9.0]) <= 2
+        assert sorted(policy.calls) == [[number] * MAX_ROWS for number in range(9)] + [[9.0]]
         for client in clients:
             client.close()
 
 
 def test_small_requests_without_end_do_not_keep_a_large_one_waiting(policy: GatedPolicy) -> None:
+    """Before each call ends, every client waits again: there are always small requests."""
     done = threading.Event()
 
-    def flood(server: PolicyServer) -> int:
-        count = 0
-        with RemotePolicy(server.address) as client:
+    def flood(server: PolicyServer, rows: int) -> None:
+        with RemotePolicy(server.address, timeout=WAIT) as client:
             while not done.is_set():
-                client.infer(_obs())
-                count += 1
-        return count
+                client.infer(_obs(rows, value=rows))
 
     with (
         PolicyServer(policy, port=0, max_batch=MAX_ROWS) as server,
         ThreadPoolExecutor(6) as pool,
     ):
-        flooding = [pool.submit(flood, server) for _ in range(6)]
+        policy.close_gate()
+        policy.lets_one_through = True
+        flooding = [pool.submit(flood, server, rows) for rows in (1, 1, 1, 1, 1, MAX_ROWS)]
         try:
-            with RemotePolicy(server.address, timeout=WAIT) as client:
-                for value in range(20):
-                    assert (client.infer(_obs(MAX_ROWS, value)) == value).all()
+            for _ in range(10):
+                assert policy.entered.acquire(timeout=WAIT)
+                batcher = server._batcher
+                _eventually(lambda b=batcher: len(b._queue) + len(b._running) == 6)
+                policy.gate.set()
         finally:
+            policy.lets_one_through = False
             done.set()
-        assert all(each.result(WAIT) for each in flooding)
+            policy.gate.set()
+        for each in flooding:
+            each.result(WAIT)
+    assert [MAX_ROWS] * MAX_ROWS in policy.calls[1:10]  # the first may have been alone
 
 
 # -- guessed tokens -----------------------------------------------------------------------------
