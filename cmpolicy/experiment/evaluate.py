@@ -44,6 +44,7 @@ class EvalSettings:
         noise_scale: the noise is multiplied by it; null: the policy's own. Tune it on other seeds.
         time_floor: the last of several evaluations starts at this time; null: evenly spaced times.
         workers: simulator processes; null: one per CPU. Results do not depend on it.
+        env_timeout: seconds that a simulator has for a reset or the steps of one chunk of actions.
         batch_size: observations per policy call; null: the protocol's. Results are those of one
             size.
         device: auto, cpu or cuda.
@@ -62,6 +63,7 @@ class EvalSettings:
     noise_scale: float | None = None
     time_floor: float | None = None
     workers: int | None = None
+    env_timeout: float = 120.0
     batch_size: int | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     videos: int = 0
@@ -81,6 +83,8 @@ class EvalSettings:
                 f"time_floor={self.time_floor} must lie in (0, 1) and needs nfe of at least 2, got "
                 f"nfe={list(self.nfe or ())}"
             )
+        if not self.env_timeout > 0:
+            raise ConfigError(f"env_timeout={self.env_timeout} must be above 0 seconds")
         for key, minimum in {"batch_size": 1, "videos": 0, "workers": 1}.items():
             value = getattr(self, key)
             if value is not None and value < minimum:
@@ -183,6 +187,7 @@ def score(
             n_workers=settings.workers,
             batch_size=settings.batch_size,
             keep_chunks=settings.videos,
+            env_timeout=settings.env_timeout,
             progress=f"nfe={nfe}",
             device=scored.device,
             data=scored.data,

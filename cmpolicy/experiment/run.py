@@ -267,8 +267,8 @@ def run_training(
                 f"  cmpolicy {folder.verb} resume={run_dir} optim.lr={config.optim.lr / 3:.2g}"
             )
             raise
-        except OSError as error:
-            error.add_note(_after_a_failed_write(trainer, folder))
+        except (OSError, RuntimeError) as error:  # a full disk, a simulator
+            error.add_note(_how_to_go_on(trainer, folder))
             raise
         finally:
             for tracker in trainer.trackers:
@@ -306,7 +306,7 @@ def _result(trainer: Trainer, folder: RunFolder, is_main: bool) -> RunResult:
     return RunResult(folder.path, trainer.end(), trainer.seconds, parameters, is_main)
 
 
-def _after_a_failed_write(trainer: Trainer, folder: RunFolder) -> str:
+def _how_to_go_on(trainer: Trainer, folder: RunFolder) -> str:
     """What is safe, and how to go on."""
     if not state_path(folder.path).is_file():
         return (

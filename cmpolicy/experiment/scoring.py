@@ -12,7 +12,7 @@ from cmpolicy.training.validation import Validator
 from cmpolicy_eval.evaluate import evaluate
 from cmpolicy_eval.protocol import ROBOMIMIC, EvalProtocol
 from cmpolicy_eval.result import Result
-from cmpolicy_eval.rollout import check_fit
+from cmpolicy_eval.rollout import RolloutError, check_fit, try_env
 
 
 class PolicyScorer:
@@ -49,11 +49,26 @@ class PolicyScorer:
     def check(self, policy: ConsistencyPolicy) -> None:
         """Refuse a policy that the simulator cannot run, before it is trained for hours.
 
+        The simulator is made, reset, and takes one step: a broken one is found now.
+
         Raises:
             PolicyMismatchError: observations or actions that differ from the simulator's.
+            RolloutError: the simulator fails; eval.episodes=0 trains without it.
         """
-        if self._protocol is not None:
-            check_fit(self._protocol.make_env, policy)
+        protocol = self._protocol
+        if protocol is None:
+            return
+        check_fit(protocol.make_env, policy)
+        seed = self.seeds[0]
+        try:
+            options = protocol.reset_options(seed)
+            try_env(protocol.make_env, seed, options, timeout=self.config.eval.env_timeout)
+        except RolloutError as error:
+            error.add_note(
+                f"this was a trial of the protocol {protocol.name}, before training; "
+                "eval.episodes=0 trains without rollouts"
+            )
+            raise
 
     def __call__(self, policy: ConsistencyPolicy, examples: int) -> Scores:
         """Score ``policy`` after ``examples`` training examples."""
@@ -70,6 +85,7 @@ class PolicyScorer:
                 nfe=policy.nfe,
                 policy_name=f"{self.config.task.name} after {examples} examples",
                 n_workers=self.config.eval.workers,
+                env_timeout=self.config.eval.env_timeout,
                 device=policy.device.type,
                 data=self._source,
                 command=self._command,

@@ -32,7 +32,7 @@ from cmpolicy.training.device import make_accelerator
 from cmpolicy.training.validation import Validator
 
 VALIDATION_BATCH = 512
-RESUMABLE = (*RESUME_SETTINGS, "eval.workers", "data.path", "data.changed")
+RESUMABLE = (*RESUME_SETTINGS, "eval.workers", "eval.env_timeout", "data.path", "data.changed")
 
 
 class TrainResult(RunResult):

@@ -110,12 +110,14 @@ class EvalConfig(EvalSchedule):
         first_seed: rollouts use the seeds first_seed, first_seed + 1, ... They are for tuning and
             for choosing the best policy, so they must not be those of the protocol.
         workers: simulator processes.
+        env_timeout: seconds that a simulator has for a reset or the steps of one chunk of actions.
         windows: at most this many held-out windows are scored.
     """
 
     episodes: int = 20
     first_seed: int = 500_000
     workers: int = 2
+    env_timeout: float = 120.0
     windows: int = 1024
 
     def __post_init__(self) -> None:
@@ -123,6 +125,7 @@ class EvalConfig(EvalSchedule):
         for name in ("workers", "windows"):
             at_least(f"eval.{name}", getattr(self, name), 1)
         at_least("eval.episodes", self.episodes, 0)
+        positive("eval.env_timeout", self.env_timeout)
         at_least("eval.first_seed", self.first_seed, 0)
 
 

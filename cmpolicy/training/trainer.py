@@ -211,6 +211,9 @@ class Trainer:
                 scores = self._score(self.ema.model, self.examples)
             except Exception:
                 if stop.signum is None or self.accelerator.num_processes > 1:
+                    self._keep_policy("last", None)  # training went well
+                    save_state(self.run_dir, self.state())
+                    self.saved_at = self.examples
                     raise
                 return  # Ctrl-C reached the simulators as well; the resumed run evaluates again
             self._log("eval", scores.metrics)

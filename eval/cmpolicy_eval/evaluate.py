@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cmpolicy_eval.policy import ActionChunkPolicy
+from cmpolicy_eval.pool import DEFAULT_TIMEOUT
 from cmpolicy_eval.protocol import EvalProtocol, get_protocol
 from cmpolicy_eval.result import Origin, Result
 from cmpolicy_eval.rollout import EpisodeResult, rollout
@@ -44,6 +45,7 @@ def evaluate(
     n_workers: int | None = None,
     batch_size: int | None = None,
     keep_chunks: int = 0,
+    env_timeout: float = DEFAULT_TIMEOUT,
     progress: str | None = None,
     device: str = "cpu",
     data: str | None = None,
@@ -73,6 +75,7 @@ def evaluate(
         n_workers=n_workers,
         batch_size=rows,
         keep_chunks=keep_chunks,
+        env_timeout=env_timeout,
         progress=progress,
     )
     result = Result.from_episodes(

@@ -5,22 +5,33 @@ would be 50 processes of 80 MB that each import the simulator; here a process ho
 environments as its share of the batch. It also starts workers by ``multiprocessing``, which
 imports the caller's main module (and with it torch) into each worker and fails in scripts without
 a ``__main__`` guard. Workers here are plain ``python -m cmpolicy_eval.worker`` processes that talk
-over their stdin and stdout: a dead one reads as end of file, so it is an error at once, and they
-end with their parent.
+over their stdin and stdout: a dead one reads as end of file, so it is an error at once, one that
+does not answer within a time limit is ended, and they end with their parent (see the worker).
 """
 
 import contextlib
 import os
 import pickle
+import select
+import signal
+import struct
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
 import cloudpickle
 
 from cmpolicy_eval.episode import Array, ChunkedEpisode, ChunkOutcome, MakeEnv
+
+DEFAULT_TIMEOUT = 120.0
+"""Seconds that an environment has for a reset or for the steps of one chunk."""
+
+#: Before every reply of a worker: its length in bytes.
+LENGTH = struct.Struct("<Q")
 
 
 class RolloutError(RuntimeError):
@@ -37,6 +48,8 @@ class Setup:
     n_envs: int
     n_obs_steps: int
     max_steps: int
+    dies_with_parent: bool = False
+    """Whether the system may end the worker when the thread ends that started it."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +98,11 @@ class LocalEnvs:
             return episode.reset(command.seed, command.options)
         return episode.step_chunk(command.actions)
 
+    @property
+    def action_space(self) -> Any:
+        """Of each environment."""
+        return self._episodes[0].env.action_space
+
     def close(self) -> None:
         """Close all environments."""
         for episode in self._episodes:
@@ -94,7 +112,8 @@ class LocalEnvs:
 class _Worker:
     """A process and the pipes to it."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, timeout: float) -> None:
+        self._timeout = timeout
         environ = dict(os.environ)
         # The worker must find what this process finds, and leave the cores to its siblings.
         environ["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
@@ -104,6 +123,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environ,
+            bufsize=0,
         )
         if self._process.stdin is None or self._process.stdout is None:
             raise RolloutError("could not open pipes to an environment process")
@@ -113,22 +133,45 @@ class _Worker:
 
     def send(self, message: object) -> None:
         """Send; a worker that is gone is noticed when its reply is read."""
+        rest = memoryview(cloudpickle.dumps(message))
+        deadline = time.monotonic() + self._timeout
         with contextlib.suppress(BrokenPipeError):
-            self._stdin.write(cloudpickle.dumps(message))
-            self._stdin.flush()
+            while rest:  # a pipe takes a part at a time; a stopped worker takes none
+                _, ready, _ = select.select(
+                    [], [self._stdin], [], max(0.0, deadline - time.monotonic())
+                )
+                if not ready:
+                    raise self._hung()
+                rest = rest[os.write(self._stdin.fileno(), rest[: select.PIPE_BUF]) :]
 
     def receive(self) -> ChunkOutcome:
         """Reply to the oldest unanswered command; RolloutError if there is none to come."""
-        try:
-            reply = pickle.load(self._stdout)
-        except (EOFError, pickle.UnpicklingError):
-            code = self._process.wait()
-            raise RolloutError(f"the environment process died (exit code {code})") from None
+        deadline = time.monotonic() + self._timeout
+        (length,) = LENGTH.unpack(self._read(LENGTH.size, deadline))
+        reply = pickle.loads(self._read(length, deadline))
         if isinstance(reply, Failure):
             raise RolloutError(f"the environment raised {reply.summary}\n{reply.traceback}")
         if not isinstance(reply, ChunkOutcome):
             raise RolloutError(f"unexpected reply of an environment process: {reply!r}")
         return reply
+
+    def _read(self, count: int, deadline: float) -> bytes:
+        """``count`` bytes of a reply."""
+        found = bytearray()
+        while len(found) < count:
+            left = max(0.0, deadline - time.monotonic())
+            if not select.select([self._stdout], [], [], left)[0]:
+                raise self._hung()
+            part = os.read(self._stdout.fileno(), count - len(found))
+            if not part:
+                code = self._process.wait()
+                raise RolloutError(f"the environment process died (exit code {code})")
+            found += part
+        return bytes(found)
+
+    def _hung(self) -> RolloutError:
+        self._process.kill()
+        return RolloutError(hung_message(self._timeout))
 
     def close(self) -> None:
         """End the process: it leaves at end of file, or is ended after a moment."""
@@ -142,22 +185,70 @@ class _Worker:
             self._process.wait()
 
 
+def hung_message(timeout: float) -> str:
+    """What to say of an environment that does not answer."""
+    return (
+        f"the environment did not answer within {timeout:g} s. It hangs, or it is slow: the limit "
+        "is env_timeout, for a reset or for the steps of one chunk of actions"
+    )
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Interrupt this thread after ``seconds``, where it is the main one and no alarm is set.
+
+    What hangs inside of a library that never comes back to Python is not interrupted.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getitimer(
+        signal.ITIMER_REAL
+    ) != (0.0, 0.0):
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise RolloutError(hung_message(seconds))
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 class EnvPool:
     """``n_envs`` environments over ``n_workers`` processes; one worker means this process.
 
-    Environment ``i`` lives in worker ``i % n_workers``. Use as a context manager.
+    Environment ``i`` lives in worker ``i % n_workers``. Use as a context manager. ``timeout``:
+    seconds for a reset or the steps of one chunk; in this process it interrupts Python code alone.
     """
 
     def __init__(
-        self, make_env: MakeEnv, *, n_envs: int, n_workers: int, n_obs_steps: int, max_steps: int
+        self,
+        make_env: MakeEnv,
+        *,
+        n_envs: int,
+        n_workers: int,
+        n_obs_steps: int,
+        max_steps: int,
+        timeout: float = DEFAULT_TIMEOUT,
     ) -> None:
+        self._timeout = timeout
         self._n_workers = max(1, min(n_workers, n_envs))
         shares = [len(range(w, n_envs, self._n_workers)) for w in range(self._n_workers)]
-        setups = [Setup(make_env, share, n_obs_steps, max_steps) for share in shares]
+        is_main = threading.current_thread() is threading.main_thread()
+        setups = [Setup(make_env, share, n_obs_steps, max_steps, is_main) for share in shares]
         self._local = LocalEnvs(setups[0]) if self._n_workers == 1 else None
         self._workers: list[_Worker] = []
         if self._local is None:
-            self._workers = [_Worker(setup) for setup in setups]
+            self._workers = [_Worker(setup, timeout) for setup in setups]
+
+    @property
+    def action_space(self) -> Any:
+        """Of the environments, where they are in this process."""
+        assert self._local is not None
+        return self._local.action_space
 
     def __enter__(self) -> "EnvPool":
         return self
@@ -168,15 +259,19 @@ class EnvPool:
         if self._local is not None:
             self._local.close()
 
-    def run(self, commands: Sequence[Command], seeds: Sequence[int]) -> list[ChunkOutcome]:
+    def run(
+        self, commands: Sequence[Command], seeds: Sequence[int], steps: Sequence[int] | None = None
+    ) -> list[ChunkOutcome]:
         """Execute commands (``env`` counts over the whole pool), one at most per environment.
 
         Args:
             commands: what to do.
             seeds: seed of the episode of each command, for error messages.
+            steps: how many steps each episode has behind it, for error messages; None: none.
 
         Raises:
-            RolloutError: an environment raised or a process died; names the seed.
+            RolloutError: an environment raised, gave what is no observation, or did not answer in
+                time, or a process died; names the seed and the step.
         """
         outcomes: dict[int, ChunkOutcome] = {}
         per_worker: list[list[int]] = [[] for _ in range(self._n_workers)]
@@ -184,16 +279,21 @@ class EnvPool:
             per_worker[command.env % self._n_workers].append(position)
         for worker, positions in zip(self._workers, per_worker, strict=False):
             # One message, which the worker reads whole before it replies: no mutual waiting.
-            worker.send([self._localised(commands[position]) for position in positions])
+            try:
+                worker.send([self._localised(commands[position]) for position in positions])
+            except RolloutError as error:
+                raise RolloutError(f"episode of seed {seeds[positions[0]]}: {error}") from None
         for index, positions in enumerate(per_worker):
             for position in positions:
                 try:
                     if self._local is not None:
-                        outcomes[position] = self._local.run(commands[position])
+                        with _time_limit(self._timeout):
+                            outcomes[position] = self._local.run(commands[position])
                     else:
                         outcomes[position] = self._workers[index].receive()
                 except Exception as error:
-                    where = f"episode of seed {seeds[position]}: "
+                    step = f", from step {steps[position]} on" if steps is not None else ", reset"
+                    where = f"episode of seed {seeds[position]}{step}: "
                     if isinstance(error, RolloutError):
                         raise RolloutError(where + str(error)) from None
                     summary = f"{type(error).__name__}: {error}"

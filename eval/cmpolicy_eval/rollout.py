@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from cmpolicy_eval.episode import Array, ChunkOutcome, MakeEnv
 from cmpolicy_eval.policy import ActionChunkPolicy, PolicyMismatchError, check_policy_fits
-from cmpolicy_eval.pool import Command, EnvPool, Reset, RolloutError, Step
+from cmpolicy_eval.pool import DEFAULT_TIMEOUT, Command, EnvPool, Reset, RolloutError, Step
 
-__all__ = ["EpisodeResult", "RolloutError", "check_fit", "rollout"]
+__all__ = ["EpisodeResult", "RolloutError", "check_fit", "rollout", "try_env"]
 
 
 DEFAULT_BATCH_SIZE = 50
@@ -77,6 +77,7 @@ def rollout(
     n_workers: int | None = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
     keep_chunks: int = 0,
+    env_timeout: float = DEFAULT_TIMEOUT,
     progress: str | None = None,
 ) -> list[EpisodeResult]:
     """Run one episode per seed.
@@ -91,6 +92,7 @@ def rollout(
         n_workers: processes for the environments (default: CPU count); 1 means this process.
         batch_size: rows of every policy call, and so the largest number of episodes at a time.
         keep_chunks: keep the action chunks of the first so many seeds, for a video.
+        env_timeout: seconds that an environment has for a reset or for the steps of one chunk.
         progress: label of a progress bar, shown on a terminal only.
 
     Returns:
@@ -98,8 +100,9 @@ def rollout(
 
     Raises:
         PolicyMismatchError: the policy does not fit the environment.
-        RolloutError: an environment raised, its process died, or the policy gave non-finite
-            actions; names the seed.
+        RolloutError: an environment raised, gave no finite observation of the declared form, or
+            did not answer in time, its process died, or the policy gave non-finite actions; names
+            the seed.
         ValueError: no seeds, or an impossible setting.
     """
     _check_settings(seeds, max_steps=max_steps, n_workers=n_workers, batch_size=batch_size)
@@ -117,6 +120,7 @@ def rollout(
         n_workers=n_workers or os.cpu_count() or 1,
         n_obs_steps=policy.n_obs_steps,
         max_steps=max_steps,
+        timeout=env_timeout,
     )
     with bar, pool:
         slots: list[_Slot | None] = [None] * n_slots
@@ -128,7 +132,11 @@ def rollout(
                 break
             chunks, elapsed_ms = _infer(policy, keys, full, batch_size)
             commands: list[Command] = [Step(index, chunks[index]) for index in active]
-            outcomes = pool.run(commands, [full[index].seed for index in active])
+            outcomes = pool.run(
+                commands,
+                [full[index].seed for index in active],
+                [full[index].outcome.length for index in active],
+            )
             for index, outcome in zip(active, outcomes, strict=True):
                 slot = full[index]
                 slot.outcome = outcome
@@ -218,6 +226,22 @@ def check_fit(make_env: MakeEnv, policy: ActionChunkPolicy) -> tuple[str, ...]:
         return check_policy_fits(policy, env.observation_space, env.action_space)
     finally:
         env.close()
+
+
+def try_env(
+    make_env: MakeEnv, seed: int, options: dict[str, Any] | None, *, timeout: float
+) -> None:
+    """Make an environment, reset it, and take one step, in the middle of its actions.
+
+    Raises:
+        RolloutError: it raises, hangs, or gives what is no observation.
+    """
+    pool = EnvPool(make_env, n_envs=1, n_workers=1, n_obs_steps=1, max_steps=1, timeout=timeout)
+    with pool:
+        pool.run([Reset(0, seed, options)], [seed])
+        space = pool.action_space
+        middle = np.clip(np.zeros(space.shape, np.float32), space.low, space.high)
+        pool.run([Step(0, middle[None])], [seed], [0])
 
 
 def _check_settings(

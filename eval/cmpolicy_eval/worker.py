@@ -1,20 +1,31 @@
 """Environment process of :mod:`cmpolicy_eval.pool`: reads commands on stdin, replies on stdout.
 
-Only ever started by ``EnvPool``, and only reads what its parent process writes.
+Only ever started by ``EnvPool``, and only reads what its parent process writes. It ends with its
+parent: at the end of file, and, while an environment keeps it busy, by a signal that Linux sends or
+by a thread that watches the parent.
 """
 
+import contextlib
+import ctypes
 import os
 import pickle
 import signal
 import sys
+import threading
+import time
 import traceback
 
 from cmpolicy_eval.episode import ChunkOutcome
-from cmpolicy_eval.pool import Command, Failure, LocalEnvs
+from cmpolicy_eval.pool import LENGTH, Command, Failure, LocalEnvs, Setup
+
+_PR_SET_PDEATHSIG = 1  # of Linux
+_WATCH_INTERVAL = 1.0  # s
 
 
 def main() -> None:
     """Serve until end of file."""
+    parent = os.getppid()
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
     # Ctrl-C goes to the whole group; the parent decides, and this process ends with its pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Replies get a private copy of stdout; whatever an environment prints goes to stderr.
@@ -23,7 +34,10 @@ def main() -> None:
     commands = sys.stdin.buffer
     envs: LocalEnvs | Failure
     try:
-        envs = LocalEnvs(pickle.load(commands))
+        setup = pickle.load(commands)
+        if isinstance(setup, Setup) and setup.dies_with_parent:
+            _die_with_parent()
+        envs = LocalEnvs(setup)
     except EOFError:
         return
     except Exception as error:
@@ -31,12 +45,27 @@ def main() -> None:
     try:
         while True:
             for command in pickle.load(commands):
-                pickle.dump(_reply(envs, command), replies, protocol=pickle.HIGHEST_PROTOCOL)
+                reply = pickle.dumps(_reply(envs, command), protocol=pickle.HIGHEST_PROTOCOL)
+                replies.write(LENGTH.pack(len(reply)))
+                replies.write(reply)
                 replies.flush()
     except (EOFError, BrokenPipeError):
         pass  # the parent is done, or gone
     if isinstance(envs, LocalEnvs):
         envs.close()
+
+
+def _watch(parent: int) -> None:
+    """End this process when its parent is gone."""
+    while os.getppid() == parent:
+        time.sleep(_WATCH_INTERVAL)
+    os._exit(1)
+
+
+def _die_with_parent() -> None:
+    """Let the system end this process with its parent, also while it is stopped or hangs."""
+    with contextlib.suppress(AttributeError, OSError):  # not Linux: the thread has to do
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _reply(envs: LocalEnvs | Failure, command: Command) -> ChunkOutcome | Failure:

@@ -129,7 +129,7 @@ def test_unknown_keys_list_only_their_own_group() -> None:
     with pytest.raises(ConfigError) as error:
         build("eval.episode=3")
     allowed = str(error.value).splitlines()[1]
-    assert allowed.startswith("allowed under 'eval': eval.episodes")
+    assert allowed.startswith("allowed under 'eval': eval.env_timeout, eval.episodes")
     assert "optim" not in allowed
 
 
