@@ -207,7 +207,7 @@ def _warn_of_rounding(
     key: str, which: npt.NDArray[np.bool_], span: npt.NDArray[Any], middle: npt.NDArray[Any]
 ) -> None:
     """Name the dimensions that vary by no more than rounding."""
-    for index in zip(*np.nonzero(which), strict=True):
+    for index in map(tuple, np.argwhere(which)):
         place = f"{key}[{', '.join(map(str, index))}]" if index else key
         warnings.warn(
             f"{place} is taken for constant: it varies by {span[index]:.3g} around "
