@@ -29,6 +29,10 @@ class Normalizer(nn.Module):
     A key may have limits: values beyond them are cut to them, before they are scaled and after they
     came back, so that no action leaves what was seen and no glitch reaches the network.
 
+    A key may have an origin, in float64, which is taken off before anything else and added at the
+    end: single precision does not resolve centimetres in metres of a map grid. Scale, offset and
+    limits of such a key are relative to it.
+
     Build it with :meth:`fit` from data. A policy bundle stores :meth:`to_arrays`. Buffers are named
     after their key, so a state dict fits whatever the order of the keys was.
     """
@@ -37,6 +41,7 @@ class Normalizer(nn.Module):
         self,
         affine: Mapping[str, tuple[Tensor, Tensor]],
         limits: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        origins: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self._keys = tuple(affine)
@@ -46,6 +51,8 @@ class Normalizer(nn.Module):
         for key, (low, high) in (limits or {}).items():
             self.register_buffer(_buffer("low", key), low.clone())
             self.register_buffer(_buffer("high", key), high.clone())
+        for key, origin in (origins or {}).items():
+            self.register_buffer(_buffer("origin", key), origin.to(torch.float64))
         self._find_constants()
         self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
             lambda module, keys: module._find_constants()
@@ -65,6 +72,7 @@ class Normalizer(nn.Module):
         *,
         spans: Mapping[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] | None = None,
         limits: Mapping[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] | None = None,
+        origins: Mapping[str, npt.NDArray[np.float64]] | None = None,
     ) -> Normalizer:
         """Map each dimension's minimum to -1 and maximum to 1.
 
@@ -77,6 +85,7 @@ class Normalizer(nn.Module):
                 whose entries are of one unit and in [-1, 1] already.
             spans: two arrays (...) by key, in place of minimum and maximum.
             limits: two arrays (...) by key, beyond which values are cut; none by default.
+            origins: (...) float64 by key; ``spans`` and ``limits`` are in env units all the same.
 
         Raises:
             ValueError: an empty or non-finite array, with the key.
@@ -86,7 +95,8 @@ class Normalizer(nn.Module):
             if len(values) == 0:
                 raise ValueError(f"cannot fit the normaliser: {key!r} holds no steps")
             low, high = (spans or {}).get(key) or (values.min(axis=0), values.max(axis=0))
-            low, high = low.astype(np.float64), high.astype(np.float64)
+            origin = (origins or {}).get(key, 0.0)
+            low, high = low.astype(np.float64) - origin, high.astype(np.float64) - origin
             if not (np.isfinite(low).all() and np.isfinite(high).all()):
                 raise ValueError(
                     f"cannot fit the normaliser: {key!r} holds NaN or inf; "
@@ -107,11 +117,15 @@ class Normalizer(nn.Module):
                 torch.as_tensor(scale, dtype=torch.float32),
                 torch.as_tensor(offset, dtype=torch.float32),
             )
+        at = {key: torch.as_tensor(origin) for key, origin in (origins or {}).items()}
         cut = {
-            key: (torch.as_tensor(low).float(), torch.as_tensor(high).float())
+            key: (
+                (torch.as_tensor(low).double() - at.get(key, 0.0)).float(),
+                (torch.as_tensor(high).double() - at.get(key, 0.0)).float(),
+            )
             for key, (low, high) in (limits or {}).items()
         }
-        return cls(affine, cut)
+        return cls(affine, cut, at)
 
     @classmethod
     def identity(cls, shapes: Mapping[str, Iterable[int]]) -> Normalizer:
@@ -132,17 +146,22 @@ class Normalizer(nn.Module):
     def normalize(self, key: str, x: Tensor) -> Tensor:
         """(..., *shape) in env units to [-1, 1]; constant dimensions to 0."""
         scale, offset = self._affine(key)
+        origin = self._origin(key)
+        if origin is not None:
+            x = (x.double() - origin).to(scale.dtype)
         y = self._cut(key, x) * scale + offset
         return y.masked_fill(scale == 0, 0.0) if key in self._with_constants else y
 
     def unnormalize(self, key: str, y: Tensor) -> Tensor:
         """The inverse of :meth:`normalize`; constant dimensions to their value, exactly."""
         scale, offset = self._affine(key)
-        if key not in self._with_constants:
-            return self._cut(key, (y - offset) / scale)
-        constant = scale == 0
-        x = torch.where(constant, offset, (y - offset) / scale.masked_fill(constant, 1.0))
-        return self._cut(key, x)
+        if key in self._with_constants:
+            constant = scale == 0
+            x = torch.where(constant, offset, (y - offset) / scale.masked_fill(constant, 1.0))
+        else:
+            x = (y - offset) / scale
+        origin = self._origin(key)
+        return self._cut(key, x) if origin is None else self._cut(key, x).double() + origin
 
     def limits(self, key: str) -> tuple[Tensor, Tensor] | None:
         """(low, high) (...) to which values of the key are cut; None if they are not."""
@@ -153,10 +172,23 @@ class Normalizer(nn.Module):
         limits = self.limits(key)
         return x if limits is None else x.clamp(*limits)
 
+    def _origin(self, key: str) -> Tensor | None:
+        return getattr(self, _buffer("origin", key), None)
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Normalizer:
+        """Move with the module, but keep the precision of the origins."""
+        before = {name: b for name, b in self._buffers.items() if name.startswith("origin/")}
+        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
+        for name, origin in before.items():
+            moved = self._buffers[name]
+            if origin is not None and moved is not None and moved.dtype is not torch.float64:
+                self._buffers[name] = origin.to(moved.device)
+        return self
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Take over which keys have limits, too: training states from before them have none."""
         for key in self._keys:
-            for name in (_buffer("low", key), _buffer("high", key)):
+            for name in (_buffer(kind, key) for kind in ("low", "high", "origin")):
                 there = state_dict.get(prefix + name)
                 if there is None:
                     self._buffers.pop(name, None)
@@ -172,6 +204,9 @@ class Normalizer(nn.Module):
             limits = self.limits(key)
             if limits is not None:
                 arrays[f"{key}.low"], arrays[f"{key}.high"] = limits
+            origin = self._origin(key)
+            if origin is not None:
+                arrays[f"{key}.origin"] = origin
         return arrays
 
     @classmethod
@@ -183,6 +218,7 @@ class Normalizer(nn.Module):
         """
         affine: dict[str, tuple[Tensor, Tensor]] = {}
         limits: dict[str, tuple[Tensor, Tensor]] = {}
+        origins: dict[str, Tensor] = {}
         for name, scale in arrays.items():
             key, _, kind = name.rpartition(".")
             if kind != "scale":
@@ -200,7 +236,12 @@ class Normalizer(nn.Module):
                 if not (low.shape == high.shape == scale.shape and bool((low <= high).all())):
                     raise ValueError(f"normaliser entry {key!r} has limits that cannot be")
                 limits[key] = (low, high)
-        return cls(affine, limits)
+            origin = arrays.get(f"{key}.origin")
+            if origin is not None:
+                if origin.shape != scale.shape or not origin.isfinite().all():
+                    raise ValueError(f"normaliser entry {key!r} has an origin that cannot be")
+                origins[key] = origin
+        return cls(affine, limits, origins)
 
 
 def _warn_of_rounding(

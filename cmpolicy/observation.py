@@ -44,8 +44,8 @@ def read_observation(spec: PolicySpec, key: str, value: Any) -> Array:
             or PNG files (bytes) in lists as deep as the leading axes.
 
     Returns:
-        (..., *shape) float32, or uint8 for an image; the value itself where it is that already. A
-        plain number stands for one of shape (1,).
+        (..., *shape) of ``spec.dtype(key)``: float32, or uint8 for an image; the value itself where
+        it is that already. A plain number stands for one of shape (1,).
 
     Raises:
         ObservationError: not numbers, a frame of another kind or size.
@@ -54,12 +54,14 @@ def read_observation(spec: PolicySpec, key: str, value: Any) -> Array:
     what = f"observation {key!r}"
     if key in spec.images:
         return read_frames(what, value, spec.obs[key], resize=spec.resize)
-    array = read_numbers(what, value)
+    array = read_numbers(what, value, np.float64 if key in spec.precise else np.float32)
     return array[None] if array.ndim == 0 and spec.obs[key] == (1,) else array
 
 
-def read_numbers(what: str, value: Any) -> npt.NDArray[np.float32]:
-    """The values as contiguous float32, without a copy where they are that.
+def read_numbers(
+    what: str, value: Any, dtype: type[np.floating[Any]] = np.float32
+) -> npt.NDArray[Any]:
+    """The values as contiguous float32 (or ``dtype``), without a copy where they are that.
 
     Raises:
         ObservationError: not real numbers.
@@ -67,7 +69,7 @@ def read_numbers(what: str, value: Any) -> npt.NDArray[np.float32]:
     """
     array = _array(what, value)
     with np.errstate(over="ignore"):  # becomes infinite, and is counted below
-        numbers = np.asarray(array, dtype=np.float32, order="C")
+        numbers = np.asarray(array, dtype=dtype, order="C")
     bad = numbers.size - np.count_nonzero(np.isfinite(numbers))
     if bad:
         raise NonFiniteObservationError(

@@ -74,6 +74,8 @@ class PolicySpec:
         action_rotations: which action dimensions are rotations; empty where none is, None where
             nothing is known about it (plans are then not blended).
         images: keys of ``obs`` that are camera frames, (H, W, 3) uint8 RGB. All others are numbers.
+        precise: keys of ``obs`` whose numbers need float64, such as positions on a map; all other
+            numbers are float32.
         resize: whether frames of another size are brought to this one, proportions kept, or
             refused.
 
@@ -89,6 +91,7 @@ class PolicySpec:
     action_rotations: tuple[Rotation, ...] | None = None
     images: tuple[str, ...] = ()
     resize: bool = False
+    precise: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("action_dim", "horizon", "n_obs_steps", "n_action_steps"):
@@ -97,6 +100,10 @@ class PolicySpec:
                 raise SpecError(f"{name} must be a whole number of at least 1, got {value!r}")
         object.__setattr__(self, "obs", _checked_shapes(self.obs))
         object.__setattr__(self, "images", tuple(str(key) for key in self.images))
+        object.__setattr__(self, "precise", tuple(str(key) for key in self.precise))
+        for key in self.precise:
+            if key not in self.obs or key in self.images:
+                raise SpecError(f"precise names {key!r}, which is none of {sorted(self.states)}")
         for key in self.images:
             shape = self.obs.get(key)
             if shape is None or len(shape) != 3 or shape[2] != 3:
@@ -120,9 +127,11 @@ class PolicySpec:
         """Shapes of the keys that are not images."""
         return {key: shape for key, shape in self.obs.items() if key not in self.images}
 
-    def dtype(self, key: str) -> type[np.uint8] | type[np.float32]:
-        """Of a key's values: uint8 for images, else float32."""
-        return np.uint8 if key in self.images else np.float32
+    def dtype(self, key: str) -> type[np.uint8] | type[np.float32] | type[np.float64]:
+        """Of a key's values: uint8 for images, float64 for precise numbers, else float32."""
+        if key in self.images:
+            return np.uint8
+        return np.float64 if key in self.precise else np.float32
 
     def zeros(self, batch: int = 1) -> dict[str, npt.NDArray[Any]]:
         """Observation histories of zeros, (batch, To, ...) per key, of the right dtypes."""
@@ -156,6 +165,10 @@ class PolicySpec:
             del plain["images"]  # older readers know no images
         if not self.resize:
             del plain["resize"]
+        if self.precise:
+            plain["precise"] = list(self.precise)
+        else:
+            del plain["precise"]
         if self.action_rotations is None:
             del plain["action_rotations"]
         else:
@@ -172,6 +185,7 @@ class PolicySpec:
             obs = {str(key): tuple(shape) for key, shape in data["obs"].items()}
             rest = {n: data[n] for n in ("action_dim", "horizon", "n_obs_steps", "n_action_steps")}
             rest["images"] = tuple(data.get("images", ()))
+            rest["precise"] = tuple(data.get("precise", ()))
             rest["resize"] = bool(data.get("resize", False))
             if data.get("action_rotations") is not None:
                 rest["action_rotations"] = tuple(Rotation(**r) for r in data["action_rotations"])

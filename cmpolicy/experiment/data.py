@@ -92,6 +92,7 @@ class TrainingData:
             action_rotations=self.rotations,
             images=self.arrays.images,
             resize=config.resize,
+            precise=tuple(k for k, v in self.arrays.obs.items() if v.dtype == np.float64),
         )
 
     def normalizer(self) -> Normalizer:
@@ -110,7 +111,12 @@ class TrainingData:
         unchanged = {}
         if self.simulator.actions == "absolute":
             unchanged[ACTION] = ~is_position(self.arrays.action.shape[1])
-        return Normalizer.fit(named, unchanged, spans=spans, limits=limits)
+        origins = {
+            key: np.asarray((spans[key][0] + spans[key][1]) / 2)
+            for key, values in named.items()
+            if values.dtype == np.float64
+        }
+        return Normalizer.fit(named, unchanged, spans=spans, limits=limits, origins=origins)
 
     def loader(
         self,

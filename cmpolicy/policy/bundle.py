@@ -46,7 +46,7 @@ class Bundle:
     """What a bundle holds; ``ConsistencyPolicy`` is made of it and makes it.
 
     ``weights`` are named ``net.<name>`` and ``encoder.<name>``; they and ``normalizer`` are float32
-    when read. ``source`` is where it was read.
+    when read, but for the origins of the normaliser. ``source`` is where it was read.
     """
 
     spec: PolicySpec
@@ -226,7 +226,10 @@ def _read(directory: Path) -> Bundle:
             noise_scale=_number(config, "noise_scale", 0, 100, default=1.0),
             control_hz=None if rate is None else _number(config, "control_hz", 1e-6, 1e6),
             weights={name: value.float() for name, value in weights.items()},
-            normalizer={name: value.float() for name, value in arrays.items()},
+            normalizer={
+                name: value if name.endswith(".origin") else value.float()
+                for name, value in arrays.items()
+            },
             metadata=config.get("metadata", {}),
             source=directory,
         )

@@ -311,8 +311,8 @@ class ConsistencyPolicy(nn.Module):
         for key in self.spec.obs:
             # a copy of what must not be written to, such as a received message: torch would warn
             value = np.require(read_observation(self.spec, key, obs[key]), requirements="W")
-            is_image = key in self.spec.images
-            tensors[key] = torch.as_tensor(value, **(here | {"dtype": None} if is_image else here))
+            as_it_is = key in self.spec.images or key in self.spec.precise
+            tensors[key] = torch.as_tensor(value, **(here | {"dtype": None} if as_it_is else here))
         z = None
         if noise is not None:
             z = torch.as_tensor(np.require(noise, requirements="W"), **here)

@@ -38,8 +38,9 @@ class DeviceLoader:
     """Batches of windows, gathered on ``device`` (see the module docstring).
 
     Args:
-        obs: arrays (N, ...) by observation key: uint8 frames, all else becomes float32.
-        action: (N, A).
+        obs: arrays (N, ...) by observation key: uint8 frames, float64 for a policy that takes it
+            (``spec.precise``); all else becomes float32.
+        action: (N, A) float32.
         windows: row numbers of W windows.
         batch_size: examples of one whole (global) batch.
         seed: of the order of the data.
@@ -122,7 +123,8 @@ class DeviceLoader:
     def _placed(self, value: npt.NDArray[np.generic]) -> Tensor:
         """A key's values where they stay during training."""
         if value.dtype != np.uint8:
-            return torch.from_numpy(np.array(value, np.float32, order="C")).to(self.device)
+            dtype = np.float64 if value.dtype == np.float64 else np.float32
+            return torch.from_numpy(np.array(value, dtype, order="C")).to(self.device)
         frames = torch.from_numpy(_writable(value))  # without a copy: frames may be gigabytes
         if self.device.type != "cuda" or frames.nbytes > torch.cuda.mem_get_info()[0] // 2:
             return frames

@@ -32,6 +32,7 @@ from cmpolicy_data.chunks import (
 )
 from cmpolicy_data.seal import SEAL, broken_seal, refuse_to_append
 from cmpolicy_data.selector import Selector, SelectorError
+from cmpolicy_data.statistics import needs_float64
 from cmpolicy_data.store import (
     MARK,
     array_names,
@@ -204,8 +205,9 @@ class ReplayBuffer:
         """All steps of a key, or of some of its columns: ``"action"``, ``"state[:2]"``.
 
         Returns:
-            (N, ...): float32 for floating-point data, else the stored dtype; a key of shape (N,)
-            comes as one column (N, 1).
+            (N, ...): float32 for floating-point data, float64 where float32 would resolve less than
+            a thousandth of a column's range, else the stored dtype; a key of shape (N,) comes as
+            one column (N, 1).
 
         Raises:
             SelectorError: bad syntax, or columns that are not there.
@@ -220,9 +222,9 @@ class ReplayBuffer:
             rows = chosen.take(rows)
         except SelectorError as error:
             raise SelectorError(f"{self.path}: {error}") from None
-        if rows.dtype.kind == "f":
-            rows = rows.astype(np.float32, copy=False)
-        return rows
+        if needs_float64(rows):
+            return rows.astype(np.float64, copy=False)
+        return rows.astype(np.float32, copy=False) if rows.dtype.kind == "f" else rows
 
     def check(self, key: str) -> None:
         """Check, without reading it, that a key can be loaded (``load`` does this first).

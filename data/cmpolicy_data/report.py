@@ -18,7 +18,7 @@ import numpy.typing as npt
 from cmpolicy_data.chunks import MissingChunks, absent_chunks
 from cmpolicy_data.frames import looks_like_frames
 from cmpolicy_data.replay_buffer import ReplayBuffer
-from cmpolicy_data.statistics import PERCENTILES, KeyStatistics
+from cmpolicy_data.statistics import COARSE, FLOAT32, PERCENTILES, KeyStatistics
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -27,8 +27,6 @@ _MOST_COLUMNS = 64
 _MOST_NUMBERS = 4096
 _CLOCK_KEY = re.compile(r"(.*[/_.])?(time|timestamp|stamp)(s|_ns|_s)?", re.IGNORECASE)
 _CLOCK = 1e8  # seconds since 1970 are 1.7e9
-_FLOAT32 = 2.0**-24
-_COARSE = 1e-3
 _NARROW = 0.05
 _STILL = 0.1
 
@@ -75,7 +73,10 @@ def examine(
         found += _out_of_bounds(key, rows, statistics, ends)
         if rows.shape[1] <= _MOST_COLUMNS:
             for column in range(rows.shape[1]):
-                found += _column(key, column, rows[:, column], statistics, ends, key in actions)
+                coarse = array.dtype != np.float64 or key in actions
+                found += _column(
+                    key, column, rows[:, column], statistics, ends, key in actions, coarse
+                )
         found += [*_quaternions(key, rows, ends), *_narrow(key, rows, statistics)]
     found += _pauses(values, ends)
     return found
@@ -220,12 +221,13 @@ def _column(
     statistics: KeyStatistics,
     ends: Int64Array,
     is_action: bool,
+    coarse: bool,
 ) -> Iterator[Finding]:
     low, high = statistics.low[column], statistics.high[column]
     span, largest = high - low, max(abs(low), abs(high))
     if span == 0:
         return  # the normaliser writes it instead of generating it
-    if largest * _FLOAT32 > _COARSE * span:
+    if coarse and largest * FLOAT32 > COARSE * span:
         is_clock = largest > _CLOCK and not is_action
         clock = " It looks like a clock, which never shows a time of the training again."
         clock = clock if is_clock else ""
@@ -235,7 +237,7 @@ def _column(
             None,
             None,
             f"values around {largest:.6g} differ by at most {span:.4g}, and single precision "
-            f"resolves {largest * 2 * _FLOAT32:.2g}: store them relative to a fixed value.{clock}",
+            f"resolves {largest * 2 * FLOAT32:.2g}: store them relative to a fixed value.{clock}",
         )
         return
     if not is_action and largest > _CLOCK and (np.diff(values) > 0).mean() > 0.9:

@@ -21,6 +21,23 @@ _ONE_IN = 2000
 _FEW = 3
 
 
+#: Half of the distance of two float32 numbers, relative to their size.
+FLOAT32 = 2.0**-24
+#: What varies by less than this many times that distance is not resolved by float32.
+COARSE = 1e-3
+
+
+def needs_float64(values: npt.NDArray[Any]) -> bool:
+    """Whether (N, ...) numbers hold more than float32 can: some column is not resolved by it."""
+    small = values.dtype.kind in "fiu" and values.dtype.itemsize < 8
+    if small or values.dtype.kind not in "fiu" or not len(values):
+        return False
+    low, high = values.min(axis=0).astype(np.float64), values.max(axis=0).astype(np.float64)
+    largest, span = np.maximum(np.abs(low), np.abs(high)), high - low
+    # what varies within the rounding of float64 is constant
+    return bool(((largest * FLOAT32 > COARSE * span) & (span > 1e-13 * largest)).any())
+
+
 @dataclass(frozen=True)
 class KeyStatistics:
     """Of (N, ...) values over the steps, per dimension (...), in float64.
