@@ -75,7 +75,7 @@ def delayed_rollout(
         seeds: of the episodes.
         schedule: what the control loop would be given.
         delay_ms: from an observation to its plan, in steps of 10 ms (the physics).
-        n_workers: simulator processes; 1 means this one.
+        n_workers: simulator processes; 0 means this one.
         progress: label of a progress bar.
 
     Raises:

@@ -12,7 +12,7 @@ from cmpolicy.training.validation import Validator
 from cmpolicy_eval.evaluate import evaluate
 from cmpolicy_eval.protocol import ROBOMIMIC, EvalProtocol
 from cmpolicy_eval.result import Result
-from cmpolicy_eval.rollout import RolloutError, check_fit, try_env
+from cmpolicy_eval.rollout import RolloutError, try_out
 
 
 class PolicyScorer:
@@ -58,11 +58,11 @@ class PolicyScorer:
         protocol = self._protocol
         if protocol is None:
             return
-        check_fit(protocol.make_env, policy)
         seed = self.seeds[0]
         try:
             options = protocol.reset_options(seed)
-            try_env(protocol.make_env, seed, options, timeout=self.config.eval.env_timeout)
+            timeout = self.config.eval.env_timeout
+            try_out(protocol.make_env, policy, seed, options, timeout=timeout)
         except RolloutError as error:
             error.add_note(
                 f"this was a trial of the protocol {protocol.name}, before training; "

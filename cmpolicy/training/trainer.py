@@ -206,14 +206,13 @@ class Trainer:
         """Evaluate the EMA weights on the main process; the others wait."""
         self._guard.check()
         self._window.pause_clock()
+        self._keep_policy("last", None)  # whatever becomes of the simulator
+        self.save()
         if self.accelerator.is_main_process and self._score is not None:
             try:
                 scores = self._score(self.ema.model, self.examples)
             except Exception:
                 if stop.signum is None or self.accelerator.num_processes > 1:
-                    self._keep_policy("last", None)  # training went well
-                    save_state(self.run_dir, self.state())
-                    self.saved_at = self.examples
                     raise
                 return  # Ctrl-C reached the simulators as well; the resumed run evaluates again
             self._log("eval", scores.metrics)

@@ -13,13 +13,12 @@ import contextlib
 import os
 import pickle
 import select
-import signal
 import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -48,8 +47,18 @@ class Setup:
     n_envs: int
     n_obs_steps: int
     max_steps: int
+    parent: int = 0
+    """Process that the worker ends with."""
     dies_with_parent: bool = False
     """Whether the system may end the worker when the thread ends that started it."""
+
+
+@dataclass(frozen=True)
+class Spaces:
+    """First reply of a worker: what its environments take and give."""
+
+    observation: Any
+    action: Any
 
 
 @dataclass(frozen=True)
@@ -99,9 +108,10 @@ class LocalEnvs:
         return episode.step_chunk(command.actions)
 
     @property
-    def action_space(self) -> Any:
+    def spaces(self) -> Spaces:
         """Of each environment."""
-        return self._episodes[0].env.action_space
+        env = self._episodes[0].env
+        return Spaces(env.observation_space, env.action_space)
 
     def close(self) -> None:
         """Close all environments."""
@@ -144,14 +154,14 @@ class _Worker:
                     raise self._hung()
                 rest = rest[os.write(self._stdin.fileno(), rest[: select.PIPE_BUF]) :]
 
-    def receive(self) -> ChunkOutcome:
-        """Reply to the oldest unanswered command; RolloutError if there is none to come."""
+    def receive(self) -> ChunkOutcome | Spaces:
+        """Reply to the oldest unanswered message; RolloutError if there is none to come."""
         deadline = time.monotonic() + self._timeout
         (length,) = LENGTH.unpack(self._read(LENGTH.size, deadline))
         reply = pickle.loads(self._read(length, deadline))
         if isinstance(reply, Failure):
             raise RolloutError(f"the environment raised {reply.summary}\n{reply.traceback}")
-        if not isinstance(reply, ChunkOutcome):
+        if not isinstance(reply, ChunkOutcome | Spaces):
             raise RolloutError(f"unexpected reply of an environment process: {reply!r}")
         return reply
 
@@ -193,35 +203,22 @@ def hung_message(timeout: float) -> str:
     )
 
 
-@contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Interrupt this thread after ``seconds``, where it is the main one and no alarm is set.
-
-    What hangs inside of a library that never comes back to Python is not interrupted.
-    """
-    if threading.current_thread() is not threading.main_thread() or signal.getitimer(
-        signal.ITIMER_REAL
-    ) != (0.0, 0.0):
-        yield
-        return
-
-    def interrupt(*_: object) -> None:
-        raise RolloutError(hung_message(seconds))
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 class EnvPool:
-    """``n_envs`` environments over ``n_workers`` processes; one worker means this process.
+    """``n_envs`` environments over ``n_workers`` processes.
 
-    Environment ``i`` lives in worker ``i % n_workers``. Use as a context manager. ``timeout``:
-    seconds for a reset or the steps of one chunk; in this process it interrupts Python code alone.
+    Environment ``i`` lives in worker ``i % n_workers``. Use as a context manager.
+
+    Args:
+        make_env, n_obs_steps, max_steps: see :func:`~cmpolicy_eval.rollout.rollout`.
+        n_envs: environments.
+        n_workers: processes; 0 means this one, in which no time limit holds.
+        timeout: seconds to make the environments, for a reset, and for the steps of one chunk.
+
+    Attributes:
+        spaces: of the environments.
+
+    Raises:
+        RolloutError: an environment cannot be made.
     """
 
     def __init__(
@@ -234,21 +231,26 @@ class EnvPool:
         max_steps: int,
         timeout: float = DEFAULT_TIMEOUT,
     ) -> None:
-        self._timeout = timeout
+        is_here = n_workers == 0
         self._n_workers = max(1, min(n_workers, n_envs))
         shares = [len(range(w, n_envs, self._n_workers)) for w in range(self._n_workers)]
         is_main = threading.current_thread() is threading.main_thread()
-        setups = [Setup(make_env, share, n_obs_steps, max_steps, is_main) for share in shares]
-        self._local = LocalEnvs(setups[0]) if self._n_workers == 1 else None
+        setups = [
+            Setup(make_env, share, n_obs_steps, max_steps, os.getpid(), is_main) for share in shares
+        ]
+        self._local = LocalEnvs(setups[0]) if is_here else None
         self._workers: list[_Worker] = []
-        if self._local is None:
-            self._workers = [_Worker(setup, timeout) for setup in setups]
-
-    @property
-    def action_space(self) -> Any:
-        """Of the environments, where they are in this process."""
-        assert self._local is not None
-        return self._local.action_space
+        if self._local is not None:
+            self.spaces = self._local.spaces
+            return
+        try:
+            self._workers += [_Worker(setup, timeout) for setup in setups]
+            replies = [worker.receive() for worker in self._workers]
+        except RolloutError as error:
+            self.__exit__()
+            raise RolloutError(f"the environments cannot be made: {error}") from None
+        assert isinstance(replies[0], Spaces)
+        self.spaces = replies[0]
 
     def __enter__(self) -> "EnvPool":
         return self
@@ -279,6 +281,8 @@ class EnvPool:
             per_worker[command.env % self._n_workers].append(position)
         for worker, positions in zip(self._workers, per_worker, strict=False):
             # One message, which the worker reads whole before it replies: no mutual waiting.
+            if not positions:
+                continue
             try:
                 worker.send([self._localised(commands[position]) for position in positions])
             except RolloutError as error:
@@ -287,10 +291,11 @@ class EnvPool:
             for position in positions:
                 try:
                     if self._local is not None:
-                        with _time_limit(self._timeout):
-                            outcomes[position] = self._local.run(commands[position])
+                        outcomes[position] = self._local.run(commands[position])
                     else:
-                        outcomes[position] = self._workers[index].receive()
+                        outcome = self._workers[index].receive()
+                        assert isinstance(outcome, ChunkOutcome)
+                        outcomes[position] = outcome
                 except Exception as error:
                     step = f", from step {steps[position]} on" if steps is not None else ", reset"
                     where = f"episode of seed {seeds[position]}{step}: "

@@ -28,7 +28,7 @@ from cmpolicy_eval.episode import Array, ChunkOutcome, MakeEnv
 from cmpolicy_eval.policy import ActionChunkPolicy, PolicyMismatchError, check_policy_fits
 from cmpolicy_eval.pool import DEFAULT_TIMEOUT, Command, EnvPool, Reset, RolloutError, Step
 
-__all__ = ["EpisodeResult", "RolloutError", "check_fit", "rollout", "try_env"]
+__all__ = ["EpisodeResult", "RolloutError", "rollout", "try_out"]
 
 
 DEFAULT_BATCH_SIZE = 50
@@ -89,7 +89,8 @@ def rollout(
             is drawn from ``numpy.random.default_rng(seed)``.
         max_steps: episodes end after so many steps.
         reset_options: options of ``env.reset`` for a seed.
-        n_workers: processes for the environments (default: CPU count); 1 means this process.
+        n_workers: processes for the environments (default: CPU count); 0 means this process, in
+            which no time limit holds.
         batch_size: rows of every policy call, and so the largest number of episodes at a time.
         keep_chunks: keep the action chunks of the first so many seeds, for a video.
         env_timeout: seconds that an environment has for a reset or for the steps of one chunk.
@@ -106,7 +107,6 @@ def rollout(
         ValueError: no seeds, or an impossible setting.
     """
     _check_settings(seeds, max_steps=max_steps, n_workers=n_workers, batch_size=batch_size)
-    keys = check_fit(make_env, policy)
     n_slots = min(batch_size, len(seeds))
     options = reset_options or (lambda seed: None)
     results: dict[int, EpisodeResult] = {}
@@ -117,12 +117,13 @@ def rollout(
     pool = EnvPool(
         make_env,
         n_envs=n_slots,
-        n_workers=n_workers or os.cpu_count() or 1,
+        n_workers=(os.cpu_count() or 1) if n_workers is None else n_workers,
         n_obs_steps=policy.n_obs_steps,
         max_steps=max_steps,
         timeout=env_timeout,
     )
     with bar, pool:
+        keys = check_policy_fits(policy, pool.spaces.observation, pool.spaces.action)
         slots: list[_Slot | None] = [None] * n_slots
         while True:
             _refill(slots, waiting, seeds, options, pool)
@@ -215,31 +216,26 @@ def _result(slot: _Slot) -> EpisodeResult:
     )
 
 
-def check_fit(make_env: MakeEnv, policy: ActionChunkPolicy) -> tuple[str, ...]:
-    """Observation keys to hand to the policy, of the environments that ``make_env`` makes.
-
-    Raises:
-        PolicyMismatchError: names what the policy wants and what the environment gives.
-    """
-    env = make_env()
-    try:
-        return check_policy_fits(policy, env.observation_space, env.action_space)
-    finally:
-        env.close()
-
-
-def try_env(
-    make_env: MakeEnv, seed: int, options: dict[str, Any] | None, *, timeout: float
+def try_out(
+    make_env: MakeEnv,
+    policy: ActionChunkPolicy,
+    seed: int,
+    options: dict[str, Any] | None,
+    *,
+    timeout: float = DEFAULT_TIMEOUT,
 ) -> None:
     """Make an environment, reset it, and take one step, in the middle of its actions.
 
     Raises:
-        RolloutError: it raises, hangs, or gives what is no observation.
+        PolicyMismatchError: the policy does not fit; names what it wants and what there is.
+        RolloutError: the environment raises, hangs, or gives what is no observation.
     """
-    pool = EnvPool(make_env, n_envs=1, n_workers=1, n_obs_steps=1, max_steps=1, timeout=timeout)
-    with pool:
+    with EnvPool(
+        make_env, n_envs=1, n_workers=1, n_obs_steps=1, max_steps=1, timeout=timeout
+    ) as pool:
+        space = pool.spaces.action
+        check_policy_fits(policy, pool.spaces.observation, space)
         pool.run([Reset(0, seed, options)], [seed])
-        space = pool.action_space
         middle = np.clip(np.zeros(space.shape, np.float32), space.low, space.high)
         pool.run([Step(0, middle[None])], [seed], [0])
 
@@ -255,8 +251,8 @@ def _check_settings(
     for name, value in (("max_steps", max_steps), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"rollout: {name} must be at least 1, got {value}")
-    if n_workers is not None and n_workers < 1:
-        raise ValueError(f"rollout: n_workers must be at least 1, got {n_workers}")
+    if n_workers is not None and n_workers < 0:
+        raise ValueError(f"rollout: n_workers must be at least 0, got {n_workers}")
 
 
 def _tty() -> bool:

@@ -14,9 +14,12 @@ import sys
 import threading
 import time
 import traceback
+from typing import IO
+
+import cloudpickle
 
 from cmpolicy_eval.episode import ChunkOutcome
-from cmpolicy_eval.pool import LENGTH, Command, Failure, LocalEnvs, Setup
+from cmpolicy_eval.pool import LENGTH, Command, Failure, LocalEnvs, Setup, Spaces
 
 _PR_SET_PDEATHSIG = 1  # of Linux
 _WATCH_INTERVAL = 1.0  # s
@@ -24,8 +27,6 @@ _WATCH_INTERVAL = 1.0  # s
 
 def main() -> None:
     """Serve until end of file."""
-    parent = os.getppid()
-    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
     # Ctrl-C goes to the whole group; the parent decides, and this process ends with its pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Replies get a private copy of stdout; whatever an environment prints goes to stderr.
@@ -35,24 +36,32 @@ def main() -> None:
     envs: LocalEnvs | Failure
     try:
         setup = pickle.load(commands)
-        if isinstance(setup, Setup) and setup.dies_with_parent:
+        assert isinstance(setup, Setup)
+        if setup.dies_with_parent:
             _die_with_parent()
+        threading.Thread(target=_watch, args=(setup.parent,), daemon=True).start()
         envs = LocalEnvs(setup)
     except EOFError:
         return
     except Exception as error:
         envs = _failure(error)  # the answer to every command
     try:
+        _send(replies, envs.spaces if isinstance(envs, LocalEnvs) else envs)
         while True:
             for command in pickle.load(commands):
-                reply = pickle.dumps(_reply(envs, command), protocol=pickle.HIGHEST_PROTOCOL)
-                replies.write(LENGTH.pack(len(reply)))
-                replies.write(reply)
-                replies.flush()
+                _send(replies, _reply(envs, command))
     except (EOFError, BrokenPipeError):
         pass  # the parent is done, or gone
     if isinstance(envs, LocalEnvs):
         envs.close()
+
+
+def _send(replies: IO[bytes], message: object) -> None:
+    by_value = isinstance(message, Spaces)  # they may be of a class that came by value
+    data = cloudpickle.dumps(message) if by_value else pickle.dumps(message, protocol=5)
+    replies.write(LENGTH.pack(len(data)))
+    replies.write(data)
+    replies.flush()
 
 
 def _watch(parent: int) -> None:

@@ -17,7 +17,7 @@ import pytest
 from gymnasium import spaces
 
 from cmpolicy_eval import RolloutError, rollout
-from cmpolicy_eval.rollout import try_env
+from cmpolicy_eval.rollout import try_out
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -57,6 +57,8 @@ class Faulty(gymnasium.Env[Any, Any]):
         wrong = self.wrong and self.count == 3
         if wrong and self.fault == "hang":
             time.sleep(1000)
+        if wrong and self.fault == "never back in Python":
+            sum(range(10**12))
         if wrong and self.fault == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         reward = float("nan") if wrong and self.fault == "reward" else 0.0
@@ -86,16 +88,15 @@ def run(fault: str, workers: int, timeout: float = 30.0) -> None:
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("hang", r"seed 3, from step 2 on: the environment did not answer within 3 s.*env_timeout"),
-        ("hang in reset", r"seed 3, reset: the environment did not answer within 3 s"),
-        ("stop", r"seed 3, from step 2 on: the environment did not answer within 3 s"),
+        ("hang", r"seed 3, from step 2 on: the environment did not answer within 5 s.*env_timeout"),
+        ("hang in reset", r"seed 3, reset: the environment did not answer within 5 s"),
+        ("never back in Python", r"seed 3, from step 2 on: the environment did not answer"),
+        ("stop", r"seed 3, from step 2 on: the environment did not answer within 5 s"),
     ],
 )
 def test_hanging_environments(fault: str, words: str, workers: int) -> None:
-    if fault == "stop" and workers == 1:
-        pytest.skip("one worker is this process, which would stop itself")
     with pytest.raises(RolloutError, match=words):
-        run(fault, workers, timeout=3.0)
+        run(fault, workers, timeout=5.0)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -115,9 +116,17 @@ def test_observations_and_rewards_that_are_none(fault: str, words: str, workers:
 
 
 def test_a_trial_before_training() -> None:
-    try_env(lambda: Faulty("nan"), 1, None, timeout=5.0)
+    try_out(lambda: Faulty("nan"), Still(), 1, None, timeout=20.0)
     with pytest.raises(RolloutError, match="seed 3, reset: the environment did not answer within"):
-        try_env(lambda: Faulty("hang in reset"), 3, None, timeout=0.5)
+        try_out(lambda: Faulty("hang in reset"), Still(), 3, None, timeout=5.0)
+
+
+def test_an_environment_that_cannot_be_made_in_time() -> None:
+    def make() -> Any:
+        time.sleep(1000)
+
+    with pytest.raises(RolloutError, match="cannot be made: the environment did not answer within"):
+        try_out(make, Still(), 3, None, timeout=5.0)
 
 
 _PARENT = """

@@ -232,9 +232,15 @@ def test_best_policy_is_the_highest_ranked_not_the_last(tmp_path: Path) -> None:
             (kind, examples, evaluation and evaluation.metrics["success"])
         ),
     )
-    # each with the numbers of its own weights
-    scored = [("best", BATCH * 4), ("best", BATCH * 8), ("last", BATCH * 12)]
-    assert kept == [(kind, examples, examples) for kind, examples in scored]
+    # each with the numbers of its own weights; the last one also before it has any
+    assert kept == [
+        ("last", BATCH * 4, None),
+        ("best", BATCH * 4, BATCH * 4),
+        ("last", BATCH * 8, None),
+        ("best", BATCH * 8, BATCH * 8),
+        ("last", BATCH * 12, None),
+        ("last", BATCH * 12, BATCH * 12),
+    ]
     assert trainer.best == (0.5, 0.3)
     assert load_state(tmp_path).values["best"] == [0.5, 0.3]
 

@@ -283,7 +283,7 @@ def test_a_chunk_of_another_length_is_an_error() -> None:
         ([1, 2, 1], {}, "seed 1 is given more than once"),
         ([1], {"max_steps": 0}, "max_steps must be at least 1, got 0"),
         ([1], {"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ([1], {"n_workers": 0}, "n_workers must be at least 1, got 0"),
+        ([1], {"n_workers": -1}, "n_workers must be at least 0, got -1"),
     ],
 )
 def test_impossible_settings(seeds: list[int], settings: dict[str, int], message: str) -> None:
