@@ -25,6 +25,7 @@ from cmpolicy.files import replace_directory, space_note
 from cmpolicy.flow.flow_map import FlowMap
 from cmpolicy.flow.path import PATHS, get_path
 from cmpolicy.flow.sampler import SAMPLERS, SamplerKind
+from cmpolicy.hub import HubError, download
 from cmpolicy.image.model import Generators, generate_images, generate_trajectory
 from cmpolicy.image.net import ImageNet
 
@@ -332,23 +333,14 @@ def _locate(name_or_path: str | os.PathLike[str]) -> Path:
         return path
     # owner/name, unless the owner is a folder here: then it is a path with a typing error
     if text.count("/") == 1 and not text.startswith((".", "/", "~")) and not path.parent.is_dir():
-        return _download(text)
+        try:
+            return download(text, [INDEX, CARD, f"{NET}/*"])
+        except HubError as error:
+            raise ImageModelError(f"no image model at {path}, and {error}") from error
     raise ImageModelError(
         f"no image model at {path}; give the folder of one, such as outputs/<run>/model, or a hub "
         "id 'owner/name'"
     )
-
-
-def _download(repo_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=[INDEX, CARD, f"{NET}/*"]))
-    except (OSError, ValueError) as error:  # all of the hub's: not found, offline, no such id
-        raise ImageModelError(
-            f"no image model at {Path(repo_id).absolute()}, and {repo_id!r} could not be fetched "
-            f"from the hub: {error}"
-        ) from error
 
 
 def _check_index(folder: Path) -> None:

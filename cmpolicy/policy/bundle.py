@@ -23,9 +23,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cmpolicy.files import WriteError, replace_directory, space_note
+from cmpolicy.hub import HubError, download
 from cmpolicy.nn.registry import EncoderConfig, NetConfig, encoder_config, net_config, to_mapping
-from cmpolicy.policy.hub import BundleError as BundleError
-from cmpolicy.policy.hub import download
 from cmpolicy.spec import PolicySpec
 
 FORMAT = "cmpolicy-policy"
@@ -39,6 +38,10 @@ CONFIG, MODEL, NORMALIZER, CARD = FILES = (
 MAX_NFE = 100_000
 IMAGE_INDEX = "model_index.json"  # what an image model has in place of CONFIG
 BUNDLED = Path(__file__).resolve().parent.parent / "pretrained"
+
+
+class BundleError(ValueError):
+    """A policy bundle that cannot be loaded, written, fetched or uploaded."""
 
 
 @dataclass(frozen=True)
@@ -347,7 +350,10 @@ def locate(name_or_path: str | os.PathLike[str]) -> Path:
     # owner/name, unless the owner is a folder here: then it is a path with a typing error
     is_id = text.count("/") == 1 and not text.startswith((".", "/", "~", "outputs/"))
     if is_id and not path.parent.is_dir():
-        return download(text, FILES)
+        try:
+            return download(text, FILES)
+        except HubError as error:
+            raise BundleError(f"no policy bundle at {path}, and {error}") from error
     raise BundleError(
         f"no policy bundle at {path}, and {text!r} is not one of the bundled policies "
         f"{bundled_names()}; give a directory with {CONFIG}, or a hub id 'owner/name'"

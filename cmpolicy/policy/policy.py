@@ -21,12 +21,12 @@ from cmpolicy.flow.health import Health, flow_health
 from cmpolicy.flow.objectives import Draws, LossOutput, Objective
 from cmpolicy.flow.path import get_path
 from cmpolicy.flow.sampler import SAMPLERS, SamplerKind, sample
+from cmpolicy.hub import HubError, upload
 from cmpolicy.nn.encoders.state import StateEncoderConfig
 from cmpolicy.nn.registry import EncoderConfig, NetConfig
 from cmpolicy.normalize import Normalizer
 from cmpolicy.observation import NonFiniteActionError, read_observation
-from cmpolicy.policy.bundle import Bundle, read_bundle, write_bundle
-from cmpolicy.policy.hub import upload
+from cmpolicy.policy.bundle import Bundle, BundleError, read_bundle, write_bundle
 from cmpolicy.spec import PolicySpec, SpecError
 
 
@@ -421,7 +421,10 @@ class ConsistencyPolicy(nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             directory = Path(folder) / repo_id.rpartition("/")[2]
             self.save_pretrained(directory, **bundle)
-            return upload(directory, repo_id, private=private)
+            try:
+                return upload(directory, repo_id, private=private)
+            except HubError as error:
+                raise BundleError(str(error)) from error
 
     def _objective(self) -> Objective:
         if self.objective is None:

@@ -9,17 +9,22 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 _LOAD = """
+import sys
 from cmpolicy import ConsistencyPolicy
-from cmpolicy.policy.bundle import BundleError
+from cmpolicy.image.pipeline import ConsistencyImagePipeline
+kinds = {"policy": ConsistencyPolicy, "image": ConsistencyImagePipeline}
 try:
-    ConsistencyPolicy.from_pretrained("owner/name")
-except BundleError as error:
+    kinds[sys.argv[1]].from_pretrained("owner/name")
+except ValueError as error:
     print("refused:", error)
 """
 
 
-def test_a_silent_hub_ends_in_one_message(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["policy", "image"])
+def test_a_silent_hub_ends_in_one_message(tmp_path: Path, kind: str) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=50) as server:
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
         environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path)}
@@ -27,7 +32,7 @@ def test_a_silent_hub_ends_in_one_message(tmp_path: Path) -> None:
         environment.pop("HF_HUB_OFFLINE", None)
         begin = time.monotonic()
         done = subprocess.run(
-            [sys.executable, "-c", _LOAD],
+            [sys.executable, "-c", _LOAD, kind],
             env=environment,
             capture_output=True,
             text=True,

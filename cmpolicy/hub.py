@@ -1,4 +1,4 @@
-"""The Hugging Face hub: fetch the files of a bundle, upload a folder."""
+"""The Hugging Face hub: fetch files of a repository, upload a folder."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 
-class BundleError(ValueError):
-    """A policy bundle that cannot be loaded, written, fetched or uploaded."""
+class HubError(ValueError):
+    """What could not be fetched from the hub, or put there, and why."""
 
 
 _TIMEOUT = 10.0
@@ -16,12 +16,12 @@ _TIMEOUT = 10.0
 
 
 def download(repo_id: str, files: Sequence[str]) -> Path:
-    """Fetch these files of ``owner/name`` into the hub's cache, or find them there.
+    """Fetch files (names or patterns) of ``owner/name`` into the hub's cache, or find them there.
 
     All are of one commit. A server that says nothing ends this within a minute.
 
     Raises:
-        BundleError: there is no such repository, or no network and nothing in the cache.
+        HubError: there is no such repository, or no network and nothing in the cache.
     """
     from huggingface_hub import HfApi, snapshot_download
 
@@ -40,18 +40,15 @@ def download(repo_id: str, files: Sequence[str]) -> Path:
         raise _not_fetched(repo_id, error) from error
 
 
-def _not_fetched(repo_id: str, error: Exception) -> BundleError:
-    return BundleError(
-        f"no policy bundle at {Path(repo_id).absolute()}, and {repo_id!r} could not be fetched "
-        f"from the hub: {error}"
-    )
+def _not_fetched(repo_id: str, error: Exception) -> HubError:
+    return HubError(f"{repo_id!r} could not be fetched from the hub: {error}")
 
 
 def upload(directory: Path, repo_id: str, *, private: bool) -> str:
-    """Upload a bundle's folder as ``owner/name``; its address.
+    """Upload a folder as ``owner/name``; its address.
 
     Raises:
-        BundleError: not logged in, not allowed, or no network.
+        HubError: not logged in, not allowed, or no network.
     """
     from huggingface_hub import HfApi
 
@@ -63,7 +60,7 @@ def upload(directory: Path, repo_id: str, *, private: bool) -> str:
         )
     # the hub's own errors and those of the HTTP library of the day share no other base
     except Exception as error:
-        raise BundleError(
+        raise HubError(
             f"could not push the policy to {repo_id!r}: {error}; log in with `hf auth login` "
             "or set HF_TOKEN to a token that may write there"
         ) from error
