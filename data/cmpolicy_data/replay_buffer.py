@@ -30,6 +30,7 @@ from cmpolicy_data.chunks import (
     lost_message,
     read_rows,
 )
+from cmpolicy_data.parts import Parts, in_parts
 from cmpolicy_data.seal import SEAL, broken_seal, refuse_to_append
 from cmpolicy_data.selector import Selector, SelectorError
 from cmpolicy_data.store import (
@@ -229,10 +230,11 @@ class ReplayBuffer:
         if lost:
             raise ReplayBufferError(f"{self.path}: {lost_message(lost, array)}.")
 
-    def append_episode(self, episode: Mapping[str, npt.ArrayLike]) -> int:
+    def append_episode(self, episode: Mapping[str, npt.ArrayLike | Parts]) -> int:
         """Append one episode {key: (L, ...)}, atomically (module docstring).
 
-        The first episode fixes keys, trailing shapes and dtypes.
+        The first episode fixes keys, trailing shapes and dtypes. :class:`Parts` are drawn as they
+        are written, key by key in the order given.
 
         Returns:
             The number of the new episode.
@@ -243,7 +245,10 @@ class ReplayBuffer:
                 process appends to, or a full disk.
         """
         self._require_writable()
-        values = {key: np.asarray(value) for key, value in episode.items()}
+        values = {
+            key: value if isinstance(value, Parts) else np.asarray(value)
+            for key, value in episode.items()
+        }
         # Chunks of nothing but zeros are written too, else they could not be told from lost ones.
         try:
             with only_writer(self.path), zarr.config.set({"array.write_empty_chunks": True}):
@@ -255,7 +260,7 @@ class ReplayBuffer:
             ) from error
         return self.n_episodes - 1
 
-    def _append(self, values: Mapping[str, npt.NDArray[Any]]) -> None:
+    def _append(self, values: Mapping[str, npt.NDArray[Any] | Parts]) -> None:
         refuse_to_append(self._root, self.path)
         # What is on disk counts: the append that was cut off may have been our own.
         self._data, self.unreadable = arrays(self._root, "data", self.path)
@@ -272,7 +277,8 @@ class ReplayBuffer:
                 self._data[key] = self._new_array(key, value)
             array = self._data[key]
             array.resize((start + length, *array.shape[1:]))
-            array[start : start + length] = value.astype(array.dtype)
+            for row, part in in_parts(value):
+                array[start + row : start + row + len(part)] = part.astype(array.dtype, copy=False)
         # The new entry reads as 0, which is no episode's end, until the next line commits it.
         ends = self._root[_ENDS]
         if not isinstance(ends, zarr.Array):  # checked when the store was opened
@@ -311,7 +317,7 @@ class ReplayBuffer:
                 raise ReplayBufferError(f"{self.path}: {error}") from error
         return ends
 
-    def _check_episode(self, values: Mapping[str, npt.NDArray[Any]]) -> int:
+    def _check_episode(self, values: Mapping[str, npt.NDArray[Any] | Parts]) -> int:
         where = f"Cannot append to {self.path}"
         known = set(self._data) if self.n_episodes else set(values)
         if not values or set(values) != known:
@@ -361,7 +367,7 @@ class ReplayBuffer:
             elif array.shape[0] > self.n_steps:
                 array.resize((self.n_steps, *array.shape[1:]))
 
-    def _new_array(self, key: str, value: npt.NDArray[Any]) -> Array:
+    def _new_array(self, key: str, value: npt.NDArray[Any] | Parts) -> Array:
         step_bytes = max(1, value.nbytes // value.shape[0])
         # frames are read a few at a time, numbers all at once
         size = _IMAGE_CHUNK_BYTES if value.ndim == 4 else _CHUNK_BYTES
