@@ -44,7 +44,7 @@ class LeRobotSettings:
         out: store to write (.zarr or .zip); null: named as the source.
         revision: of an id of the hub: commit, tag or branch.
         check_stats: compare the values with the least and greatest that the metadata gives.
-        workers: videos that are decoded at a time; null: one per core.
+        workers: videos that are decoded at a time; null: one per core, at most 8.
     """
 
     out: str | None = None

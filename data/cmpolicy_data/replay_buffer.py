@@ -48,6 +48,7 @@ from cmpolicy_data.windows import WindowError, check_episode_ends
 _ENDS = "meta/episode_ends"
 _CHUNK_BYTES = 1 << 20
 _IMAGE_CHUNK_BYTES = 1 << 18
+_PARTS_CHUNK_BYTES = 1 << 22
 _MAX_CHUNK_STEPS = 2048
 
 
@@ -369,15 +370,16 @@ class ReplayBuffer:
 
     def _new_array(self, key: str, value: npt.NDArray[Any] | Parts) -> Array:
         step_bytes = max(1, value.nbytes // value.shape[0])
-        # frames are read a few at a time, numbers all at once
+        # frames are read a few at a time, numbers all at once; parts are written fast
         size = _IMAGE_CHUNK_BYTES if value.ndim == 4 else _CHUNK_BYTES
+        size = _PARTS_CHUNK_BYTES if isinstance(value, Parts) else size
         steps = min(_MAX_CHUNK_STEPS, max(1, size // step_bytes))
         return self._root.create_array(
             f"data/{key}",
             shape=(0, *value.shape[1:]),
             chunks=(steps, *(max(1, size) for size in value.shape[1:])),
             dtype=value.dtype,
-            **_encoding(),
+            **_encoding(fast=isinstance(value, Parts)),
         )
 
     def _require_writable(self) -> None:
@@ -388,10 +390,16 @@ class ReplayBuffer:
             )
 
 
-def _encoding() -> dict[str, Any]:
-    """How our arrays are stored: compressed, with a checksum, every chunk written."""
+def _encoding(*, fast: bool = False) -> dict[str, Any]:
+    """How our arrays are stored: compressed, with a checksum, every chunk written.
+
+    ``fast``: for frames of a video, which zstd compresses ten times slower than they are decoded.
+    """
+    blosc = BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle")
+    if fast:
+        blosc = BloscCodec(cname="lz4", clevel=1, shuffle="noshuffle")
     return {
-        "compressors": (BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle"), Crc32cCodec()),
+        "compressors": (blosc, Crc32cCodec()),
         "fill_value": 0,
         "config": {"write_empty_chunks": True},
     }

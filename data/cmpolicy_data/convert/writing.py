@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from cmpolicy_data.replay_buffer import ReplayBuffer
 
 CONVERTER = "converter"
 """Attribute of the stores that a converter wrote: its name."""
+_SYNCS = 16
 
 
 class Episode(Protocol):
@@ -145,10 +147,14 @@ def put_in_place(new: Path, target: Path, aside: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    """Put every file on the disk, many at a time: a disk takes them together."""
+
+    def sync(path: Path) -> None:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+    with ThreadPoolExecutor(_SYNCS) as pool:
+        list(pool.map(sync, (path for path in folder.rglob("*") if path.is_file())))
 
 
 def _sync_folder(folder: Path) -> None:

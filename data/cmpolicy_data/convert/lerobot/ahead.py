@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 T = TypeVar("T")
-_DEPTH = 2
+_DEPTH = 4
 _PATIENCE = 0.1  # seconds after which a thread looks whether it should end
 
 

@@ -31,6 +31,7 @@ from cmpolicy_data.parts import Parts
 
 CONVERTER = "cmpolicy_data.convert.lerobot"
 VERSION = 1
+_MOST_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ def read(
             converter wrote it.
         name: of the data set, for the store's attributes; default the folder's. commit: likewise.
         check_stats: compare the values with the least and greatest ones of the metadata.
-        workers: videos that are decoded at a time; default one per core.
+        workers: videos that are decoded at a time; default one per core, at most
+            8. About 100 MB of frames wait for each.
         progress: called with (done, all) after each episode.
 
     Raises:
@@ -146,10 +148,10 @@ def read(
     layout = read_layout(root)
     if any(feature.dtype == "video" for feature in layout.features):
         import_av()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = min(_MOST_WORKERS, _cores())
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}.")
-    reader = _Reader(layout, check_stats, workers or cores or 1)
+    reader = _Reader(layout, check_stats, workers or cores)
 
     def counted() -> Iterator[_Rows]:
         for done, episode in enumerate(reader.episodes(), 1):
@@ -184,6 +186,13 @@ def read(
         left_out=layout.left_out,
         seconds=time.monotonic() - began,
     )
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _next_rows(stream: Iterator[Frames], count: int) -> Iterator[Frames]:

@@ -13,7 +13,7 @@ from cmpolicy_data.convert.lerobot.layout import Feature, Span
 from cmpolicy_data.convert.lerobot.rows import TOLERANCE, check_size
 from cmpolicy_data.frames import Frames
 
-_PART_BYTES = 8 << 20
+_PART_BYTES = 16 << 20
 
 
 def frames_of(
