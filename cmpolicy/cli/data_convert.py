@@ -44,13 +44,13 @@ class LeRobotSettings:
         out: store to write (.zarr or .zip); null: named as the source.
         revision: of an id of the hub: commit, tag or branch.
         check_stats: compare the values with the least and greatest that the metadata gives.
-        workers: videos that are decoded at a time; null: one per core, at most 8.
+        threads: that decode videos; null: one per core.
     """
 
     out: str | None = None
     revision: str | None = None
     check_stats: bool = True
-    workers: int | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ def _lerobot(settings: LeRobotSettings, source: str) -> int:
             name=found.name,
             commit=found.commit,
             check_stats=settings.check_stats,
-            workers=settings.workers,
+            threads=settings.threads,
             progress=show,
         )
     print(

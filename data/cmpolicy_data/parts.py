@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,12 +35,25 @@ class Parts:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def in_parts(rows: npt.NDArray[Any] | Parts) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-    """Each part and the row that it begins at; an array is its own only part.
+def in_parts(
+    episode: Mapping[str, npt.NDArray[Any] | Parts],
+) -> Iterator[tuple[str, int, npt.NDArray[Any]]]:
+    """Key, first row and rows of each part, one of each key in turn; an array is one part.
 
     Raises:
         ValueError: parts that are not what their description says.
     """
+    running = {key: _numbered(key, rows) for key, rows in episode.items()}
+    while running:
+        for key, parts in list(running.items()):
+            found = next(parts, None)
+            if found is None:
+                del running[key]
+            else:
+                yield (key, *found)
+
+
+def _numbered(key: str, rows: npt.NDArray[Any] | Parts) -> Iterator[tuple[int, npt.NDArray[Any]]]:
     if not isinstance(rows, Parts):
         yield 0, rows
         return
@@ -48,9 +61,10 @@ def in_parts(rows: npt.NDArray[Any] | Parts) -> Iterator[tuple[int, npt.NDArray[
     for part in rows.parts:
         if part.shape[1:] != rows.shape[1:] or start + len(part) > rows.shape[0]:
             raise ValueError(
-                f"a part of shape {part.shape} at row {start} is none of rows of shape {rows.shape}"
+                f"{key}: a part of shape {part.shape} at row {start} is none of rows of shape "
+                f"{rows.shape}"
             )
         yield start, part
         start += len(part)
     if start != rows.shape[0]:
-        raise ValueError(f"the parts have {start} rows, expected {rows.shape[0]}")
+        raise ValueError(f"{key}: the parts have {start} rows, expected {rows.shape[0]}")

@@ -234,8 +234,8 @@ class ReplayBuffer:
     def append_episode(self, episode: Mapping[str, npt.ArrayLike | Parts]) -> int:
         """Append one episode {key: (L, ...)}, atomically (module docstring).
 
-        The first episode fixes keys, trailing shapes and dtypes. :class:`Parts` are drawn as they
-        are written, key by key in the order given.
+        The first episode fixes keys, trailing shapes and dtypes. :class:`Parts` are drawn while
+        they are written, one of each key in turn.
 
         Returns:
             The number of the new episode.
@@ -278,8 +278,9 @@ class ReplayBuffer:
                 self._data[key] = self._new_array(key, value)
             array = self._data[key]
             array.resize((start + length, *array.shape[1:]))
-            for row, part in in_parts(value):
-                array[start + row : start + row + len(part)] = part.astype(array.dtype, copy=False)
+        for key, row, part in in_parts(values):
+            array = self._data[key]
+            array[start + row : start + row + len(part)] = part.astype(array.dtype, copy=False)
         # The new entry reads as 0, which is no episode's end, until the next line commits it.
         ends = self._root[_ENDS]
         if not isinstance(ends, zarr.Array):  # checked when the store was opened

@@ -50,8 +50,7 @@ class _Stream(Generic[T]):
 class Ahead:
     """Threads that fill short queues: ``workers`` at a time, in the order they are started in.
 
-    So what is started first must be read first; sources that are read beside each other need a
-    worker each.
+    So what is started first must be read first; sources that are read in turn need a worker each.
     """
 
     def __init__(self, workers: int) -> None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,6 @@ from cmpolicy_data.parts import Parts
 
 CONVERTER = "cmpolicy_data.convert.lerobot"
 VERSION = 1
-_MOST_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,17 @@ class _Reader:
 
     layout: Layout
     check_stats: bool
-    workers: int
+    threads: int
     tasks: list[str] = field(default_factory=list)
 
-    def episodes(self) -> Iterator[_Rows]:
+    def episodes(self) -> Generator[_Rows]:
         layout = self.layout
         vectors = [feature for feature in layout.features if not feature.is_camera]
         cameras = [feature for feature in layout.features if feature.is_camera]
         stored = [feature for feature in cameras if feature.dtype == "image"]
+        threads = max(1, self.threads // max(1, len(cameras)))  # of each camera
         waiting: deque[_Rows] = deque()
-        with Ahead(self.workers + len(stored)) as ahead:
+        with Ahead(max(1, len(cameras))) as ahead:
             pictured = {f.name: iter(ahead.start(partial(pictures, layout, f))) for f in stored}
             for episode, arrays in read_episodes(layout, vectors):
                 self._note_task(episode, arrays["task_index"])
@@ -93,13 +94,13 @@ class _Reader:
                         span = episode.videos[feature.name]
                         times = arrays["timestamp"]
                         source = partial(
-                            frames_of, span, feature, times, layout.fps, episode.number
+                            frames_of, span, feature, times, layout.fps, episode.number, threads
                         )
                         frames = ahead.start(source)
                     shape = (episode.length, *feature.shape, 3)
                     values[feature.key] = Parts(shape, np.dtype(np.uint8), frames)
                 waiting.append(_Rows(values))
-                if len(waiting) > self.workers:
+                if len(waiting) > 1:
                     yield waiting.popleft()
             yield from waiting
 
@@ -122,7 +123,7 @@ def read(
     name: str | None = None,
     commit: str | None = None,
     check_stats: bool = True,
-    workers: int | None = None,
+    threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ReadingReport:
     """Convert a LeRobot data set to the store ``out``, which appears whole or not at all.
@@ -133,8 +134,7 @@ def read(
             converter wrote it.
         name: of the data set, for the store's attributes; default the folder's. commit: likewise.
         check_stats: compare the values with the least and greatest ones of the metadata.
-        workers: videos that are decoded at a time; default one per core, at most
-            8. About 100 MB of frames wait for each.
+        threads: that decode videos; default one per core.
         progress: called with (done, all) after each episode.
 
     Raises:
@@ -148,13 +148,12 @@ def read(
     layout = read_layout(root)
     if any(feature.dtype == "video" for feature in layout.features):
         import_av()
-    cores = min(_MOST_WORKERS, _cores())
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}.")
-    reader = _Reader(layout, check_stats, workers or cores)
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}.")
+    reader = _Reader(layout, check_stats, threads or _cores())
 
-    def counted() -> Iterator[_Rows]:
-        for done, episode in enumerate(reader.episodes(), 1):
+    def counted(episodes: Iterator[_Rows]) -> Iterator[_Rows]:
+        for done, episode in enumerate(episodes, 1):
             yield episode
             if progress is not None:
                 progress(done, len(layout.episodes))
@@ -173,7 +172,8 @@ def read(
             },
         }
 
-    write_store(out, CONVERTER, counted(), attrs)
+    with closing(reader.episodes()) as episodes:  # ends its threads, also after an error
+        write_store(out, CONVERTER, counted(episodes), attrs)
     return ReadingReport(
         path=out,
         layout=layout.version,

@@ -17,12 +17,17 @@ _PART_BYTES = 16 << 20
 
 
 def frames_of(
-    span: Span, feature: Feature, times: npt.NDArray[Any], fps: float, episode: int
+    span: Span,
+    feature: Feature,
+    times: npt.NDArray[Any],
+    fps: float,
+    episode: int,
+    threads: int = 1,
 ) -> Iterator[Frames]:
     """The frames at these times of an episode, (l, H, W, 3) at a time.
 
     The first frame is that nearest to the first time; from there on every frame is taken, so each
-    must be where its time is.
+    must be where its time is. ``threads`` of the codec decode.
 
     Raises:
         LeRobotError: no video, another size, frames that are missing or at other times.
@@ -32,7 +37,7 @@ def frames_of(
     step = max(1, _PART_BYTES // (height * width * 3))
     part = np.empty((min(step, len(times)), height, width, 3), np.uint8)
     filled = 0
-    frames = _decoded(span, fps, where)
+    frames = _decoded(span, fps, where, threads)
     for number, time in enumerate(np.asarray(times, np.float64) + span.start):
         found = next(frames, None)
         if found is None:
@@ -63,7 +68,7 @@ def frames_of(
         )
 
 
-def _decoded(span: Span, fps: float, where: str) -> Iterator[tuple[float, Any]]:
+def _decoded(span: Span, fps: float, where: str, threads: int) -> Iterator[tuple[float, Any]]:
     """(time, frame) from the beginning of a span to the end of the file."""
     av = import_av()
     try:
@@ -71,8 +76,7 @@ def _decoded(span: Span, fps: float, where: str) -> Iterator[tuple[float, Any]]:
             if not container.streams.video:
                 raise LeRobotError(f"{where}: the file holds no video.")
             stream = container.streams.video[0]
-            # the callers decode several videos at a time, a thread each
-            stream.codec_context.thread_count = 1
+            stream.codec_context.thread_count = threads
             first = span.start - TOLERANCE / fps
             if first > 0:
                 container.seek(int(first / stream.time_base), stream=stream)
