@@ -80,7 +80,7 @@ class LeRobotWriter:
             "video_path": f"videos/{{video_key}}/{place}.mp4"
             if v3
             else f"videos/{place2}/{{video_key}}/{file2}.mp4",
-            "features": {**numbers, **{name: camera for name in names}},
+            "features": {**numbers, **dict.fromkeys(names, camera)},
         }
         (root / "meta" / "info.json").write_text(json.dumps(info))
         return {"state": state, "action": action, "levels": levels(np.arange(total))}

@@ -213,7 +213,9 @@ def test_videos_that_are_wrong(write_lerobot: Write, tmp_path: Path):
     write_lerobot.video(file, 0, 9)
     assert "episode 1: the video is cut short, its frame 2 of 4 (at 0.9000 s)" in refused(root)
     write_lerobot.video(file, 0, 11, fps=30)
-    assert "frame 1 should be at 0.1000 s, but the next one in the video is at 0.0333" in refused(root)
+    assert "frame 1 should be at 0.1000 s, but the next one in the video is at 0.0333" in refused(
+        root
+    )
     write_lerobot.video(file, 0, 11, skip=8)
     assert "episode 1: frame 1 should be at 0.8000 s, but the next one" in refused(root)
     shutil.copy(write_lerobot.data_file(root, 0), file)

@@ -40,6 +40,8 @@ class VideoFiles:
         self._encoder, self._options = ENCODERS[codec], {"crf": str(crf), "g": "2"}
         if codec == "av1":
             self._options["preset"] = "12"  # the fastest, lerobot's
+        if codec == "hevc":
+            self._options["x265-params"] = "log-level=none"
         self._file = -1
         self._container: Any = None
         self._frames = self._first = self._bytes = 0
@@ -58,6 +60,9 @@ class VideoFiles:
             for picture in frames:
                 frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
                 frame.pts, frame.time_base = self._frames, 1 / self._rate
+                if self._frames == self._first:
+                    # An episode is a cut: predicted from the one before it would look like that.
+                    frame.pict_type = av.video.frame.PictureType.I
                 self._mux(self._stream.encode(frame))
                 self._frames += 1
         except av.FFmpegError as error:
