@@ -1,7 +1,7 @@
 """What the real lerobot does in its own environment, for test_real_lerobot.py; no test itself.
 
-``python lerobot_side.py write FOLDER`` writes data sets by lerobot's own API, ``load FOLDER OUT.npz``
-reads one as lerobot's training does.
+``python lerobot_side.py write FOLDER`` writes data sets by lerobot's own API,
+``load FOLDER OUT.npz`` reads one as lerobot's training does.
 """
 
 import sys

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cmpolicy.cli.main import main
+from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy_data import ReplayBuffer
 from cmpolicy_data.convert.lerobot import hub
 
@@ -63,7 +64,11 @@ def test_there_back_and_train(capsys: pytest.CaptureFixture[str], store: Path, t
         "eval.windows=4",
     ]
     assert main([*words, *short, "log.trackers=[]", "device=cpu", "out=run"]) == 0
-    assert (tmp_path / "run" / "last").is_dir()
+    policy = ConsistencyPolicy.from_pretrained(tmp_path / "run" / "policy")
+    assert policy.control_hz == 10
+    steps = policy.spec.n_obs_steps
+    obs = {"state": np.zeros((steps, 4)), "images.top": np.zeros((steps, 64, 64, 3), np.uint8)}
+    assert policy.infer(obs).shape == (policy.spec.n_action_steps, 2)
 
 
 def test_data_set_of_lerobots_own_cache(
