@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 SOURCES := cmpolicy envs data eval conf tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-numpy2 lint types imports unit attack gpu bench clean
+.PHONY: help install demo test test-numpy2 lint types imports unit attack gpu bench test-lerobot clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,14 @@ unit: install  ## pytest alone (JOBS=2 workers; PYTEST_ARGS="-k windows" to choo
 # The attacks of tests/attack a thousand times as long as in the suite.
 attack: install  ## attack server, robot loop, stores and bundles at full counts (hours)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -s tests/attack --attack-scale 1000
+
+# lerobot wants another numpy, torch and diffusers than robosuite and we do: never in one environment.
+LEROBOT := .venv-lerobot
+test-lerobot: install  ## read and write data sets with lerobot 0.4.4, in .venv-lerobot (3 GB)
+	@[ -x $(LEROBOT)/bin/python ] || $(PYTHON) -m venv $(LEROBOT)
+	@$(LEROBOT)/bin/pip install --quiet --disable-pip-version-check lerobot==0.4.4
+	OMP_NUM_THREADS=1 CMPOLICY_LEROBOT_PYTHON=$(CURDIR)/$(LEROBOT)/bin/python \
+		$(BIN)/pytest tests/integration/test_real_lerobot.py
 
 gpu: install  ## figures of a GPU, its tests, and ten minutes of training on it
 	$(BIN)/cmpolicy bench gpu out=outputs/gpu/figures.json

@@ -1,7 +1,7 @@
 """``cmpolicy data``: its commands, and those that look at a store or pack it.
 
 ``validate`` has exit status 1 where it found problems. The commands that make stores are in
-:mod:`cmpolicy.cli.data_sources`.
+:mod:`cmpolicy.cli.data_sources` and :mod:`cmpolicy.cli.data_convert`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from cmpolicy.cli import data_sources
+from cmpolicy.cli import data_convert, data_sources
 from cmpolicy.cli.parse import describe, read
 from cmpolicy.schema import ConfigError, choose
 
@@ -76,6 +76,8 @@ class _Command(NamedTuple):
 
 def help_text(words: Sequence[str]) -> str:
     """Of the command among the words, or of all."""
+    if words and words[0] == _CONVERT:
+        return _convert_help(words[1:])
     if words and words[0] in _COMMANDS:
         command = _COMMANDS[words[0]]
         usage = f"usage: cmpolicy data {words[0]} {' '.join(command.arguments)} [key=value ...]"
@@ -91,11 +93,29 @@ def help_text(words: Sequence[str]) -> str:
     )
 
 
+def _convert_help(words: Sequence[str]) -> str:
+    """Of the layout among the words, or of all."""
+    layouts = data_convert.LAYOUTS
+    if words and words[0] in layouts:
+        layouts = {words[0]: layouts[words[0]]}
+    return "\n\n".join(
+        describe(
+            layout.settings,
+            f"usage: cmpolicy data {_CONVERT} {name} {layout.argument} [key=value ...]\n\n"
+            f"convert {layout.summary}",
+        )
+        for name, layout in layouts.items()
+    )
+
+
 def run(words: Sequence[str]) -> int:
     """Do as the words say; the exit status."""
     if not words:
         raise ConfigError(f"which command? Choose one of {', '.join(_COMMANDS)}")
     command = choose(_COMMANDS, words[0], "command of cmpolicy data")
+    if words[0] == _CONVERT and len(words) > 1:
+        layout = choose(data_convert.LAYOUTS, words[1], "layout")
+        command = _Command((words[1], layout.argument), "", layout.settings, _convert)
     count = len(command.arguments)
     given = words[1 : 1 + count]
     if len(given) < count or any(_is_setting(word) for word in given):
@@ -171,6 +191,11 @@ def _pack(_: NoSettings, source: str, target: str) -> int:
     return 0
 
 
+def _convert(settings: Any, layout: str, source: str) -> int:
+    return data_convert.LAYOUTS[layout].run(settings, source)
+
+
+_CONVERT = "convert"
 _COMMANDS: dict[str, _Command] = {
     "inspect": _Command(
         (_STORE,), "print keys, shapes, ranges and episodes of a store", NoSettings, _inspect
@@ -199,11 +224,11 @@ _COMMANDS: dict[str, _Command] = {
         data_sources.DownloadSettings,
         data_sources.download,
     ),
-    "convert": _Command(
-        ("robomimic|aloha", "FILE.hdf5"),
-        "convert demonstrations of another layout to a store",
-        data_sources.ConvertSettings,
-        data_sources.convert,
+    _CONVERT: _Command(
+        (f"LAYOUT ({'|'.join(data_convert.LAYOUTS)})", "SOURCE"),
+        "robomimic, ALOHA and LeRobot data to a store, a store to LeRobot data",
+        NoSettings,  # each layout has its own
+        _convert,
     ),
     "edit": _Command(
         (_STORE,),

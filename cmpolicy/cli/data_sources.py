@@ -1,4 +1,4 @@
-"""The commands of ``cmpolicy data`` that make stores: generate, download, convert; and replay."""
+"""The commands of ``cmpolicy data`` that make demonstrations: generate, download; and replay."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from tqdm import tqdm
 
@@ -57,33 +56,6 @@ class DownloadSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertSettings:
-    """Of ``convert``.
-
-    Args:
-        out: store to write (.zarr or .zip); null: named as the source.
-        control_hz: of aloha: actions per second.
-        actions: delta, or absolute: target poses, 10 numbers per arm.
-        obs: observation keys; empty: all that are one vector per step.
-        filter: convert only the demonstrations of this mask (train, valid, ...).
-        states: false leaves out what only `replay` reads, most of the bytes.
-        cameras: to render at the recorded states, such as [agentview,robot0_eye_in_hand].
-        camera_size: height and width of these images, px.
-        workers: simulator processes that recover absolute actions.
-    """
-
-    out: str | None = None
-    control_hz: float = 50.0
-    actions: Literal["delta", "absolute"] = "delta"
-    obs: tuple[str, ...] = ()
-    filter: str | None = None
-    states: bool = True
-    cameras: tuple[str, ...] = ()
-    camera_size: int = 84
-    workers: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
 class EditSettings:
     """Of ``edit``.
 
@@ -118,7 +90,7 @@ class ReplaySettings:
 
 
 @contextmanager
-def _bar(total: int | None, unit: str) -> Iterator[Callable[..., None]]:
+def progress_bar(total: int | None, unit: str) -> Iterator[Callable[..., None]]:
     """A progress bar on a terminal; what is yielded takes what is done and a count beside it."""
     with tqdm(total=total, unit=unit, unit_scale=unit == "B", disable=None) as bar:
 
@@ -140,7 +112,7 @@ def generate(settings: GenerateSettings, what: str) -> int:
     from cmpolicy_data.generate import pusht
 
     episodes = 300 if settings.episodes is None else settings.episodes
-    with _bar(episodes, "episode") as show:
+    with progress_bar(episodes, "episode") as show:
         report = pusht.generate(
             Path(settings.out or "pusht_scripted.zarr.zip"),
             episodes=episodes,
@@ -165,7 +137,7 @@ def _generate_robomimic(settings: GenerateSettings) -> int:
             "cmpolicy data generate robomimic task=lift"
         )
     episodes = 200 if settings.episodes is None else settings.episodes
-    with _bar(episodes, "episode") as show:
+    with progress_bar(episodes, "episode") as show:
         report = runner.generate(
             settings.out or f"{settings.task}.hdf5",
             task=settings.task,
@@ -191,7 +163,7 @@ def download(settings: DownloadSettings, what: str) -> int:
         return _download_robomimic(settings)
     from cmpolicy_data import download as pusht
 
-    with _bar(None, "B") as progress:
+    with progress_bar(None, "B") as progress:
         path = pusht.download(
             pusht.DATASETS[what],
             settings.out,
@@ -227,56 +199,6 @@ def _download_robomimic(settings: DownloadSettings) -> int:
     return 0
 
 
-def convert(settings: ConvertSettings, layout: str, source: str) -> int:
-    """Make a store of a file in another layout; the exit status."""
-    choose({"robomimic": 0, "aloha": 0}, layout, "layout")
-    if layout == "aloha":
-        return _convert_aloha(settings, source)
-    from cmpolicy_data.convert import robomimic
-
-    suffix = "_abs.zarr" if settings.actions == "absolute" else ".zarr"
-    with _bar(None, "episode") as show:
-        report = robomimic.convert(
-            Path(source),
-            settings.out or f"{Path(source).stem}{suffix}",
-            actions=settings.actions,
-            keys=list(settings.obs) or None,
-            filter_key=settings.filter,
-            states=settings.states,
-            cameras=settings.cameras,
-            camera_size=settings.camera_size,
-            workers=settings.workers,
-            progress=show,
-        )
-    shown = shlex.quote(str(report.path))
-    print(
-        f"{report.path}: {report.task}, {report.episodes} episode(s), {report.steps} steps, "
-        f"{report.actions} actions ({report.seconds:.0f} s)"
-    )
-    if report.goals_from_file:
-        print(f"absolute actions of {report.goals_from_file} episode(s): the file's actions_abs")
-    for name, count in report.masks.items():
-        print(f"mask {name}: {count} episode(s)")
-    print(f"check it with: cmpolicy data replay robomimic {shown}")
-    print(f"train on it with: cmpolicy train task={report.task} data=robomimic data.path={shown}")
-    return 0
-
-
-def _convert_aloha(settings: ConvertSettings, source: str) -> int:
-    from cmpolicy_data.convert import aloha
-
-    out = settings.out or f"{Path(source).expanduser().resolve().stem}.zarr"
-    with _bar(None, "episode") as show:
-        buffer = aloha.convert(source, out, control_hz=settings.control_hz, progress=show)
-    keys = ",".join(key for key in buffer if key != "action")
-    print(f"{out}: {buffer.n_episodes} episode(s), {buffer.n_steps} steps, keys {buffer.keys()}")
-    print(
-        f"train on it with: cmpolicy train task=custom data.path={shlex.quote(str(out))} "
-        f"data.obs=[{keys}]"
-    )
-    return 0
-
-
 def edit(settings: EditSettings, source: str) -> int:
     """Copy a store with episodes left out, joined or cut; the exit status."""
     from cmpolicy_data.catalog import resolve
@@ -284,7 +206,7 @@ def edit(settings: EditSettings, source: str) -> int:
 
     if settings.out is None:
         raise ConfigError("out is not set: edit writes another store, such as out=edited.zarr")
-    with _bar(None, "episode") as show:
+    with progress_bar(None, "episode") as show:
         buffer = editing.edit(
             resolve(source),
             settings.out,

@@ -30,6 +30,7 @@ from cmpolicy_data.chunks import (
     lost_message,
     read_rows,
 )
+from cmpolicy_data.parts import Parts, in_parts
 from cmpolicy_data.seal import SEAL, broken_seal, refuse_to_append
 from cmpolicy_data.selector import Selector, SelectorError
 from cmpolicy_data.statistics import needs_float64
@@ -49,6 +50,7 @@ from cmpolicy_data.windows import WindowError, check_episode_ends
 _ENDS = "meta/episode_ends"
 _CHUNK_BYTES = 1 << 20
 _IMAGE_CHUNK_BYTES = 1 << 18
+_PARTS_CHUNK_BYTES = 1 << 22
 _MAX_CHUNK_STEPS = 2048
 
 
@@ -259,10 +261,11 @@ class ReplayBuffer:
         if lost:
             raise ReplayBufferError(f"{self.path}: {lost_message(lost, array)}.")
 
-    def append_episode(self, episode: Mapping[str, npt.ArrayLike]) -> int:
+    def append_episode(self, episode: Mapping[str, npt.ArrayLike | Parts]) -> int:
         """Append one episode {key: (L, ...)}, atomically (module docstring).
 
-        The first episode fixes keys, trailing shapes and dtypes.
+        The first episode fixes keys, trailing shapes and dtypes. :class:`Parts` are drawn while
+        they are written, one of each key in turn.
 
         Returns:
             The number of the new episode.
@@ -273,7 +276,10 @@ class ReplayBuffer:
                 process appends to, or a full disk.
         """
         self._require_writable()
-        values = {key: np.asarray(value) for key, value in episode.items()}
+        values = {
+            key: value if isinstance(value, Parts) else np.asarray(value)
+            for key, value in episode.items()
+        }
         # Chunks of nothing but zeros are written too, else they could not be told from lost ones.
         try:
             with only_writer(self.path), zarr.config.set({"array.write_empty_chunks": True}):
@@ -285,7 +291,7 @@ class ReplayBuffer:
             ) from error
         return self.n_episodes - 1
 
-    def _append(self, values: Mapping[str, npt.NDArray[Any]]) -> None:
+    def _append(self, values: Mapping[str, npt.NDArray[Any] | Parts]) -> None:
         refuse_to_append(self._root, self.path)
         # What is on disk counts: the append that was cut off may have been our own.
         self._data, self.unreadable = arrays(self._root, "data", self.path)
@@ -302,7 +308,9 @@ class ReplayBuffer:
                 self._data[key] = self._new_array(key, value)
             array = self._data[key]
             array.resize((start + length, *array.shape[1:]))
-            array[start : start + length] = value.astype(array.dtype)
+        for key, row, part in in_parts(values):
+            array = self._data[key]
+            array[start + row : start + row + len(part)] = part.astype(array.dtype, copy=False)
         # The new entry reads as 0, which is no episode's end, until the next line commits it.
         ends = self._root[_ENDS]
         if not isinstance(ends, zarr.Array):  # checked when the store was opened
@@ -341,7 +349,7 @@ class ReplayBuffer:
                 raise ReplayBufferError(f"{self.path}: {error}") from error
         return ends
 
-    def _check_episode(self, values: Mapping[str, npt.NDArray[Any]]) -> int:
+    def _check_episode(self, values: Mapping[str, npt.NDArray[Any] | Parts]) -> int:
         where = f"Cannot append to {self.path}"
         known = set(self._data) if self.n_episodes else set(values)
         if not values or set(values) != known:
@@ -391,17 +399,18 @@ class ReplayBuffer:
             elif array.shape[0] > self.n_steps:
                 array.resize((self.n_steps, *array.shape[1:]))
 
-    def _new_array(self, key: str, value: npt.NDArray[Any]) -> Array:
+    def _new_array(self, key: str, value: npt.NDArray[Any] | Parts) -> Array:
         step_bytes = max(1, value.nbytes // value.shape[0])
-        # frames are read a few at a time, numbers all at once
+        # frames are read a few at a time, numbers all at once; parts are written fast
         size = _IMAGE_CHUNK_BYTES if value.ndim == 4 else _CHUNK_BYTES
+        size = _PARTS_CHUNK_BYTES if isinstance(value, Parts) else size
         steps = min(_MAX_CHUNK_STEPS, max(1, size // step_bytes))
         return self._root.create_array(
             f"data/{key}",
             shape=(0, *value.shape[1:]),
             chunks=(steps, *(max(1, size) for size in value.shape[1:])),
             dtype=value.dtype,
-            **_encoding(),
+            **_encoding(fast=isinstance(value, Parts)),
         )
 
     def _require_writable(self) -> None:
@@ -412,10 +421,16 @@ class ReplayBuffer:
             )
 
 
-def _encoding() -> dict[str, Any]:
-    """How our arrays are stored: compressed, with a checksum, every chunk written."""
+def _encoding(*, fast: bool = False) -> dict[str, Any]:
+    """How our arrays are stored: compressed, with a checksum, every chunk written.
+
+    ``fast``: for frames of a video, which zstd compresses ten times slower than they are decoded.
+    """
+    blosc = BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle")
+    if fast:
+        blosc = BloscCodec(cname="lz4", clevel=1, shuffle="noshuffle")
     return {
-        "compressors": (BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle"), Crc32cCodec()),
+        "compressors": (blosc, Crc32cCodec()),
         "fill_value": 0,
         "config": {"write_empty_chunks": True},
     }

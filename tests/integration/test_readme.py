@@ -50,6 +50,8 @@ SHORT = {
     "cmpolicy data generate": ["episodes=1", "workers=1"],
     "cmpolicy data generate robomimic": ["episodes=2", "workers=1"],
     "cmpolicy data convert robomimic": [],
+    "cmpolicy data convert lerobot": [],
+    "cmpolicy data convert to-lerobot": [],
     "cmpolicy data replay robomimic": [],
     "cmpolicy image train": [*IMAGE, "examples=16", "batch_size=8", "optim.warmup=0", "device=cpu"],
     "cmpolicy image sample": ["per_class=1"],

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,10 +17,23 @@ import numpy.typing as npt
 from cmpolicy_data.chunks import ReplayBufferError
 from cmpolicy_data.convert.scenes import write_scenes
 from cmpolicy_data.pack import pack
+from cmpolicy_data.parts import Parts
 from cmpolicy_data.replay_buffer import ReplayBuffer
 
 CONVERTER = "converter"
 """Attribute of the stores that a converter wrote: its name."""
+_SYNCS = 16
+
+
+class Episode(Protocol):
+    """What goes into a store of one demonstration."""
+
+    @property
+    def model(self) -> str | None:
+        """MuJoCo XML of the scene, None if there is none."""
+
+    def arrays(self) -> Mapping[str, npt.NDArray[Any] | Parts]:
+        """Key -> rows as they are stored."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +60,6 @@ class ConvertedEpisode:
         return arrays
 
 
-class StoredEpisode(Protocol):
-    """What `write_store` asks of an episode."""
-
-    @property
-    def model(self) -> str | None:
-        """MuJoCo XML of the scene, if there is one."""
-
-    def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """key -> (L, ...), as they are stored."""
-
-
 def check_target(out: Path) -> None:
     """Refuse to write over anything but a store that a converter wrote.
 
@@ -78,11 +81,15 @@ def check_target(out: Path) -> None:
 
 
 def write_store(
-    out: Path, converter: str, episodes: Iterable[StoredEpisode], attrs: Mapping[str, Any]
+    out: Path,
+    converter: str,
+    episodes: Iterable[Episode],
+    attrs: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
 ) -> int:
     """Write the episodes, one at a time, as the store ``out``; returns the number of steps.
 
-    It appears whole or not at all; a store that was there stays until then.
+    It appears whole or not at all; a store that was there stays until then. ``attrs`` may be a
+    function, asked after the last episode.
 
     Raises:
         FileExistsError, FileNotFoundError, ValueError: see `check_target`.
@@ -92,11 +99,12 @@ def write_store(
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         new = scratch / "store.zarr"
-        buffer = ReplayBuffer.create(new, attrs={**attrs, CONVERTER: converter})
+        buffer = ReplayBuffer.create(new, attrs={CONVERTER: converter})
         models = []
         for episode in episodes:
             buffer.append_episode(episode.arrays())
             models.append(episode.model)
+        buffer.update_attrs(attrs() if callable(attrs) else attrs)
         scenes = [model for model in models if model is not None]
         if scenes and len(scenes) == len(models):
             write_scenes(new, scenes)
@@ -104,8 +112,7 @@ def write_store(
         if out.suffix == ".zip":
             pack(new, out)
         else:
-            _sync(new)
-            _swap(new, out, aside=scratch / "old")
+            put_in_place(new, out, aside=scratch / "old")
     finally:
         # Should even putting back the old store have failed, it must not go with the scratch.
         if out.exists() or not (scratch / "old").exists():
@@ -124,8 +131,9 @@ def _is_converted(path: Path) -> bool:
         return False
 
 
-def _swap(new: Path, target: Path, aside: Path) -> None:
-    """Put ``new`` in the place of ``target``, which comes back should that fail."""
+def put_in_place(new: Path, target: Path, aside: Path) -> None:
+    """Put ``new``, on disk, in the place of ``target``, which comes back should that fail."""
+    _sync(new)
     replaced = target.exists()
     if replaced:
         target.rename(aside)
@@ -139,10 +147,14 @@ def _swap(new: Path, target: Path, aside: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    """Put every file on the disk, many at a time: a disk takes them together."""
+
+    def sync(path: Path) -> None:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+    with ThreadPoolExecutor(_SYNCS) as pool:
+        list(pool.map(sync, (path for path in folder.rglob("*") if path.is_file())))
 
 
 def _sync_folder(folder: Path) -> None:

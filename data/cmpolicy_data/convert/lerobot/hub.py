@@ -1,0 +1,88 @@
+"""Where a LeRobot data set is: a folder, LeRobot's own cache, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cmpolicy_data.convert.lerobot.errors import LeRobotError
+from cmpolicy_data.convert.lerobot.layout import is_lerobot
+
+_TIMEOUT = 10.0
+"""Seconds that the hub, or a proxy before it, may take to answer a request."""
+_FILES = ("meta/*", "data/*", "videos/*")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A data set on this machine; ``commit``: of the hub's repository, if it is from there."""
+
+    root: Path
+    name: str
+    commit: str | None = None
+
+
+def find(path_or_id: str, revision: str | None = None) -> Found:
+    """A folder as it is; ``owner/name`` from LeRobot's cache, else from the hub.
+
+    Args:
+        path_or_id: a folder, or the id of a data set.
+        revision: commit, tag or branch on the hub (LeRobot tags the layouts, such as ``v3.0``).
+            With one, LeRobot's cache is not asked.
+
+    Raises:
+        LeRobotError: it is nowhere, or cannot be fetched.
+    """
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        return Found(folder, folder.resolve().name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path_or_id):
+        raise LeRobotError(
+            f"There is no folder {folder}. Give the folder of a LeRobot data set (it holds "
+            "meta/info.json), or an id of the hub (owner/name)."
+        )
+    own = lerobot_home() / path_or_id
+    if revision is None and is_lerobot(own):
+        return Found(own, path_or_id)
+    return _fetch(path_or_id, revision, own)
+
+
+def lerobot_home() -> Path:
+    """Where lerobot keeps its data sets."""
+    configured = os.environ.get("HF_LEROBOT_HOME")
+    if configured:
+        return Path(configured).expanduser()
+    return Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser() / "lerobot"
+
+
+def _fetch(repo_id: str, revision: str | None, own: Path) -> Found:
+    from huggingface_hub import HfApi, snapshot_download
+
+    wanted: dict[str, Any] = {"repo_type": "dataset", "allow_patterns": list(_FILES)}
+    try:
+        # asked first, since snapshot_download's own question has no time limit
+        info = HfApi().repo_info(repo_id, repo_type="dataset", revision=revision, timeout=_TIMEOUT)
+        commit = info.sha
+    except Exception as error:  # the hub's own and the HTTP library's errors share no other base
+        try:
+            folder = snapshot_download(repo_id, revision=revision, local_files_only=True, **wanted)
+        except (OSError, ValueError):
+            raise _not_fetched(repo_id, own, error) from error
+        return Found(Path(folder), repo_id, Path(folder).name)
+    try:
+        folder = snapshot_download(repo_id, revision=commit, etag_timeout=_TIMEOUT, **wanted)
+    except Exception as error:
+        raise _not_fetched(repo_id, own, error) from error
+    return Found(Path(folder), repo_id, commit)
+
+
+def _not_fetched(repo_id: str, own: Path, error: Exception) -> LeRobotError:
+    reason = " ".join(str(error).split())
+    return LeRobotError(
+        f"There is no LeRobot data set at {Path(repo_id).absolute()} nor at {own}, and {repo_id!r} "
+        f"could not be fetched from the hub: {reason}. For a private one log in (`hf auth login`, "
+        "or HF_TOKEN). Without a network, fetch its folder by other means and give its path."
+    )
