@@ -60,7 +60,8 @@ class DataConfig:
 
     Args:
         name: ``pusht_scripted`` (comes with cmpolicy), ``pusht_human``, ``custom``, ...
-        path: Zarr store; null where ``name`` alone says which.
+        path: Zarr store, or folder of a LeRobot data set, which is converted into the cache once;
+            null where ``name`` alone says which.
         obs: selector by observation key of the policy, e.g. ``{agent_pos: "state[:2]"}``. A plain
             list means that keys and selectors are the same. In the place of a selector may stand
             ``{key: selector, kind: image|state, layout: hwc|chw}``; a key is an image where its

@@ -28,6 +28,7 @@ from cmpolicy_data import (
     window_index,
 )
 from cmpolicy_data.catalog import resolve
+from cmpolicy_data.convert.lerobot.cached import as_store
 from cmpolicy_data.demonstrations import Demonstrations, load_demonstrations
 from cmpolicy_data.report import decision_steps, examine
 from cmpolicy_data.statistics import KeyStatistics
@@ -168,7 +169,8 @@ def load_training_data(config: TrainConfig) -> TrainingData:
             "data.path is not set: give the store to train on, data.path=my.zarr; its layout is "
             "data/<key> (N, ...) and meta/episode_ends (E,)"
         )
-    path = resolve(data.name, data.path)
+    given = resolve(data.name, data.path)
+    path = as_store(given)
     arrays = load_demonstrations(
         path,
         data.obs,
@@ -204,7 +206,7 @@ def load_training_data(config: TrainConfig) -> TrainingData:
         arrays,
         windows,
         split,
-        data.name if named else path.name,
+        data.name if named else given.name,
         simulator,
         control_hz=_control_hz(config, attrs),
         pad_loss=simulator.actions != "delta" if data.pad_loss is None else data.pad_loss,

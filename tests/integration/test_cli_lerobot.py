@@ -11,10 +11,17 @@ import pytest
 from cmpolicy.cli.main import main
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy_data import ReplayBuffer
+from cmpolicy_data.catalog import cache_dir
 from cmpolicy_data.convert.lerobot import hub
+from cmpolicy_data.convert.lerobot.cached import as_store
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("av")
+
+SHORT = [
+    *("net=tiny", "examples=8", "optim.warmup=0", "batch_size=4", "eval.episodes=0"),
+    *("eval.windows=4", "log.trackers=[]", "device=cpu"),
+]
 
 
 @pytest.fixture
@@ -55,21 +62,40 @@ def test_there_back_and_train(capsys: pytest.CaptureFixture[str], store: Path, t
     assert "task: push the block" in out
     command = next(line for line in out.splitlines() if line.startswith("train on it with: "))
     words = command.removeprefix("train on it with: cmpolicy ").replace("'", "").split()
-    short = [
-        "net=tiny",
-        "examples=8",
-        "optim.warmup=0",
-        "batch_size=4",
-        "eval.episodes=0",
-        "eval.windows=4",
-    ]
-    assert main([*words, *short, "log.trackers=[]", "device=cpu", "out=run"]) == 0
+    assert main([*words, *SHORT, "out=run"]) == 0
     policy = ConsistencyPolicy.from_pretrained(tmp_path / "run" / "policy")
     assert policy.control_hz == 10
     steps = policy.spec.n_obs_steps
-    frames = np.zeros((1, steps, 64, 64, 3), np.uint8)
-    obs = {"state": np.zeros((1, steps, 4)), "images.top": frames}
+    obs = {
+        "state": np.zeros((1, steps, 4)),
+        "images.top": np.zeros((1, steps, 64, 64, 3), np.uint8),
+    }
     assert policy.infer(obs).shape == (1, policy.spec.n_action_steps, 2)
+
+
+def test_a_folder_is_trained_on_and_converted_once(
+    capsys: pytest.CaptureFixture[str],
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert run(capsys, "convert", "to-lerobot", store, "task=go")[0] == 0
+    cached = cache_dir() / "lerobot"
+    words = ["train", "task=custom", "data.path=my_lerobot", "data.obs=[state]", *SHORT]
+    assert main([*words, "out=run"]) == 0
+    (first,) = cached.iterdir()
+    assert main([*words, "out=run2"]) == 0
+    assert list(cached.iterdir()) == [first]
+    said = (tmp_path / "run" / "policy" / "README.md").read_text()
+    assert "my_lerobot" in said
+    assert str(tmp_path) not in said
+    (tmp_path / "my_lerobot").rename(tmp_path / "moved")
+    assert as_store(tmp_path / "moved") == first
+    info = tmp_path / "moved" / "meta" / "info.json"
+    info.write_text(info.read_text().replace('"fps": 10', '"fps": 10.0'))
+    assert as_store(tmp_path / "moved") != first
+    assert len(list(cached.iterdir())) == 2
 
 
 def test_data_set_of_lerobots_own_cache(

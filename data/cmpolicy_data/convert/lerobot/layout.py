@@ -244,7 +244,14 @@ def _names(given: object) -> tuple[str, ...]:
 
 def _v3(root: Path, info: Info, fps: float, features: Iterable[Feature]) -> list[Episode]:
     files = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
-    rows = [(file, row) for file in files for row in read_table(file).to_pylist()]
+    ranged = {
+        f"stats/{f.name}/{edge}" for f in features if not f.is_camera for edge in ("min", "max")
+    }
+    rows: list[tuple[Path, dict[str, Any]]] = []
+    for file in files:
+        table = read_table(file)
+        used = [n for n in table.column_names if n in ranged or not n.startswith("stats/")]
+        rows += [(file, row) for row in table.select(used).to_pylist()]
     if not rows:
         raise LeRobotError(f"{root / 'meta/episodes'} holds no episodes (chunk-*/file-*.parquet).")
     cameras = [feature.name for feature in features if feature.dtype == "video"]

@@ -1,0 +1,57 @@
+"""A LeRobot data set as the store to train on: converted once, kept in the cache by content."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from tqdm import tqdm
+
+from cmpolicy_data.catalog import cache_dir
+from cmpolicy_data.convert.lerobot.layout import is_lerobot
+from cmpolicy_data.convert.lerobot.reading import VERSION, read
+
+_CONTENT = ("meta", "data", "videos")
+
+
+def as_store(path: Path) -> Path:
+    """A store as it is; of a LeRobot data set, its store in the cache, made at the first use.
+
+    Raises:
+        LeRobotError, ImportError: see :func:`read`.
+    """
+    if not is_lerobot(path):
+        return path
+    target = cache_dir() / "lerobot" / f"{_digest(path)}.zarr"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # other processes of the run may convert at the same time: the first that is ready counts
+    own = target.with_name(f"{target.stem}.{os.getpid()}.zarr")
+    with tqdm(desc=f"converting {path.name}", unit="episode", disable=None, leave=False) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        read(path, own, progress=show)
+    try:
+        own.rename(target)
+    except OSError:
+        shutil.rmtree(own)
+        if not target.is_dir():
+            raise
+    return target
+
+
+def _digest(root: Path) -> str:
+    """Of everything that is read of a data set, and of how."""
+    digest = hashlib.blake2b(f"{VERSION}".encode(), digest_size=16)
+    for folder in _CONTENT:
+        for file in sorted(path for path in (root / folder).rglob("*") if path.is_file()):
+            with file.open("rb") as opened:
+                content = hashlib.file_digest(opened, "blake2b").hexdigest()
+            digest.update(f"{file.relative_to(root)} {content}\n".encode())
+    return digest.hexdigest()
