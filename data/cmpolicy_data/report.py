@@ -68,16 +68,15 @@ def examine(
     """
     found: list[Finding] = []
     for key, array in values.items():
-        rows = array.reshape(len(array), -1).astype(np.float64)
+        rows = array.reshape(len(array), -1)
         statistics = KeyStatistics.of(rows)
         found += _out_of_bounds(key, rows, statistics, ends)
         if rows.shape[1] <= _MOST_COLUMNS:
             for column in range(rows.shape[1]):
                 coarse = array.dtype != np.float64 or key in actions
-                found += _column(
-                    key, column, rows[:, column], statistics, ends, key in actions, coarse
-                )
-        found += [*_quaternions(key, rows, ends), *_narrow(key, rows, statistics)]
+                one = rows[:, column].astype(np.float64)
+                found += _column(key, column, one, statistics, ends, key in actions, coarse)
+        found += [*_quaternions(key, rows, ends), *_narrow(key, statistics)]
     found += _pauses(values, ends)
     return found
 
@@ -195,7 +194,7 @@ def _span(numbers: Int64Array) -> str:
 
 
 def _out_of_bounds(
-    key: str, rows: npt.NDArray[np.float64], statistics: KeyStatistics, ends: Int64Array
+    key: str, rows: npt.NDArray[Any], statistics: KeyStatistics, ends: Int64Array
 ) -> Iterator[Finding]:
     for column in np.flatnonzero(statistics.n_outliers):
         low, high = statistics.low[column], statistics.high[column]
@@ -252,11 +251,9 @@ def _column(
     yield from _wraps(key, column, values, ends)
 
 
-def _narrow(
-    key: str, rows: npt.NDArray[np.float64], statistics: KeyStatistics
-) -> Iterator[Finding]:
+def _narrow(key: str, statistics: KeyStatistics) -> Iterator[Finding]:
     """Columns of which most values lie in a small part of the range."""
-    low, high = np.percentile(rows, (5, 95), axis=0)
+    low, high = statistics.middle
     span = statistics.high - statistics.low
     columns = np.flatnonzero((high > low) & (high - low < _NARROW * span))
     if columns.size:
@@ -300,7 +297,7 @@ def _wraps(
 def _quaternions(key: str, rows: npt.NDArray[np.float64], ends: Int64Array) -> Iterator[Finding]:
     """Unit quaternions that change their sign between neighbours: the same rotation, far apart."""
     for first in range(min(rows.shape[1], _MOST_COLUMNS) - 3):
-        four = rows[:, first : first + 4]
+        four = rows[:, first : first + 4].astype(np.float64)
         if np.abs((four**2).sum(axis=1) - 1).max() > 1e-3 or np.ptp(four, axis=0).max() < 1e-3:
             continue
         flips = _inside(np.flatnonzero((four[1:] * four[:-1]).sum(axis=1) < -0.5), ends)

@@ -19,6 +19,7 @@ PERCENTILES = (0.1, 1.0, 50.0, 99.0, 99.9)
 _FAR = 10.0
 _ONE_IN = 2000
 _FEW = 3
+_AT_ONCE = 1 << 22  # numbers
 
 
 #: Half of the distance of two float32 numbers, relative to their size.
@@ -47,6 +48,7 @@ class KeyStatistics:
         low, high: of the values that are not out of all bounds.
         mean, std: of these as well.
         percentiles: (5, ...), see :data:`PERCENTILES`, of all values.
+        middle: (2, ...), between which nine in ten values lie.
         n_outliers: values beyond [low, high].
     """
 
@@ -57,36 +59,17 @@ class KeyStatistics:
     mean: Float64Array
     std: Float64Array
     percentiles: Float64Array
+    middle: Float64Array
     n_outliers: npt.NDArray[np.int64]
 
     @classmethod
     def of(cls, values: npt.NDArray[Any]) -> KeyStatistics:
-        """Statistics of (N, ...) finite values, N at least 1."""
-        numbers = values.astype(np.float64, copy=False)
-        n = len(numbers)
-        minimum, maximum = numbers.min(axis=0), numbers.max(axis=0)
-        low, high = minimum.copy(), maximum.copy()
-        few = max(_FEW, n // _ONE_IN)
-        inside: npt.NDArray[np.bool_] | None = None
-        if n > 4 * few:
-            ordered = np.partition(numbers, (few, n - 1 - few), axis=0)
-            bottom, top = ordered[few], ordered[n - 1 - few]
-            reach = _FAR * (top - bottom)
-            reach = np.where(reach > 0, reach, np.inf)  # all but few equal: perhaps a switch
-            inside = (numbers >= bottom - reach) & (numbers <= top + reach)
-            low = np.where(inside, numbers, np.inf).min(axis=0)
-            high = np.where(inside, numbers, -np.inf).max(axis=0)
-        kept = numbers if inside is None else np.where(inside, numbers, np.nan)
-        return cls(
-            minimum,
-            maximum,
-            low,
-            high,
-            np.asarray(np.nanmean(kept, axis=0)),
-            np.asarray(np.nanstd(kept, axis=0)),
-            np.percentile(numbers, PERCENTILES, axis=0),
-            np.zeros(minimum.shape, np.int64) if inside is None else (~inside).sum(axis=0),
-        )
+        """Statistics of (N, ...) finite values, N at least 1; a few columns at a time."""
+        shape, flat = values.shape[1:], values.reshape(len(values), -1)
+        width = max(1, _AT_ONCE // len(values))
+        parts = [_of_columns(flat[:, i : i + width]) for i in range(0, flat.shape[1], width)]
+        joined = (np.concatenate(column, axis=-1) for column in zip(*parts, strict=True))
+        return cls(*(array.reshape((*array.shape[:-1], *shape)) for array in joined))
 
     def span(self, method: Normalize) -> tuple[Float64Array, Float64Array]:
         """What becomes -1 and 1: two arrays (...).
@@ -102,3 +85,25 @@ class KeyStatistics:
         if method == "gaussian":
             return self.mean - self.std, self.mean + self.std
         return self.low, self.high
+
+
+def _of_columns(values: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], ...]:
+    """The attributes of :class:`KeyStatistics`, in order, of (N, D) values."""
+    numbers = values.astype(np.float64)
+    n = len(numbers)
+    minimum, maximum = numbers.min(axis=0), numbers.max(axis=0)
+    low, high = minimum, maximum
+    few = max(_FEW, n // _ONE_IN)
+    kept = numbers
+    if n > 4 * few:
+        ordered = np.partition(numbers, (few, n - 1 - few), axis=0)
+        bottom, top = ordered[few], ordered[n - 1 - few]
+        reach = _FAR * (top - bottom)
+        reach = np.where(reach > 0, reach, np.inf)  # all but few equal: perhaps a switch
+        inside = (numbers >= bottom - reach) & (numbers <= top + reach)
+        kept = np.where(inside, numbers, np.nan)
+        low, high = np.nanmin(kept, axis=0), np.nanmax(kept, axis=0)
+    mean, std = np.nanmean(kept, axis=0), np.nanstd(kept, axis=0)
+    percentiles = np.percentile(numbers, (*PERCENTILES, 5, 95), axis=0)
+    n_outliers = np.isnan(kept).sum(axis=0)
+    return minimum, maximum, low, high, mean, std, percentiles[:-2], percentiles[-2:], n_outliers
