@@ -140,8 +140,9 @@ class Batcher:
         try:
             plan = self._plan([waiting.request for waiting in batch])
         except Exception as error:
-            if len(batch) > 1:  # one client's observation must not fail the others
-                return [result for waiting in batch for result in self._call([waiting])]
+            if len(batch) > 1:  # one client's observation must not fail the others: halves find it
+                half = len(batch) // 2
+                return [*self._call(batch[:half]), *self._call(batch[half:])]
             if isinstance(error, NonFiniteActionError):
                 error = InferenceError(str(error))
             if not isinstance(error, InferenceError):

@@ -311,6 +311,27 @@ def test_one_client_s_failure_is_not_the_others(
     assert "secret internals" in caplog.text  # whoever runs the server sees it
 
 
+def test_who_made_a_shared_call_fail_is_found_in_few_calls(gated: GatedPolicy) -> None:
+    rng = np.random.default_rng(0)
+    with PolicyServer(gated, port=0) as server:
+        clients = [_raw(server) for _ in range(17)]
+        for connection in clients:
+            connection.recv(timeout=WAIT)
+        _close_gate(gated)
+        clients[0].send(pack(_step(rng)))
+        _entered(gated)
+        for number, connection in enumerate(clients[1:]):
+            bad = {"agent_pos": np.full(2, -1.0)} if number == 5 else {}
+            connection.send(pack(_step(rng) | bad))
+        _eventually(lambda: len(server._batcher._queue) == 16)
+        gated.gate.set()
+        for number, connection in enumerate(clients):
+            assert isinstance(connection.recv(timeout=WAIT), str) == (number == 6)
+            connection.close()
+    # of sixteen, one bad: the good halves of each cut, 8, 4, 2 and 1 rows, in the order of clients
+    assert sorted(gated.batches[1:]) == [1, 2, 4, 8]
+
+
 def test_a_client_that_leaves_while_it_waits(gated: GatedPolicy) -> None:
     obs = _step(np.random.default_rng(0))
     with PolicyServer(gated, port=0) as server:
