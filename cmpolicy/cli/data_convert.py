@@ -138,6 +138,7 @@ def _aloha(settings: AlohaSettings, source: str) -> int:
 
 
 def _lerobot(settings: LeRobotSettings, source: str) -> int:
+    from cmpolicy_data.chunks import printable
     from cmpolicy_data.convert.lerobot import hub, reading
 
     found = hub.find(source, settings.revision)
@@ -156,9 +157,9 @@ def _lerobot(settings: LeRobotSettings, source: str) -> int:
         f"second, keys {', '.join(report.keys)} ({report.seconds:.0f} s)"
     )
     for task in report.tasks:
-        print(f"task: {task}")
+        print(printable(f"task: {task}"))
     for name, why in report.left_out.items():
-        print(f"left out: {name} ({why})")
+        print(printable(f"left out: {name} ({why})"))
     obs = ",".join(key for key in report.keys if key != "action")
     encoder = " encoder=compact" if report.cameras else ""
     path = f"data.path={report.path}"

@@ -12,6 +12,7 @@ from zarr.storage import LocalStore
 
 from cmpolicy_data import ReplayBuffer, ReplayBufferError, SelectorError, validate
 from cmpolicy_data.pack import pack
+from cmpolicy_data.parts import Parts
 
 RNG = np.random.default_rng(0)
 
@@ -471,3 +472,20 @@ class TestPacking:
         archive = pack(store, tmp_path / "a.zip")
         with pytest.raises(ValueError, match="packed already"):
             pack(archive, tmp_path / "b.zip")
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), (2, 3), ()])
+def test_parts_that_are_not_the_rows_promised(tmp_path: Path, sizes: tuple[int, ...]):
+    """Nothing is appended, and the next append is whole."""
+    buffer = ReplayBuffer.create(tmp_path / "s.zarr")
+    action = np.zeros((4, 2), np.float32)
+    frames = np.arange(4 * 8 * 8 * 3, dtype=np.uint8).reshape(4, 8, 8, 3)
+    buffer.append_episode({"action": action, "top": Parts(frames.shape, frames.dtype, [frames])})
+    wrong = Parts(frames.shape, frames.dtype, [np.zeros((n, 8, 8, 3), np.uint8) for n in sizes])
+    with pytest.raises(ValueError, match=r"top: (a part of shape|the parts have)"):
+        buffer.append_episode({"action": action, "top": wrong})
+    halves = Parts(frames.shape, frames.dtype, [frames[:1], frames[1:]])
+    buffer.append_episode({"action": action, "top": halves})
+    again = ReplayBuffer.open(tmp_path / "s.zarr")
+    assert again.episode_ends.tolist() == [4, 8]
+    assert np.asarray(again["top"][:]).tolist() == np.concatenate([frames, frames]).tolist()

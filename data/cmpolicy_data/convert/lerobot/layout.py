@@ -6,16 +6,21 @@ Both layouts that are in use are read: v3.0 (many episodes in a parquet and in a
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from cmpolicy_data.convert.lerobot.errors import LeRobotError, import_parquet
+from cmpolicy_data.convert.lerobot.errors import LeRobotError
+from cmpolicy_data.convert.lerobot.metafiles import (
+    Info,
+    json_lines,
+    place,
+    read_table,
+    seconds,
+    whole,
+)
 
 V3, V2 = "v3.0", "v2.1"
 _OBSERVATION = "observation."
@@ -135,52 +140,6 @@ def read_layout(root: Path) -> Layout:
     )
 
 
-class Info:
-    """``meta/info.json``, whose entries are checked as they are asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.values = _json(path)
-
-    def text(self, key: str) -> str:
-        """A text."""
-        return str(self._get(key, str, "a text"))
-
-    def number(self, key: str) -> float:
-        """A number above 0; whole numbers stay whole."""
-        value = self._get(key, (int, float), "a number above 0")
-        if isinstance(value, bool) or not 0 < value < 1e9:
-            raise LeRobotError(f"{self.path}: {key} is {value!r}, expected a number above 0.")
-        return value
-
-    def count(self, key: str) -> int:
-        """A whole number."""
-        return int(self._get(key, int, "a whole number"))
-
-    def mapping(self, key: str) -> dict[str, Any]:
-        """A mapping."""
-        return dict(self._get(key, dict, "a mapping"))
-
-    def file(self, key: str, **where: Any) -> Path:
-        """The path that a template gives, which may not lead out of the data set."""
-        template = self.text(key)
-        try:
-            found = template.format(**where)
-        except (KeyError, IndexError, ValueError, AttributeError) as error:
-            raise LeRobotError(f"{self.path}: {key} is {template!r}, with {error!r}.") from error
-        parts = PurePosixPath(found)
-        if parts.is_absolute() or ".." in parts.parts:
-            raise LeRobotError(f"{self.path}: {key} leads out of the data set: {found!r}.")
-        return self.path.parent.parent / found
-
-    def _get(self, key: str, kind: type | tuple[type, ...], expected: str) -> Any:
-        value = self.values.get(key)
-        if not isinstance(value, kind):
-            found = f"is {value!r}" if key in self.values else "is missing"
-            raise LeRobotError(f"{self.path}: {key} {found}, expected {expected}.")
-        return value
-
-
 def store_key(name: str) -> str:
     """The store's name of a LeRobot feature."""
     return name.removeprefix(_OBSERVATION)
@@ -259,7 +218,7 @@ def _v3(root: Path, info: Info, fps: float, features: Iterable[Feature]) -> list
     for number, (file, row) in enumerate(rows):
         where = f"{file}, episode {number}"
         wanted = ("episode_index", "length", "dataset_from_index", "dataset_to_index")
-        index, length, start, stop = (_whole(row, key, where) for key in wanted)
+        index, length, start, stop = (whole(row, key, where) for key in wanted)
         if (index, start, stop) != (number, first, first + length) or length < 1:
             raise LeRobotError(
                 f"{where}: the metadata says episode_index {index}, length {length}, rows {start} "
@@ -268,7 +227,7 @@ def _v3(root: Path, info: Info, fps: float, features: Iterable[Feature]) -> list
         videos = {}
         for name in cameras:
             begin, end = (
-                _seconds(row, f"videos/{name}/{edge}_timestamp", where) for edge in ("from", "to")
+                seconds(row, f"videos/{name}/{edge}_timestamp", where) for edge in ("from", "to")
             )
             if abs((end - begin) * fps - length) > 0.5:
                 raise LeRobotError(
@@ -276,9 +235,9 @@ def _v3(root: Path, info: Info, fps: float, features: Iterable[Feature]) -> list
                     f"{end:.4f} s), but {length} steps at {fps:g} per second are "
                     f"{length / fps:.4f} s."
                 )
-            place = _place(row, f"videos/{name}", where)
-            videos[name] = Span(info.file("video_path", video_key=name, **place), begin, False)
-        data = info.file("data_path", **_place(row, "data", where))
+            file_place = place(row, f"videos/{name}", where)
+            videos[name] = Span(info.file("video_path", video_key=name, **file_place), begin, False)
+        data = info.file("data_path", **place(row, "data", where))
         ranges = {
             f.name: (row[f"stats/{f.name}/min"], row[f"stats/{f.name}/max"])
             for f in features
@@ -293,20 +252,20 @@ def _v3(root: Path, info: Info, fps: float, features: Iterable[Feature]) -> list
 def _v2(root: Path, info: Info, fps: float, features: Iterable[Feature]) -> list[Episode]:
     file = root / "meta" / "episodes.jsonl"
     stats_file = root / "meta" / "episodes_stats.jsonl"
-    stats = {row.get("episode_index"): row.get("stats") for row in _json_lines(stats_file)}
+    stats = {row.get("episode_index"): row.get("stats") for row in json_lines(stats_file)}
     size = info.count("chunks_size")
     episodes, first = [], 0
-    for number, row in enumerate(_json_lines(file)):
+    for number, row in enumerate(json_lines(file)):
         where = f"{file}, episode {number}"
-        index, length = (_whole(row, key, where) for key in ("episode_index", "length"))
+        index, length = (whole(row, key, where) for key in ("episode_index", "length"))
         if index != number or length < 1:
             raise LeRobotError(
                 f"{where}: the metadata says episode_index {index}, length {length}; expected "
                 f"episode {number} with at least one step."
             )
-        place = {"episode_chunk": number // max(1, size), "episode_index": number}
+        numbered = {"episode_chunk": number // max(1, size), "episode_index": number}
         videos = {
-            f.name: Span(info.file("video_path", video_key=f.name, **place), 0.0, True)
+            f.name: Span(info.file("video_path", video_key=f.name, **numbered), 0.0, True)
             for f in features
             if f.dtype == "video"
         }
@@ -316,7 +275,7 @@ def _v2(root: Path, info: Info, fps: float, features: Iterable[Feature]) -> list
             for f in features
             if not f.is_camera and {"min", "max"} <= set(own.get(f.name) or ())
         }
-        data = info.file("data_path", **place)
+        data = info.file("data_path", **numbered)
         episodes.append(Episode(number, length, first, data, videos, ranges))
         first += length
     if not episodes:
@@ -338,7 +297,7 @@ def _check_counts(root: Path, info: Info, episodes: list[Episode]) -> None:
 def _tasks(root: Path, version: str) -> dict[int, str]:
     if version == V2:
         file = root / "meta" / "tasks.jsonl"
-        rows = list(_json_lines(file))
+        rows = list(json_lines(file))
     else:
         file = root / "meta" / "tasks.parquet"
         rows = read_table(file).to_pylist()
@@ -351,60 +310,3 @@ def _tasks(root: Path, version: str) -> dict[int, str]:
             raise LeRobotError(f"{file}: {row!r} is no task, expected task_index and task.")
         tasks[number] = text
     return tasks
-
-
-def read_table(file: Path) -> Any:
-    """A small parquet file, whole.
-
-    Raises:
-        LeRobotError: not there, or not readable.
-    """
-    parquet = import_parquet()
-    try:
-        return parquet.ParquetFile(file).read()
-    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise LeRobotError(f"{file} cannot be read as parquet: {_first(error)}.") from error
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LeRobotError(f"{path} cannot be read: {_first(error)}.") from error
-    if not isinstance(value, dict):
-        raise LeRobotError(f"{path} holds no mapping.")
-    return value
-
-
-def _json_lines(path: Path) -> Iterable[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
-        raise LeRobotError(f"{path} cannot be read: {_first(error)}.") from error
-    bad = next((row for row in rows if not isinstance(row, dict)), None)
-    if bad is not None:
-        raise LeRobotError(f"{path} has the line {bad!r}, expected a mapping.")
-    return rows
-
-
-def _first(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def _whole(row: Mapping[str, Any], key: str, where: str) -> int:
-    value = row.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise LeRobotError(f"{where}: {key} is {value!r}, expected a whole number.")
-    return value
-
-
-def _seconds(row: Mapping[str, Any], key: str, where: str) -> float:
-    value = row.get(key)
-    if not isinstance(value, int | float) or not np.isfinite(value) or value < 0:
-        raise LeRobotError(f"{where}: {key} is {value!r}, expected seconds.")
-    return float(value)
-
-
-def _place(row: Mapping[str, Any], prefix: str, where: str) -> dict[str, int]:
-    return {key: _whole(row, f"{prefix}/{key}", where) for key in ("chunk_index", "file_index")}
