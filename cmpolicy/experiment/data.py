@@ -82,6 +82,11 @@ class TrainingData:
             f"{short}; {used}"
         )
 
+    @property
+    def precise(self) -> tuple[str, ...]:
+        """Observation keys that float32 does not resolve."""
+        return tuple(k for k, v in self.arrays.obs.items() if v.dtype == np.float64)
+
     def spec(self, config: PolicyConfig) -> PolicySpec:
         """Inputs and outputs of a policy on this data."""
         return PolicySpec(
@@ -93,7 +98,7 @@ class TrainingData:
             action_rotations=self.rotations,
             images=self.arrays.images,
             resize=config.resize,
-            precise=tuple(k for k, v in self.arrays.obs.items() if v.dtype == np.float64),
+            precise=self.precise,
         )
 
     def normalizer(self) -> Normalizer:
@@ -143,6 +148,7 @@ class TrainingData:
             seed=seed,
             device=device,
             n_augment=n_augment,
+            precise=self.precise,
         )
 
     @property

@@ -11,7 +11,7 @@ functions of (seed, example counter), so a resumed run sees what it would have s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,14 +38,14 @@ class DeviceLoader:
     """Batches of windows, gathered on ``device`` (see the module docstring).
 
     Args:
-        obs: arrays (N, ...) by observation key: uint8 frames, float64 for a policy that takes it
-            (``spec.precise``); all else becomes float32.
+        obs: arrays (N, ...) by observation key: uint8 frames, all else becomes float32.
         action: (N, A) float32.
         windows: row numbers of W windows.
         batch_size: examples of one whole (global) batch.
         seed: of the order of the data.
         device: of the batches.
         n_augment: uniform numbers per example that augment its frames, 0 for none.
+        precise: keys of ``obs`` that become float64 instead.
 
     Raises:
         ValueError: lengths that differ, rows outside the data, no windows, or a bad batch size.
@@ -61,6 +61,7 @@ class DeviceLoader:
         seed: int,
         device: torch.device | str = "cpu",
         n_augment: int = 0,
+        precise: Collection[str] = (),
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
@@ -86,7 +87,7 @@ class DeviceLoader:
         self.device = torch.device(device)
         self.n_windows = n_windows
         self.n_augment = n_augment
-        self._obs = {key: self._placed(value) for key, value in obs.items()}
+        self._obs = {key: self._placed(value, key in precise) for key, value in obs.items()}
         self._action = self._placed(action)
         self._obs_rows = torch.from_numpy(np.ascontiguousarray(windows.obs)).to(self.device)
         self._action_rows = torch.from_numpy(np.ascontiguousarray(windows.action)).to(self.device)
@@ -120,10 +121,10 @@ class DeviceLoader:
             "action_is_pad": self._is_pad.index_select(0, window_numbers),
         }
 
-    def _placed(self, value: npt.NDArray[np.generic]) -> Tensor:
+    def _placed(self, value: npt.NDArray[np.generic], precise: bool = False) -> Tensor:
         """A key's values where they stay during training."""
         if value.dtype != np.uint8:
-            dtype = np.float64 if value.dtype == np.float64 else np.float32
+            dtype = np.float64 if precise else np.float32
             return torch.from_numpy(np.array(value, dtype, order="C")).to(self.device)
         frames = torch.from_numpy(_writable(value))  # without a copy: frames may be gigabytes
         if self.device.type != "cuda" or frames.nbytes > torch.cuda.mem_get_info()[0] // 2:

@@ -1,7 +1,8 @@
 """Write bundled_actions.json: what the bundled policies answer to fixed observations and noise.
 
 Run from the root of the checkout: ``python tests/golden/make_bundled_actions.py``. The numbers in
-the repository were made by the code of format version 1, before the encoder left the network.
+the repository were made by the code of format version 1, before the encoder left the network, and
+those of ``pusht`` when its present bundle was published.
 """
 
 from __future__ import annotations
