@@ -1,7 +1,8 @@
 """What the plug-in does beside the real lerobot, for test_lerobot_plugin.py; no test itself.
 
-``python lerobot_plugin_side.py act CHECKPOINT OUT.npz`` writes the actions of the plug-in and those
-of the bundle inside the checkpoint, for the same observations and noise.
+``python lerobot_plugin_side.py act CHECKPOINT OUT.npz`` writes what the plug-in does for some
+observations and noise; ``wrap BUNDLE OUT`` makes a checkpoint of a bundle; ``serve CHECKPOINT
+OUT.npz`` runs lerobot's asynchronous server and client with a robot that notes what it is told.
 """
 
 import sys
@@ -45,7 +46,7 @@ def act(checkpoint: Path, out: Path) -> None:
     )
 
 
-def wrap(bundle: str, out: Path) -> None:
+def wrap(bundle: Path, out: Path) -> None:
     """A bundle as a checkpoint, and one more time through the policy itself."""
     from lerobot_policy_cmpolicy import CmpolicyPolicy, to_lerobot
 
@@ -53,8 +54,53 @@ def wrap(bundle: str, out: Path) -> None:
     CmpolicyPolicy.from_pretrained(bundle).save_pretrained(out.with_name("again"))
 
 
+def serve(checkpoint: Path, out: Path) -> None:
+    """Thirty actions, or as many as two minutes give."""
+    import socket
+    import subprocess
+    import threading
+    import time
+
+    from lerobot.async_inference.configs import RobotClientConfig
+    from lerobot.async_inference.robot_client import RobotClient
+    from lerobot_dummy_robot import DummyRobotConfig
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "lerobot_policy_cmpolicy.async_server", f"--port={port}"]
+    server = subprocess.Popen([*command, "--host=127.0.0.1", "--fps=10"])
+    try:
+        client = RobotClient(
+            RobotClientConfig(
+                robot=DummyRobotConfig(),
+                policy_type="cmpolicy",
+                pretrained_name_or_path=str(checkpoint),
+                actions_per_chunk=10,
+                server_address=f"127.0.0.1:{port}",
+                policy_device="cpu",
+                fps=10,
+                task="reach",
+            )
+        )
+        end = time.monotonic() + 120
+        while not client.start():
+            assert time.monotonic() < end, "the server does not answer"
+            assert server.poll() is None, "the server ended"
+            time.sleep(1)
+        threads = [threading.Thread(target=client.receive_actions, daemon=True)]
+        threads += [threading.Thread(target=client.control_loop, args=("reach",), daemon=True)]
+        for thread in threads:
+            thread.start()
+        while len(client.robot.told) < 30 and time.monotonic() < end:
+            time.sleep(0.2)
+        told = np.array(client.robot.told)
+        client.stop()
+    finally:
+        server.terminate()
+        server.wait()
+    np.savez(out, actions=told)
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "act":
-        act(Path(sys.argv[2]), Path(sys.argv[3]))
-    else:
-        wrap(sys.argv[2], Path(sys.argv[3]))
+    {"act": act, "wrap": wrap, "serve": serve}[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))

@@ -84,19 +84,37 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "set"
 
 
-@pytest.fixture(scope="module")
-def trained(run: Run, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What lerobot-train leaves after six steps."""
-    out = tmp_path_factory.mktemp("run") / "run"
-    words = ("--dataset.repo_id=test/set", f"--dataset.root={data}", f"--output_dir={out}")
-    log = run("lerobot-train", *TINY, *words, "--steps=6", "--save_freq=3")
+def train(run: Run, data: Path, out: Path, *words: str) -> Path:
+    """The folder of checkpoints that lerobot-train leaves after six steps."""
+    places = ("--dataset.repo_id=test/set", f"--dataset.root={data}", f"--output_dir={out}")
+    log = run("lerobot-train", *TINY, *places, "--steps=6", "--save_freq=3", *words)
     assert "loss" in log
     return out / "checkpoints"
 
 
+@pytest.fixture(scope="module")
+def trained(run: Run, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """From a camera and a state."""
+    return train(run, data, tmp_path_factory.mktemp("run") / "run")
+
+
+@pytest.fixture(scope="module")
+def from_state(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Flow matching from the state alone, one observation at a time."""
+    folder = tmp_path_factory.mktemp("state")
+    buffer = ReplayBuffer.create(folder / "x.zarr")
+    rng = np.random.default_rng(0)
+    for _ in range(2):
+        numbers = rng.uniform(-1, 1, (2, 30, 2)).astype(np.float32)
+        buffer.append_episode({"state": numbers[0], "action": numbers[1]})
+    write(buffer.path, folder / "set", task="reach", fps=10)
+    words = ("--policy.objective=fm", "--policy.n_obs_steps=1", "--policy.n_action_steps=10")
+    return train(run, folder / "set", folder / "run", *words)
+
+
 def test_a_checkpoint_is_a_policy_of_ours(trained: Path):
     """The bundle inside loads without lerobot, with the data's range and rate."""
-    policy = ConsistencyPolicy.from_pretrained(trained / "last/pretrained_model/cmpolicy")
+    policy = ConsistencyPolicy.from_pretrained(trained / "last/pretrained_model")
     assert policy.spec.obs == {"image": (96, 96, 3), "state": (2,)}
     assert policy.spec.images == ("image",)
     assert (policy.n_obs_steps, policy.n_action_steps, policy.nfe) == (2, 8, 1)
@@ -108,6 +126,12 @@ def test_a_checkpoint_is_a_policy_of_ours(trained: Path):
     assert action.shape == (1, 8, 2)
     assert (action >= low.numpy()).all()
     assert (action <= high.numpy()).all()
+
+
+def test_flow_matching_from_the_state_alone(from_state: Path):
+    policy = ConsistencyPolicy.from_pretrained(from_state / "last/pretrained_model/cmpolicy")
+    assert (policy.sampler, policy.nfe, policy.n_obs_steps) == ("diagonal", 10, 1)
+    assert policy.infer(policy.spec.zeros()).shape == (1, 10, 2)
 
 
 def test_plugin_and_bundle_act_alike(run: Run, trained: Path, tmp_path: Path):
@@ -160,6 +184,15 @@ def test_a_bundle_becomes_a_checkpoint(run: Run, trained: Path, tmp_path: Path):
         before, after = (json.loads((f / "config.json").read_text()) for f in (bundle, inside))
         for key in ("spec", "net", "encoder", "path", "sampler", "nfe", "control_hz"):
             assert after[key] == before[key]
+
+
+def test_lerobot_asynchronous_inference(run: Run, from_state: Path, tmp_path: Path):
+    """Its server and its client, with a robot that only remembers."""
+    run("side", "serve", from_state / "last/pretrained_model", tmp_path / "x.npz")
+    actions = np.load(tmp_path / "x.npz")["actions"]
+    assert len(actions) >= 12  # more than one chunk
+    assert np.ptp(actions, axis=0).min() > 0
+    assert np.abs(actions).max() <= 1
 
 
 def test_lerobot_eval(run: Run, trained: Path, tmp_path: Path):

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor
 
@@ -26,6 +27,9 @@ from lerobot_policy_cmpolicy.configuration_cmpolicy import TOTAL_STEPS, Cmpolicy
 #: Folder inside a LeRobot checkpoint that holds the policy as a bundle of cmpolicy.
 BUNDLE = "cmpolicy"
 ACTION = "action"
+#: Where a checkpoint comes from, in LeRobot's from_pretrained.
+_HUB = ("force_download", "resume_download", "proxies", "token", "cache_dir", "local_files_only")
+_HUB += ("revision", "cli_overrides")
 
 
 class CmpolicyPolicy(PreTrainedPolicy):
@@ -174,7 +178,8 @@ class CmpolicyPolicy(PreTrainedPolicy):
         """
         self._remember(batch)
         if not self._actions:
-            chunk = self._predict(self._remembered(), noise)
+            seen = {key: torch.stack(list(steps), 1) for key, steps in self._history.items()}
+            chunk = self._predict(seen, noise)
             self._actions.extend(chunk.transpose(0, 1))
         return self._actions.popleft()
 
@@ -185,8 +190,9 @@ class CmpolicyPolicy(PreTrainedPolicy):
         """The actions to execute now, (B, Ta, A).
 
         Args:
-            batch: To observations (B, To, ...) per key; or one, (B, ...), which is put behind those
-                of the calls before.
+            batch: To observations (B, To, ...) per key; or one, (B, ...), which then stands for
+                those before it, too: LeRobot's server hands over one now and then, and never says
+                that an episode is over.
             noise: (B, T, A) standard normal; drawn here if not given.
 
         Raises:
@@ -198,10 +204,13 @@ class CmpolicyPolicy(PreTrainedPolicy):
                 "it off (rtc.enabled=false). One chunk takes one network evaluation"
             )
         name = next(iter(self._names))
-        if batch[name].ndim == len(self.config.input_features[name].shape) + 2:
-            return self._predict(self._observations(batch, history=True), noise)
-        self._remember(batch)
-        return self._predict(self._remembered(), noise)
+        size = len(self.config.input_features[name].shape)
+        whole = name not in batch or batch[name].ndim == size + 2
+        obs = self._observations(batch, history=whole)
+        if not whole:
+            steps = self.policy.n_obs_steps
+            obs = {k: torch.stack([value] * steps, dim=1) for k, value in obs.items()}
+        return self._predict(obs, noise)
 
     def _predict(self, obs: dict[str, Tensor], noise: Tensor | None) -> Tensor:
         # a clone is no tensor of inference mode, so LeRobot may change it
@@ -216,9 +225,6 @@ class CmpolicyPolicy(PreTrainedPolicy):
                     f"{tuple(steps[-1].shape)}; call reset() between episodes"
                 )
             steps.extend([value] * (1 if steps else self.policy.n_obs_steps))
-
-    def _remembered(self) -> dict[str, Tensor]:
-        return {key: torch.stack(list(steps), dim=1) for key, steps in self._history.items()}
 
     def _observations(self, batch: Mapping[str, Tensor], *, history: bool) -> dict[str, Tensor]:
         """cmpolicy's keys, shapes and frames: (B, To, ...) each with ``history``, else (B, ...)."""
@@ -281,8 +287,10 @@ class CmpolicyPolicy(PreTrainedPolicy):
 
         if is_bundle(pretrained_name_or_path):
             return from_bundle(cls, pretrained_name_or_path, config)
-        if config is not None:
-            config.without_download()
+        if config is None:
+            hub = {name: value for name, value in kwargs.items() if name in _HUB}
+            config = PreTrainedConfig.from_pretrained(pretrained_name_or_path, **hub)
+        config.without_download()
         policy = super().from_pretrained(
             pretrained_name_or_path, config=config, strict=strict, **kwargs
         )
