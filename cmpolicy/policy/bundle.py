@@ -36,6 +36,7 @@ CONFIG, MODEL, NORMALIZER, CARD = FILES = (
     "README.md",
 )
 MAX_NFE = 100_000
+LEROBOT = "cmpolicy"  # folder of the bundle in a checkpoint that lerobot wrote
 IMAGE_INDEX = "model_index.json"  # what an image model has in place of CONFIG
 BUNDLED = Path(__file__).resolve().parent.parent / "pretrained"
 
@@ -335,7 +336,7 @@ def locate(name_or_path: str | os.PathLike[str]) -> Path:
     if path.is_file():
         raise BundleError(f"{path} is a file; a policy bundle is a directory with {CONFIG}")
     if (path / CONFIG).is_file():
-        return path
+        return _inside(path)
     if text in bundled_names():
         return BUNDLED / text
     if (path / IMAGE_INDEX).is_file():
@@ -351,13 +352,20 @@ def locate(name_or_path: str | os.PathLike[str]) -> Path:
     is_id = text.count("/") == 1 and not text.startswith((".", "/", "~", "outputs/"))
     if is_id and not path.parent.is_dir():
         try:
-            return download(text, FILES)
+            return _inside(download(text, (*FILES, *(f"{LEROBOT}/{name}" for name in FILES))))
         except HubError as error:
             raise BundleError(f"no policy bundle at {path}, and {error}") from error
     raise BundleError(
         f"no policy bundle at {path}, and {text!r} is not one of the bundled policies "
         f"{bundled_names()}; give a directory with {CONFIG}, or a hub id 'owner/name'"
     )
+
+
+def _inside(directory: Path) -> Path:
+    """The bundle in a checkpoint of lerobot, or the directory itself."""
+    inner = directory / LEROBOT
+    is_bundle = (directory / NORMALIZER).exists() or not (inner / CONFIG).is_file()
+    return directory if is_bundle else inner
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

@@ -49,10 +49,18 @@ class ModelEma:
 
     The averaging and its warm-up are ``diffusers``' EMAModel; the averaged weights live directly
     in :attr:`model`, which is thus ready to be evaluated, saved, or used as a teacher at any time.
+
+    Args:
+        source: begins as its own average.
+        config: how fast the average follows.
+        model: averaged weights to go on with, in place of a copy of ``source``.
     """
 
-    def __init__(self, source: nn.Module, config: EmaConfig) -> None:
-        self.model = copy.deepcopy(source).eval().requires_grad_(False)
+    def __init__(
+        self, source: nn.Module, config: EmaConfig, model: nn.Module | None = None
+    ) -> None:
+        model = copy.deepcopy(source) if model is None else model
+        self.model = model.eval().requires_grad_(False)
         self._average = EMAModel(
             [],
             decay=config.decay,

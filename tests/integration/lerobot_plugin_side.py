@@ -1,0 +1,106 @@
+"""What the plug-in does beside the real lerobot, for test_lerobot_plugin.py; no test itself.
+
+``python lerobot_plugin_side.py act CHECKPOINT OUT.npz`` writes what the plug-in does for some
+observations and noise; ``wrap BUNDLE OUT`` makes a checkpoint of a bundle; ``serve CHECKPOINT
+OUT.npz`` runs lerobot's asynchronous server and client with a robot that notes what it is told.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+def act(checkpoint: Path, out: Path) -> None:
+    """One episode of nine steps, in which every eighth makes a new chunk."""
+    import lerobot_policy_cmpolicy  # noqa: F401
+    from lerobot.configs.policies import PreTrainedConfig
+    from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+
+    config = PreTrainedConfig.from_pretrained(checkpoint)
+    config.device = "cpu"
+    policy = get_policy_class(config.type).from_pretrained(checkpoint, config=config)
+    before, after = make_pre_post_processors(config, pretrained_path=str(checkpoint))
+    rng = np.random.default_rng(0)
+    states = rng.uniform(0, 512, (9, 2)).astype(np.float32)
+    frames = rng.integers(0, 256, (9, 96, 96, 3), dtype=np.uint8)
+    noise = torch.randn(1, 16, 2, generator=torch.Generator().manual_seed(0))
+    policy.reset()
+    actions = []
+    for state, frame in zip(states, frames, strict=True):
+        seen = {
+            "observation.state": torch.from_numpy(state),
+            "observation.image": torch.from_numpy(frame).permute(2, 0, 1) / 255,
+        }
+        actions.append(after(policy.select_action(before(seen), noise=noise)).numpy()[0])
+    chunk = policy.predict_action_chunk(
+        {
+            "observation.state": torch.from_numpy(states[None, 7:]),
+            "observation.image": torch.from_numpy(frames[None, 7:]).permute(0, 1, 4, 2, 3) / 255,
+        },
+        noise=noise,
+    )
+    np.savez(
+        out, states=states, frames=frames, noise=noise.numpy(), actions=actions, chunk=chunk.numpy()
+    )
+
+
+def wrap(bundle: Path, out: Path) -> None:
+    """A bundle as a checkpoint, and one more time through the policy itself."""
+    from lerobot_policy_cmpolicy import CmpolicyPolicy, to_lerobot
+
+    to_lerobot(bundle, out)
+    CmpolicyPolicy.from_pretrained(bundle).save_pretrained(out.with_name("again"))
+
+
+def serve(checkpoint: Path, out: Path) -> None:
+    """Thirty actions, or as many as two minutes give."""
+    import socket
+    import subprocess
+    import threading
+    import time
+
+    from lerobot.async_inference.configs import RobotClientConfig
+    from lerobot.async_inference.robot_client import RobotClient
+    from lerobot_dummy_robot import DummyRobotConfig
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "lerobot_policy_cmpolicy.async_server", f"--port={port}"]
+    server = subprocess.Popen([*command, "--host=127.0.0.1", "--fps=10"])
+    try:
+        client = RobotClient(
+            RobotClientConfig(
+                robot=DummyRobotConfig(),
+                policy_type="cmpolicy",
+                pretrained_name_or_path=str(checkpoint),
+                actions_per_chunk=10,
+                server_address=f"127.0.0.1:{port}",
+                policy_device="cpu",
+                fps=10,
+                task="reach",
+            )
+        )
+        end = time.monotonic() + 120
+        while not client.start():
+            assert time.monotonic() < end, "the server does not answer"
+            assert server.poll() is None, "the server ended"
+            time.sleep(1)
+        threads = [threading.Thread(target=client.receive_actions, daemon=True)]
+        threads += [threading.Thread(target=client.control_loop, args=("reach",), daemon=True)]
+        for thread in threads:
+            thread.start()
+        while len(client.robot.told) < 30 and time.monotonic() < end:
+            time.sleep(0.2)
+        told = np.array(client.robot.told)
+        client.stop()
+    finally:
+        server.terminate()
+        server.wait()
+    np.savez(out, actions=told)
+
+
+if __name__ == "__main__":
+    {"act": act, "wrap": wrap, "serve": serve}[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))
