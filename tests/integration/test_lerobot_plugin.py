@@ -163,18 +163,27 @@ def test_a_run_goes_on(run: Run, trained: Path):
     }
 
 
-def test_wrong_settings_say_what_is_wrong(run: Run, data: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("horizon=15", "horizon=15 is not divisible by 2"),
+        ("isd.sd_share=3", "isd: sd_share=3.0 must lie in (0, 1]"),
+    ],
+)
+def test_wrong_settings_say_what_is_wrong(
+    run: Run, data: Path, tmp_path: Path, setting: str, message: str
+):
     words = (
         "--dataset.repo_id=test/set",
         f"--dataset.root={data}",
         f"--output_dir={tmp_path / 'o'}",
     )
-    said = run("lerobot-train", *TINY, *words, "--policy.horizon=15", fails=True)
-    assert "horizon=15 is not divisible by 2" in said
+    said = run("lerobot-train", *TINY, *words, f"--policy.{setting}", fails=True)
+    assert message in said
 
 
-def test_a_bundle_becomes_a_checkpoint(run: Run, trained: Path, tmp_path: Path):
-    """The same weights, networks and inputs; and the same bundle inside again."""
+def test_a_bundle_becomes_a_checkpoint(run: Run, trained: Path, data: Path, tmp_path: Path):
+    """The same weights, networks and inputs; the same bundle inside again; and it trains on."""
     bundle = trained / "000006/pretrained_model/cmpolicy"
     run("side", "wrap", bundle, tmp_path / "wrapped")
     for name in ("wrapped", "again"):
@@ -184,6 +193,16 @@ def test_a_bundle_becomes_a_checkpoint(run: Run, trained: Path, tmp_path: Path):
         before, after = (json.loads((f / "config.json").read_text()) for f in (bundle, inside))
         for key in ("spec", "net", "encoder", "path", "sampler", "nfe", "control_hz"):
             assert after[key] == before[key]
+    start = [f"--policy.path={tmp_path / 'wrapped'}", *TINY[1:3], *TINY[-4:]]
+    places = (
+        "--dataset.repo_id=test/set",
+        f"--dataset.root={data}",
+        f"--output_dir={tmp_path / 'o'}",
+    )
+    run("lerobot-train", *start, *places, "--steps=1")
+    last = tmp_path / "o/checkpoints/last/pretrained_model/cmpolicy"
+    same = [(f / "normalizer.safetensors").read_bytes() for f in (bundle, last)]
+    assert same[0] == same[1]
 
 
 def test_lerobot_asynchronous_inference(run: Run, from_state: Path, tmp_path: Path):

@@ -99,6 +99,15 @@ def test_noise_scale_travels_along(tmp_path: Path) -> None:
     assert ConsistencyPolicy.from_pretrained(tmp_path / "policy").noise_scale == 1.0
 
 
+def test_a_checkpoint_of_lerobot_holds_a_bundle(tmp_path: Path) -> None:
+    policy = _policy()
+    policy.save_pretrained(tmp_path / "checkpoint" / "cmpolicy")
+    (tmp_path / "checkpoint" / CONFIG).write_text('{"type": "cmpolicy"}')
+    (tmp_path / "checkpoint" / MODEL).write_bytes(b"theirs")
+    loaded = ConsistencyPolicy.from_pretrained(tmp_path / "checkpoint")
+    torch.testing.assert_close(_chunk(loaded), _chunk(policy), rtol=0, atol=1e-3)
+
+
 def test_number_of_evaluations_travels_along(tmp_path: Path) -> None:
     """A policy trained for 10 evaluations is deployed with 10."""
     _policy(sampler="diagonal", nfe=10).save_pretrained(tmp_path / "policy")

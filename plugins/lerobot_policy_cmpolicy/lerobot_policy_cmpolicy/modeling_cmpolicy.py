@@ -86,6 +86,7 @@ class CmpolicyPolicy(PreTrainedPolicy):
         self.register_buffer("rate", torch.tensor(float(fps or 0.0)))
         self._normalises = dataset_stats is not None
         self._average: ModelEma | None = None
+        self._metrics: dict[str, Tensor] = {}
         self._group: dict[str, Any] = {}
         self.reset()
 
@@ -99,7 +100,9 @@ class CmpolicyPolicy(PreTrainedPolicy):
     def forward(
         self, batch: dict[str, Tensor], reduction: str = "mean"
     ) -> tuple[Tensor, dict[str, float]]:
-        """Loss of a batch of windows, and its parts.
+        """Loss of a batch of windows, and its parts; on a GPU the parts are of the call before.
+
+        So no step waits for the GPU in its middle.
 
         Args:
             batch: LeRobot's keys with To observations and T actions each.
@@ -131,8 +134,11 @@ class CmpolicyPolicy(PreTrainedPolicy):
         if n_augment and self.training:
             window["augment"] = torch.rand(len(action), n_augment, device=action.device)
         output = self.policy.compute_loss(window, progress=self.progress, ema=self.averaged)
-        metrics = {name: float(value) for name, value in output.metrics.items()}
-        return (output.per_example if reduction == "none" else output.loss), metrics
+        metrics, self._metrics = self._metrics or output.metrics, output.metrics
+        if action.device.type == "cpu":
+            metrics = output.metrics
+        loss = output.per_example if reduction == "none" else output.loss
+        return loss, {name: float(value) for name, value in metrics.items()}
 
     def update(self) -> None:
         """Move the average of the weights; ``lerobot-train`` calls it after every step."""
