@@ -243,7 +243,7 @@ def test_a_camera_that_stops_delivering_ends_the_run(policy: ConsistencyPolicy) 
         report.stopped_by == "camera 'wrist' has brought the same frame for 6 ticks (max_frozen=5)"
     )
     assert report.interventions["frozen camera"] == 6
-    assert report.ticks < 30
+    assert report.ticks - report.missed < 30  # a busy machine misses some
 
 
 def test_push_t_seen_by_a_camera(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
