@@ -206,6 +206,10 @@ def edit(settings: EditSettings, source: str) -> int:
 
     if settings.out is None:
         raise ConfigError("out is not set: edit writes another store, such as out=edited.zarr")
+    if not all(key.isdecimal() for key in settings.cut):
+        raise ConfigError(
+            f"cut={dict(settings.cut)} must be steps by episode number, such as cut={{5: [20,40]}}"
+        )
     with progress_bar(None, "episode") as show:
         buffer = editing.edit(
             resolve(source),

@@ -78,8 +78,9 @@ class DataConfig:
             mirror image is added).
         normalize: how keys are scaled, all (``data.normalize=gaussian``) or one of the policy's
             (``data.normalize.action=quantile``): ``auto`` takes the range of the values, but for a
-            few that are out of all bounds, which are cut; ``minmax`` of all values; ``quantile``
-            the percentiles 1 and 99; ``gaussian`` mean and standard deviation.
+            few that are out of all bounds; ``quantile`` the percentiles 1 and 99; ``gaussian`` mean
+            and standard deviation; ``minmax`` the range of all. Values out of all bounds are cut,
+            but for ``minmax``.
         clamp_actions: whether the policy's actions are cut to the range of those it was trained on.
         strict: whether findings about the data are errors.
         changed: what to do when a run goes on and finds other data: ``refuse``, or ``accept``.

@@ -110,10 +110,9 @@ class TrainingData:
             statistics = KeyStatistics.of(values)
             method = self.normalize.get(key, self.normalize["default"])
             spans[key] = statistics.span(method)
-            glitches = method == "auto" and bool(statistics.n_outliers.any())
+            glitches = method != "minmax" and bool(statistics.n_outliers.any())
             if glitches or (key == ACTION and self.clamp_actions):
-                least = (statistics.low, statistics.high)
-                limits[key] = least if method == "auto" else statistics.span("minmax")
+                limits[key] = statistics.span("minmax" if method == "minmax" else "auto")
         unchanged = {}
         if self.simulator.actions == "absolute":
             unchanged[ACTION] = ~is_position(self.arrays.action.shape[1])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import stat
 import struct
 import zipfile
@@ -20,6 +19,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import zarr
 from zarr.codecs import BloscCodec
 from zarr.storage import LocalStore, ZipStore
@@ -56,10 +56,9 @@ def why_impossible(array: Array) -> str | None:
     sizes = array.shards or array.chunks
     if min(sizes, default=1) < 1:
         return f"its description is damaged: chunks of shape {tuple(sizes)}"
-    count = math.prod(-(-n // size) for n, size in zip(array.shape, sizes, strict=True))
-    if count > MAX_CHUNKS:
+    if n_chunks(array) > MAX_CHUNKS:
         return (
-            f"its description calls for {count} chunks (shape {array.shape}, chunks of "
+            f"its description calls for {n_chunks(array)} chunks (shape {array.shape}, chunks of "
             f"{tuple(sizes)}), more than the {MAX_CHUNKS} that are read: it is damaged, or chunks "
             "should be larger"
         )
@@ -74,7 +73,7 @@ def why_impossible(array: Array) -> str | None:
 
 def memory_bytes() -> int:
     """Memory of this machine, bytes."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(psutil.virtual_memory().total)
 
 
 def chunks(array: Array, start: int = 0, stop: int | None = None) -> Iterator[Chunk]:
@@ -167,14 +166,13 @@ def read_rows(array: Array, start: int, stop: int, path: Path) -> npt.NDArray[An
             "hold, its description is damaged."
         )
     problem = _why_cut_off(array, start, stop)
-    if problem is None:
-        try:
-            return np.asarray(array[start:stop])
-        except Exception as error:
-            broken = _first_broken(array, start, stop)
-            problem = f"{broken} cannot be decoded ({reason(error)})"
-            raise ReplayBufferError(_damaged(path, problem)) from error
-    raise ReplayBufferError(_damaged(path, problem))
+    if problem is not None:
+        raise ReplayBufferError(_damaged(path, problem))
+    try:
+        return np.asarray(array[start:stop])
+    except Exception as error:
+        problem = f"{_first_broken(array, start, stop)} cannot be decoded ({reason(error)})"
+        raise ReplayBufferError(_damaged(path, problem)) from error
 
 
 def blocks(array: Array, n_bytes: int = 1 << 24) -> list[tuple[int, int]]:

@@ -167,7 +167,12 @@ class ReplayBuffer:
         """
         masks = self.attrs.get("masks")
         if isinstance(masks, dict) and name in masks:
-            return np.isin(np.arange(self.n_episodes), np.asarray(masks[name], np.int64))
+            try:
+                return np.isin(np.arange(self.n_episodes), np.asarray(masks[name], np.int64))
+            except (TypeError, ValueError, OverflowError) as error:
+                raise ReplayBufferError(
+                    f"{self.path}: the mask {name!r} must be a list of episode numbers ({error})."
+                ) from error
         array = get_array(self._root, f"meta/{name}", self.path)
         if array is None:
             there = sorted({*array_names(self._root, "meta"), *(masks or ())} - {"episode_ends"})

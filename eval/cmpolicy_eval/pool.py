@@ -181,7 +181,10 @@ class _Worker:
 
     def _hung(self) -> RolloutError:
         self._process.kill()
-        return RolloutError(hung_message(self._timeout))
+        return RolloutError(
+            f"the environment did not answer within {self._timeout:g} s. It hangs, or it is slow: "
+            "the limit is env_timeout, for a reset or for the steps of one chunk of actions"
+        )
 
     def close(self) -> None:
         """End the process: it leaves at end of file, or is ended after a moment."""
@@ -193,14 +196,6 @@ class _Worker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-
-
-def hung_message(timeout: float) -> str:
-    """What to say of an environment that does not answer."""
-    return (
-        f"the environment did not answer within {timeout:g} s. It hangs, or it is slow: the limit "
-        "is env_timeout, for a reset or for the steps of one chunk of actions"
-    )
 
 
 class EnvPool:

@@ -87,6 +87,8 @@ def test_the_command(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "was not written by `cmpolicy data convert`" in capsys.readouterr().err
     assert main([*words, f"out={out}"]) == 0
     assert "1 episode(s), 25 steps" in capsys.readouterr().out
+    assert main(["data", "edit", str(out), "cut={a: [5]}", f"out={out}"]) == 2
+    assert "must be steps by episode number" in capsys.readouterr().err
     assert main(["data", "edit", str(out), "cut={0: [5]}", f"out={out}"]) == 2
     assert "is the store itself" in capsys.readouterr().err
 
@@ -158,6 +160,11 @@ def test_aloha_files_that_are_wrong(tmp_path: Path) -> None:
         aloha.convert(source, tmp_path / "o.zarr")
     (source / "episode_1.hdf5").unlink()
     write_aloha(source / "episode_1.hdf5", 5, **{"observations/effort": np.ones((4, 14))})
+    with h5py.File(source / "episode_2.hdf5", "w") as file:
+        file["action"] = file["observations/qpos"] = np.ones((5, 14))
+        file["observations/images/cam"] = np.ones((5, 8, 8, 3), np.float32)
+    with pytest.raises(aloha.AlohaError, match="dtype float32; expected uint8"):
+        aloha.convert(source / "episode_2.hdf5", tmp_path / "o.zarr")
     with pytest.raises(aloha.AlohaError, match="the same number of steps"):
         aloha.convert(source / "episode_1.hdf5", tmp_path / "o.zarr")
 

@@ -80,7 +80,9 @@ def test_methods_by_key(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, (plain - plain.mean(0)) / plain.std(0), rtol=1e-4, atol=1e-4)
     assert one.limits("action")[1][0] == 5000
     assert float(one.normalize("action", torch.tensor([5000.0, 0.0]))[0]) == pytest.approx(1)
-    assert quantile.limits("action") is None
+    for robust in (every, quantile):  # a glitch is no target, however the rest is scaled
+        glitch = robust.normalize("action", torch.tensor([5000.0, 0.0]))[0]
+        assert glitch == robust.normalize("action", torch.tensor([1.0, 0.0]))[0]
     low, high = map(float, np.percentile(action[:, 1], (1, 99)))
     ends = quantile.normalize("action", torch.tensor([[0.0, low], [0.0, high]]))[:, 1]
     torch.testing.assert_close(ends, torch.tensor([-1.0, 1.0]), atol=1e-5, rtol=0)

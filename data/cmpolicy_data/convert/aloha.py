@@ -83,17 +83,6 @@ def convert(
     return ReplayBuffer.open(out)
 
 
-def is_aloha(file: Path) -> bool:
-    """Whether an HDF5 file has ALOHA's layout; no if h5py is not installed."""
-    try:
-        import h5py
-
-        with h5py.File(file, "r") as opened:
-            return "action" in opened and "observations/qpos" in opened
-    except (ImportError, OSError):
-        return False
-
-
 def _files(source: Path) -> list[Path]:
     if source.is_file():
         return [source]
@@ -140,10 +129,14 @@ def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
 
 
 def _frames(array: Any, what: str) -> npt.NDArray[np.uint8]:
-    if array.ndim == 4 and array.shape[-1] == 3:
-        return np.asarray(array, np.uint8)
-    if array.ndim != 2:
-        raise AlohaError(f"{what} has shape {array.shape}, expected (T, H, W, 3) or JPEG (T, L)")
+    is_raw = array.ndim == 4 and array.shape[-1] == 3
+    if array.dtype != np.uint8 or not (is_raw or array.ndim == 2):
+        raise AlohaError(
+            f"{what} has shape {array.shape}, dtype {array.dtype}; expected uint8 frames "
+            "(T, H, W, 3), or JPEG (T, L) uint8. Round frames in [0, 1] times 255 to uint8 before"
+        )
+    if is_raw:
+        return np.asarray(array)
     from PIL import Image
 
     frames = []

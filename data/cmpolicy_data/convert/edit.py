@@ -17,7 +17,7 @@ from cmpolicy_data.replay_buffer import ReplayBuffer
 
 CONVERTER = "cmpolicy_data.convert.edit"
 # Attributes about single episodes: their numbers are others afterwards.
-_OF_EPISODES = ("masks", "demos", "converter")
+_OF_EPISODES = ("masks", "demos", "seeds", "tasks", "episodes", "converter")
 
 
 class EditError(ValueError):
@@ -95,7 +95,9 @@ def edit(
     progress: Callable[[int, int], None] | None = None,
     **changes: Any,
 ) -> ReplayBuffer:
-    """Write the store ``out``: ``source`` with changes, all keys and attributes as they are.
+    """Write the store ``out``: ``source`` with changes, its keys and other attributes as they are.
+
+    What the store says of single episodes (masks, seeds, scenes, ``meta/success``) is left out.
 
     Args:
         source: a store.
