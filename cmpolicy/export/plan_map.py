@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cmpolicy.export.kernels import prepare
-from cmpolicy.flow.sampler import time_grid
+from cmpolicy.flow.sampler import get_sampler
 from cmpolicy.policy.policy import ConsistencyPolicy
 
 #: ``torch``: matrix products, torch's own norms. ``onnxruntime``: ``cmpolicy.export.kernels``.
@@ -22,6 +22,8 @@ Target = Literal["torch", "onnxruntime"]
 
 class PlanMap(nn.Module):
     """((B, To, ...) per key in the order of the spec, noise (B, T, A)) -> actions, plan.
+
+    The noise is (B, K, T, A) where the sampler takes K > 1 draws.
 
     ``plan`` (B, P, A) holds every action from the newest observation on, ``actions`` (B, Ta, A) its
     first; both in env units. The noise is standard normal. The observations are encoded once. A
@@ -35,7 +37,7 @@ class PlanMap(nn.Module):
         target: what will run the map.
 
     Raises:
-        ValueError: ``nfe`` below 1.
+        ValueError: an ``nfe`` that the sampler cannot do.
     """
 
     def __init__(
@@ -46,9 +48,10 @@ class PlanMap(nn.Module):
         self.nfe = policy.nfe if nfe is None else nfe
         self.path, self.encoder, self.spec = policy.flow_map.path, policy.encoder, policy.spec
         self.noise_scale = policy.noise_scale
-        grid = time_grid(self.nfe, floor=policy.time_floor)
+        self.sampler = get_sampler(policy.sampler)
+        grid = self.sampler.grid(self.nfe, floor=policy.time_floor)
         self.register_buffer("grid", grid)
-        t, s = grid[:-1], grid[:-1] if policy.sampler == "diagonal" else grid[1:]
+        t, s = grid[:-1], self.sampler.second_time(grid[:-1], grid[1:])
         net: Any = policy.net
         self.net = (
             net.at_fixed_times(t, s, prepare if target == "onnxruntime" else None)
@@ -65,9 +68,13 @@ class PlanMap(nn.Module):
         }
         condition = self.net.condition(self.encoder(normal))
         grid = self.get_buffer("grid")
-        x = noise * self.noise_scale
+        scaled = noise * self.noise_scale
+        noises = scaled.unbind(1) if self.sampler.n_noises(self.nfe) > 1 else (scaled,)
+        x = noises[0] if self.sampler.is_random else noises[0] * 0
         for i in range(self.nfe):
-            x = self.path.jump(x, self.net(i, x, condition), grid[i], grid[i + 1])
+            f = self.net(i, x, condition)
+            later = noises[i + 1] if i + 1 < len(noises) else None
+            x = self.sampler.advance(self.path, x, f, grid[i], grid[i + 1], later)
         action = self.normalizer.unnormalize("action", x)
         first = self.spec.n_obs_steps - 1
         return action[:, first : first + self.spec.n_action_steps], action[:, first:]
