@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from cmpolicy.flow.objectives import OBJECTIVES, Objective, build_objective
@@ -90,27 +90,28 @@ def makes_jumps(objective: Objective | type[Objective]) -> bool:
 
 @dataclass(frozen=True)
 class _Size:
+    """``batches`` and ``extreme`` are batch sizes; the second are those of consistency alone."""
+
     seeds: int
     steps: int
-    fit_steps: int
     targets: tuple[str, ...]
     starts: tuple[str, ...]
     batches: tuple[int, ...]
+    extreme: tuple[int, ...]
 
 
 SIZES: dict[str, _Size] = {
-    "tiny": _Size(2, 12, 12, ("gaussian1",), ("gaussian1",), (16, 32)),
-    "quick": _Size(5, 150, 150, ("mixture2",), ("gaussian2",), (32, 128)),
+    "tiny": _Size(2, 12, ("gaussian1",), ("gaussian1",), (16, 32), (8,)),
+    "quick": _Size(5, 150, ("mixture2",), ("gaussian2",), (128,), (8,)),
     "standard": _Size(
-        5, 1200, 1200, ("mixture2", "checkerboard2", "mixture1"), ("gaussian2", "mixture2"),
-        (8, 32, 128, 512),
+        5, 800, ("mixture2", "checkerboard2"), ("gaussian2", "mixture2"), (32, 128), (8, 256)
     ),
-}  # fmt: skip
+}
 
 
 def fit_steps(size: str) -> int:
     """Steps of the regression that brings networks to a start."""
-    return SIZES[size].fit_steps
+    return SIZES[size].steps
 
 
 def jobs_of(size: str) -> list[Job]:
@@ -129,7 +130,6 @@ def jobs_of(size: str) -> list[Job]:
 
 def _grid(size: _Size) -> list[Job]:
     """Every objective, target, batch size and learning rate."""
-    small, large = size.batches[-3:][0] if len(size.batches) > 2 else size.batches[0], 128
     return [
         Job(
             "grid",
@@ -141,20 +141,19 @@ def _grid(size: _Size) -> list[Job]:
             seeds=size.seeds,
             steps=size.steps,
         )
-        for i, target in enumerate(size.targets)
+        for target in size.targets
         for name in study_objectives()
-        for batch in ((small, large) if i == 0 else (large,))
+        for batch in (size.batches if target == size.targets[0] else size.batches[-1:])
     ]
 
 
 def _degenerate(size: _Size) -> list[Job]:
-    """Consistency training from fresh weights by batch size, and from truth and constant."""
-    target = size.targets[0]
+    """Consistency training by batch size, from truth and constant, in pictures and closed form."""
     jobs = [
         Job(
-            "degenerate",
-            f"fresh-{target}-{name}-b{batch}",
-            target,
+            "batch",
+            f"{name}-b{batch}",
+            size.targets[0],
             name,
             batch=batch,
             rates=(1e-3, 1e-2),
@@ -162,16 +161,16 @@ def _degenerate(size: _Size) -> list[Job]:
             steps=size.steps,
         )
         for name in ("ct", "dct", "isd")
-        for batch in size.batches
+        for batch in size.extreme
     ]
     starts: tuple[Start, ...] = ("truth", "constant")
     jobs += [
         Job(
-            "degenerate",
+            "start",
             f"{start}-{where}-{name}",
             where,
             name,
-            rates=(1e-3,),
+            rates=(1e-4, 1e-3),
             seeds=size.seeds,
             steps=size.steps // 2,
             start=start,
@@ -181,7 +180,23 @@ def _degenerate(size: _Size) -> list[Job]:
         for name in ("ct", "dct", "meanflow", "isd")
         for start in starts
     ]
-    return jobs
+    jobs += [
+        Job(
+            "picture",
+            name,
+            "mixture1",
+            name,
+            batch=32,
+            rates=(1e-3, 1e-2),
+            seeds=size.seeds,
+            steps=size.steps,
+            stages=(0.0, 1.0),
+            probes=("picture",),
+        )
+        for name in ("ct", "dct", "isd")
+    ]
+    family = Job("family", "gaussian2", "gaussian2", "ct", seeds=size.seeds, steps=0)
+    return [*jobs, replace(family, stages=(0.0,), probes=("family",))]
 
 
 def _probed(size: _Size) -> list[Job]:

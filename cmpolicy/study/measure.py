@@ -16,8 +16,10 @@ from cmpolicy.study.truth import Truth
 #: A run whose map is this far off (root mean square, in standard deviations of the data) has
 #: diverged; a constant map is 1 off, noise left as it is about 1.5.
 DIVERGED = 3.0
-#: A run with less than this share of the true variance, or a map further off, is degenerate.
-DEGENERATE_VARIANCE, DEGENERATE_ERROR = 0.25, 0.5
+#: A run with less than this share of the true variance has collapsed.
+COLLAPSED = 0.25
+#: A run whose map is this far off, in the same measure, has settled on a wrong one.
+WRONG = 0.5
 
 HEALTH = ("semigroup", "tangent", "tangent_at_1", "map_error", "variance_ratio")
 
@@ -78,9 +80,9 @@ def rms(x: Tensor) -> float:
 
 
 def outcome(error: float, variance: float) -> str:
-    """``diverged``, ``degenerate`` or ``healthy``, by the stated thresholds."""
+    """``diverged``, ``collapsed``, ``wrong`` or ``healthy``, by the stated thresholds."""
     if not (math.isfinite(error) and math.isfinite(variance)) or error > DIVERGED:
         return "diverged"
-    if variance < DEGENERATE_VARIANCE or error > DEGENERATE_ERROR:
-        return "degenerate"
-    return "healthy"
+    if variance < COLLAPSED:
+        return "collapsed"
+    return "wrong" if error > WRONG else "healthy"

@@ -7,22 +7,21 @@ probe draws from the generators of the training.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cmpolicy.flow.flow_map import derivative_difference, derivative_jvp
+from cmpolicy.flow.flow_map import FlowMap, derivative_difference, derivative_jvp
 from cmpolicy.flow.objectives import Draws, Objective
+from cmpolicy.flow.path import LinearPath
 from cmpolicy.study.jobs import Job, build_study_objective
 from cmpolicy.study.measure import rms
 from cmpolicy.study.nets import Weights, flow_map_of, one_of
 from cmpolicy.study.one_sided import one_sided_difference
-from cmpolicy.study.targets import Target, get_target
-
-if TYPE_CHECKING:
-    from cmpolicy.study.run_job import Source
+from cmpolicy.study.targets import Gaussian, Target
+from cmpolicy.study.truth import flow
 
 #: Lengths t - s at which the gradients of ESD and iSD are compared.
 LENGTHS = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -31,6 +30,9 @@ BATCHES, BATCH = 16, 128
 #: Points of a probe that asks for errors of a tangent.
 POINTS = 2048
 EPSILONS = (0.005, 0.02, 0.05)
+#: Maps between the constant and the true one; times that are kept away from 0.
+FAMILY = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+FAMILY_CUT = 0.05
 
 
 class Probe(Protocol):
@@ -40,18 +42,20 @@ class Probe(Protocol):
         """Numbers by name."""
 
 
-def run_probes(job: Job, stack: Weights, source: Source, progress: float) -> dict[str, Any]:
-    """The probes of the job; ``lengths`` and ``noise`` at the stages that they are for."""
-    found: dict[str, Any] = {}
-    for name in job.probes:
-        if name == "noise" and progress > 0:
-            continue
-        if name == "derivative" and progress < 1:
-            continue
-        if name == "lengths" and progress not in (0.0, 0.1, 1.0):
-            continue
-        found[name] = PROBES[name](job, stack, source.target)
-    return found
+#: At which shares of a run a probe looks; those that are not named look at every stage.
+_WHEN: Mapping[str, tuple[float, ...]] = {
+    "noise": (0.0,),
+    "family": (0.0,),
+    "derivative": (1.0,),
+    "picture": (1.0,),
+    "lengths": (0.0, 0.1, 1.0),
+}
+
+
+def run_probes(job: Job, stack: Weights, target: Target, progress: float) -> dict[str, Any]:
+    """What the probes of the job say at this share of the run."""
+    due = [name for name in job.probes if progress in _WHEN.get(name, (progress,))]
+    return {name: PROBES[name](job, stack, target) for name in due}
 
 
 def tangent(job: Job, stack: Weights, target: Target) -> dict[str, Any]:
@@ -139,7 +143,69 @@ def derivative(job: Job, stack: Weights, target: Target) -> dict[str, Any]:
     return found
 
 
+def picture(job: Job, stack: Weights, target: Target) -> dict[str, Any]:
+    """X_{1->0} on evenly spaced noise z in one dimension: of every model, and the truth."""
+    z = np.linspace(-2.5, 2.5, 61)[:, None]
+    one = np.ones(len(z))
+    noise, t = torch.as_tensor(z).float(), torch.ones(len(z))
+    found = []
+    for i in range(len(stack[0])):
+        with torch.no_grad():
+            found.append(flow_map_of(one_of(stack, i))(noise, t, 0 * t).squeeze(1).tolist())
+    truth = flow(target, z, one, 0 * one).squeeze(1).tolist()
+    return {"z": z.squeeze(1).tolist(), "truth": truth, "found": found}
+
+
+def family(job: Job, stack: Weights, target: Target) -> dict[str, Any]:
+    """Loss and gradient in a of maps between the constant (a = 0) and the truth (a = 1).
+
+    X^a_{t->s} = c + a (X_{t->s} - c), with c the mean of X_{t->s}, is as consistent as the truth.
+    Losses are unweighted, batches large, times at least :data:`FAMILY_CUT` from 0; a list over
+    batches for each a.
+    """
+    if not isinstance(target, Gaussian):
+        raise TypeError("the family of maps is in closed form for a Gaussian target alone")
+    found: dict[str, Any] = {"a": list(FAMILY)}
+    for name in ("ct", "dct", "isd"):
+        objective = build_study_objective(name, {"weight_power": 0.0})
+        losses, slopes = [], []
+        for value in FAMILY:
+            row = [_family_slope(objective, target, value, seed) for seed in range(job.seeds)]
+            losses.append([loss for loss, _ in row])
+            slopes.append([slope for _, slope in row])
+        found[f"{name}_loss"], found[f"{name}_slope"] = losses, slopes
+    return found
+
+
+def _family_slope(
+    objective: Objective, target: Gaussian, value: float, seed: int
+) -> tuple[float, float]:
+    """Loss and its derivative by a, on one large batch in float64."""
+    a = torch.tensor(value, dtype=torch.float64, requires_grad=True)
+    mean, width = torch.tensor(target.means[0], dtype=torch.float64), target.width
+
+    def net(x: Tensor, t: Tensor, s: Tensor, features: Tensor | None) -> Tensor:
+        late, early = t[:, None], torch.minimum(s, t - FAMILY_CUT)[:, None]  # short jumps: a limit
+        before = torch.sqrt((1 - early) ** 2 * width**2 + early**2)
+        after = torch.sqrt((1 - late) ** 2 * width**2 + late**2)
+        moved = (1 - early) * mean + a * before / after * (x - (1 - late) * mean)
+        return (x - moved) / (late - early)
+
+    rng, generator = np.random.default_rng([seed, 3]), torch.Generator().manual_seed(seed)
+    size = 16 * POINTS
+    drawn = objective.draw(size, (target.dim,), generator, torch.device("cpu"))
+    t = drawn.t.double().clamp(min=2 * FAMILY_CUT)
+    s = (drawn.s.double()).minimum(t - FAMILY_CUT)
+    draws = Draws(drawn.z.double(), t, s)
+    x = torch.as_tensor(target.sample(size, rng))
+    loss = objective(FlowMap(net, LinearPath()), x, None, draws, progress=0.5).loss
+    (slope,) = torch.autograd.grad(loss, a)
+    return float(loss.detach()), float(slope)
+
+
 PROBES: Mapping[str, Probe] = {
+    "picture": picture,
+    "family": family,
     "tangent": tangent,
     "lengths": lengths,
     "noise": noise,

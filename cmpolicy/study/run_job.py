@@ -100,7 +100,7 @@ def run_job(job: Job, truth: Truth, fit_steps: int) -> dict[str, Any]:
                            for i in range(len(seeds))])  # fmt: skip
             _summary(gradient, window, losses, len(seeds))
             window, losses = [], []
-            probes.append(run_probes(job, stack, source, step / job.steps))
+            probes.append(run_probes(job, stack, source.target, step / max(job.steps, 1)))
         if step == job.steps:
             break
         grads, values = gradient_step(objective, step / job.steps)(

@@ -185,8 +185,8 @@ def _checkerboard() -> tuple[tuple[float, ...], ...]:
 TARGETS: dict[str, Target] = {
     "gaussian1": Gaussian(((0.3,),), 0.4),
     "gaussian2": Gaussian(((0.3, -0.2),), 0.4),
-    "mixture1": Mixture(((-0.7,), (0.1,), (0.7,)), 0.1),
-    "mixture2": Mixture(_ring(6, 0.75), 0.1),
+    "mixture1": Mixture(((-0.7,), (0.5,)), 0.2),
+    "mixture2": Mixture(_ring(4, 0.7), 0.2),
     "checkerboard1": Boxes(((-1.0,), (0.0,), (0.75,)), 0.25),
     "checkerboard2": Boxes(_checkerboard(), 0.5),
 }
