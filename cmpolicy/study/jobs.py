@@ -104,7 +104,7 @@ SIZES: dict[str, _Size] = {
     "tiny": _Size(2, 12, ("gaussian1",), ("gaussian1",), (16, 32), (8,)),
     "quick": _Size(5, 150, ("mixture2",), ("gaussian2",), (128,), (8,)),
     "standard": _Size(
-        5, 800, ("mixture2", "checkerboard2"), ("gaussian2", "mixture2"), (32, 128), (8, 256)
+        5, 700, ("mixture2", "checkerboard2"), ("gaussian2", "mixture2"), (32, 128), (8, 256)
     ),
 }
 
