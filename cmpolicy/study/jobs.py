@@ -1,4 +1,4 @@
-"""What is trained: one job is one objective with one setting, for several seeds and rates at once."""
+"""What is trained: a job is one objective with one setting, for several seeds and rates at once."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def init_nets(seeds: Sequence[int], dim: int) -> Weights:
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         model: Weights = []
-        for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+        for fan_in, fan_out in pairwise(sizes):
             weight = torch.randn(fan_in, fan_out, generator=generator) / math.sqrt(fan_in)
             model += [weight, torch.zeros(fan_out)]
         models.append(model)

@@ -84,7 +84,8 @@ def tangent(job: Job, stack: Weights, target: Target) -> dict[str, Any]:
         found["nearest"].append(float(nearest))
     found["variance"] = variance
     for kind in ("self", "data"):
-        norm, noise = _spread(_jump_gradient("isd", {"tangent": kind}), stack, target, _sorted_times)
+        gradient = _jump_gradient("isd", {"tangent": kind})
+        norm, noise = _spread(gradient, stack, target, _sorted_times)
         found[f"noise_{kind}"] = noise
         found[f"mean_{kind}"] = norm
     return found

@@ -1,4 +1,4 @@
-"""``cmpolicy study stability``: what is stable, and what a one-step map learns, with ground truth."""
+"""``cmpolicy study stability``: what is stable and what one-step maps learn, with ground truth."""
 
 from __future__ import annotations
 
