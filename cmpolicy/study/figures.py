@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -53,10 +54,15 @@ def _axes(columns: int, width: float, height: float = 2.9) -> tuple[Figure, list
     return figure, list(made[0])
 
 
-def _band(axes: Axes, x: Sequence[float], rows: Sequence[Array], label: str, **style: object) -> None:
-    """A line of means over seeds with a band of their intervals."""
-    found = [mean_interval(row) for row in rows]
-    line = axes.plot(x, [i.value for i in found], label=label, **style)[0]  # type: ignore[arg-type]
+def _band(
+    axes: Axes, x: Sequence[float], rows: Sequence[Array], label: str, **style: Any
+) -> None:
+    """A line of means over seeds with a band of their intervals; geometric on a log axis."""
+    if axes.get_yscale() == "log":
+        found = [ratio_interval(row, np.ones_like(row)) for row in rows]
+    else:
+        found = [mean_interval(row) for row in rows]
+    line = axes.plot(x, [i.value for i in found], label=label, **style)[0]
     low, high = [i.low for i in found], [i.high for i in found]
     axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
 
@@ -145,7 +151,7 @@ def family(results: Results) -> Figure:
         at.axvline(0, color="gray", linewidth=0.8, linestyle=":")
         at.set_xlabel("a: 0 constant map, 1 truth")
         at.set_yscale("symlog", linthresh=0.02)
-    axes[0].set_title("loss (not weighted)")
+    axes[0].set(title="loss (not weighted)", ylim=(-0.005, None))
     axes[1].set_title("its gradient by a")
     axes[1].axhline(0, color="gray", linewidth=0.6)
     axes[0].legend()
@@ -176,6 +182,7 @@ def batch(results: Results) -> Figure:
     rates = results.of("batch")[0].rates
     figure, axes = _axes(len(rates), 7.5)
     for k, at in enumerate(axes):
+        at.set(xscale="log", yscale="log", title=_rate(rates[k]), xlabel="batch size")
         for name in ("ct", "dct", "isd"):
             runs = [r for r in results.from_scratch(name) if r.job["target"] == results.target]
             runs.sort(key=lambda r: int(r.job["batch"]))
@@ -183,7 +190,6 @@ def batch(results: Results) -> Figure:
             _band(at, sizes, [r.final("error")[k] for r in runs], name, color=_COLORS[name],
                   marker="o", markersize=3)  # fmt: skip
         at.axhline(WRONG, color="gray", linewidth=0.8, linestyle=":")
-        at.set(xscale="log", yscale="log", title=_rate(rates[k]), xlabel="batch size")
         at.set_xticks(sizes, [f"{s:g}" for s in sizes])
         at.minorticks_off()
     axes[0].set_ylabel("error of X(1→0)")
@@ -197,11 +203,11 @@ def lengths(results: Results) -> Figure:
     stages = [runs[0].probe("lengths")[i][0] for i in (0, -1)]
     figure, axes = _axes(3, 9.5)
     for at, stage, step in zip(axes, (0, -1), stages, strict=False):
+        at.set(yscale="log", title=f"step {step}", xlabel="t - s")
         for name in ("isd", "esd"):
             tables = [r.probe("lengths")[stage][1][f"{name}_median"] for r in runs]
             rows = list(np.mean(np.array(tables, dtype=float), axis=0))
             _band(at, LENGTHS, rows, name, color=_COLORS[name], marker="o", markersize=3)
-        at.set(yscale="log", title=f"step {step}", xlabel="t - s")
     for at in axes[:2]:
         at.set_ylabel("gradient norm of L_sd")
     for stage, step in zip((0, -1), stages, strict=True):
@@ -229,17 +235,17 @@ def tangent(results: Results) -> Figure:
         tables = [[p[key] for _, p in run.probe("tangent")] for run in runs]
         return list(np.mean(np.array(tables, dtype=float), axis=0))
 
+    axes[0].set(title="distance² to the true velocity", yscale="log")
+    axes[2].set(title="variance of the gradient of L_sd", yscale="log")
     _band(axes[0], steps, rows("bias"), "bias² of u_hat", color="#00798c")
     _band(axes[0], steps, rows("nearest"), "best mix", color="#555555")
     variance = float(np.mean([run.probe("tangent")[0][1]["variance"] for run in runs]))
     axes[0].axhline(variance, color="#d1495b", label="variance of v")
-    axes[0].set(title="distance² to the true velocity", yscale="log")
     _band(axes[1], steps, rows("mix"), "share", color="#00798c")
     axes[1].axhline(0.5, color="gray", linewidth=0.8, linestyle=":")
     axes[1].set(title="share of u_hat in the best mix", ylim=(0, 1.02))
     _band(axes[2], steps, rows("noise_self"), "tangent u_hat", color="#00798c")
     _band(axes[2], steps, rows("noise_data"), "tangent v", color="#d1495b")
-    axes[2].set(title="variance of the gradient of L_sd", yscale="log")
     for at in axes:
         at.set(xscale="log", xlabel="step (0 drawn at 1)")
     axes[0].legend()
@@ -252,11 +258,11 @@ def derivative(results: Results) -> Figure:
     exact = results.named("derivative", "jvp")
     found = exact.probe("derivative")[-1][1]
     figure, axes = _axes(2, 8.5)
+    axes[0].set(xscale="log", yscale="log", xlabel="step e", title="relative error of dF/dt, s = 0")
     for kind, style in (("central", "-"), ("one-sided", "--")):
         for time, color in ((1.0, "#d1495b"), (0.5, "#00798c")):
             rows = [np.array(found[f"{kind} t={time} e={e}"]) for e in EPSILONS]
             _band(axes[0], EPSILONS, rows, f"{kind}, t = {time:g}", color=color, linestyle=style)
-    axes[0].set(xscale="log", yscale="log", xlabel="step e", title="relative error of dF/dt, s = 0")
     axes[0].set_xticks(EPSILONS, [str(e) for e in EPSILONS])
     axes[0].minorticks_off()
     axes[0].legend()
