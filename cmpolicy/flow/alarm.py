@@ -19,13 +19,18 @@ MIN_VARIANCE_RATIO = 1e-3
 MAX_SEMIGROUP = 0.25
 #: Eulerian residual at t = 1 against the conditional velocity.
 MAX_TANGENT_AT_1 = 0.6
-#: Share of a run before which nothing is said: early maps are wrong, and recover.
-ALARM_BEGIN = 0.5
+#: Share of a run, and its examples, before which nothing is said: early maps are wrong, and recover.
+ALARM_BEGIN, ALARM_EXAMPLES = 0.5, 20_000
 
 _CURE = (
     "lower optim.lr or raise batch_size; if that does not help, train with objective=isd, or with "
     "a later objective.sd_begin"
 )
+
+
+def alarm_counts(examples: int, total: int) -> bool:
+    """Whether a run of ``total`` examples has come far enough for an alarm to mean something."""
+    return examples >= max(ALARM_BEGIN * total, ALARM_EXAMPLES)
 
 
 def health_alarm(metrics: Mapping[str, float], kind: SamplerKind) -> str | None:

@@ -347,7 +347,7 @@ def _ema(results: Results) -> Claim:
 def _meanflow(results: Results) -> Claim:
     pairs = [
         (run.final("error"), results.named("grid", str(run.job["name"]).replace("meanflow", "isd")))
-       for run in results.of("grid", objective="meanflow")
+        for run in results.of("grid", objective="meanflow")
     ]
     above_ = np.concatenate([error for error, _ in pairs])
     below = np.concatenate([run.final("error") for _, run in pairs])

@@ -54,9 +54,7 @@ def _axes(columns: int, width: float, height: float = 2.9) -> tuple[Figure, list
     return figure, list(made[0])
 
 
-def _band(
-    axes: Axes, x: Sequence[float], rows: Sequence[Array], label: str, **style: Any
-) -> None:
+def _band(axes: Axes, x: Sequence[float], rows: Sequence[Array], label: str, **style: Any) -> None:
     """A line of means over seeds with a band of their intervals; geometric on a log axis."""
     if axes.get_yscale() == "log":
         found = [ratio_interval(row, np.ones_like(row)) for row in rows]
@@ -216,7 +214,9 @@ def lengths(results: Results) -> Figure:
         for i in range(len(LENGTHS)):
             esd, isd = (np.array([p[f"{n}_median"][i] for p in pairs]) for n in ("esd", "isd"))
             found.append(ratio_interval(esd, isd))
-        axes[2].plot(LENGTHS, [f.value for f in found], marker="o", markersize=3, label=f"step {step}")
+        axes[2].plot(
+            LENGTHS, [f.value for f in found], marker="o", markersize=3, label=f"step {step}"
+        )
         axes[2].fill_between(LENGTHS, [f.low for f in found], [f.high for f in found], alpha=0.15)
     axes[2].axhline(1, color="gray", linewidth=0.8)
     axes[2].set(title="esd over isd", xlabel="t - s")

@@ -103,9 +103,7 @@ class _Size:
 SIZES: dict[str, _Size] = {
     "tiny": _Size(2, 12, ("gaussian1",), ("gaussian1",), (16, 32), (8,)),
     "quick": _Size(5, 150, ("mixture2",), ("gaussian2",), (128,), (8,)),
-    "standard": _Size(
-        5, 700, ("mixture2", "checkerboard2"), ("gaussian2", "mixture2"), (32, 128), (8, 256)
-    ),
+    "standard": _Size(5, 700, ("mixture2", "checkerboard2"), ("gaussian2",), (32, 128), (8, 256)),
 }
 
 
@@ -125,7 +123,9 @@ def jobs_of(size: str) -> list[Job]:
     chosen = SIZES[size]
     jobs = [*_grid(chosen), *_degenerate(chosen), *_probed(chosen), *_derivative(chosen)]
     jobs += _settings(chosen)
-    return sorted(jobs, key=lambda job: -job.batch * job.steps * len(job.rates))
+    # long jobs first, so that the last worker is not left alone with one; further targets last
+    others = chosen.targets[1:]
+    return sorted(jobs, key=lambda job: (job.target in others, -job.batch * job.steps))
 
 
 def _grid(size: _Size) -> list[Job]:

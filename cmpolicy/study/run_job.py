@@ -60,9 +60,7 @@ def gradient_step(objective: Objective, progress: float) -> Step:
 
     def loss(w: Weights, ema: Weights, x: Tensor, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
         averaged = flow_map_of([p.detach() for p in ema]) if objective.needs_ema else None
-        output = objective(
-            flow_map_of(w), x, None, Draws(z, t, s), progress=progress, ema=averaged
-        )
+        output = objective(flow_map_of(w), x, None, Draws(z, t, s), progress=progress, ema=averaged)
         return output.per_example.mean()
 
     step: Step = torch.func.vmap(torch.func.grad_and_value(loss))

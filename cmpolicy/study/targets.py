@@ -19,7 +19,7 @@ from cmpolicy.schema import choose
 Array = NDArray[np.float64]
 
 #: Nodes of the quadrature over one box, used where the noise is wider than the box.
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(24)
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(24)  # type: ignore[no-untyped-call]
 
 
 class Target(Protocol):
