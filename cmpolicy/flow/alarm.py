@@ -19,7 +19,7 @@ MIN_VARIANCE_RATIO = 1e-3
 MAX_SEMIGROUP = 0.25
 #: Eulerian residual at t = 1 against the conditional velocity.
 MAX_TANGENT_AT_1 = 0.6
-#: Share of a run, and its examples, before which nothing is said: early maps are wrong, and recover.
+#: Share of a run, and its examples, before which nothing is said: early maps recover.
 ALARM_BEGIN, ALARM_EXAMPLES = 0.5, 20_000
 
 _CURE = (

@@ -25,7 +25,7 @@ _OUTCOMES = {
     "collapsed": "#8d8d8d",
     "diverged": "#d1495b",
 }
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
