@@ -101,7 +101,7 @@ class _Size:
 
 
 SIZES: dict[str, _Size] = {
-    "tiny": _Size(2, 12, ("gaussian1",), ("gaussian1",), (16, 32), (8,)),
+    "tiny": _Size(2, 6, ("gaussian1",), ("gaussian1",), (16,), (8,)),
     "quick": _Size(5, 150, ("mixture2",), ("gaussian2",), (128,), (8,)),
     "standard": _Size(5, 700, ("mixture2", "checkerboard2"), ("gaussian2",), (32, 128), (8, 256)),
 }

@@ -24,9 +24,9 @@ PAGE = "stability.html"
 _TEXTS: Mapping[str, tuple[str, str]] = {
     "outcomes": (
         "How runs from scratch end",
-        f"Diverged: not finite, or an error above {DIVERGED:g}. Collapsed: below {COLLAPSED} of the "
-        f"true variance. Wrong: an error above {WRONG}. Errors are root mean squares over noise, in "
-        "standard deviations of the data; a constant map has 1. Flow matching is sampled in ten "
+        f"Diverged: not finite, or an error above {DIVERGED:g}. Collapsed: below {COLLAPSED} of "
+        f"the true variance. Wrong: an error above {WRONG}. Errors are root mean squares over "
+        "noise, in standard deviations of the data; a constant map has 1. Flow matching is sampled in ten "
         "steps, the others in one.",
     ),
     "grid": ("Every network", "A dot is a network; errors right of the dotted line are wrong."),
