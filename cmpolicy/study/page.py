@@ -25,12 +25,13 @@ figure { margin: 1.5em 0; } figcaption { margin-top: .4em; }
 
 @dataclass(frozen=True)
 class Shown:
-    """A figure of the page: its heading, what is drawn, and the SVG."""
+    """A figure of the page: its heading, what is drawn, and the picture with its MIME type."""
 
     name: str
     title: str
     caption: str
-    svg: str
+    mime: str
+    picture: bytes
 
 
 def make_page(
@@ -69,7 +70,7 @@ def make_page(
 
 
 def _figure(shown: Shown, claims: Sequence[Claim], command: str) -> str:
-    encoded = base64.b64encode(shown.svg.encode()).decode()
+    encoded = base64.b64encode(shown.picture).decode()
     said = "".join(
         f"<li>{html.escape(c.claim)} {_verdict(c)}: {html.escape(c.evidence)}. "
         f'<span class="small">What would overturn it: {html.escape(c.needed)}.</span></li>'
@@ -77,7 +78,7 @@ def _figure(shown: Shown, claims: Sequence[Claim], command: str) -> str:
     )
     return (
         f'<figure id="{shown.name}"><h2>{html.escape(shown.title)}</h2>'
-        f'<img alt="{html.escape(shown.title)}" src="data:image/svg+xml;base64,{encoded}">'
+        f'<img alt="{html.escape(shown.title)}" src="data:{shown.mime};base64,{encoded}">'
         f"<figcaption>{html.escape(shown.caption)}<ul>{said}</ul>"
         f"<code>{html.escape(command)}</code></figcaption></figure>"
     )

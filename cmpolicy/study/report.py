@@ -19,6 +19,8 @@ from cmpolicy.study.page import Shown, make_page
 from cmpolicy.study.results import Results, Run, mean_interval
 
 PAGE = "stability.html"
+#: Figures of more points than fit into this are shown as PNG, which is then smaller.
+_LARGEST_SVG = 50_000
 
 #: Heading and caption of each figure.
 _TEXTS: Mapping[str, tuple[str, str]] = {
@@ -26,8 +28,8 @@ _TEXTS: Mapping[str, tuple[str, str]] = {
         "How runs from scratch end",
         f"Diverged: not finite, or an error above {DIVERGED:g}. Collapsed: below {COLLAPSED} of "
         f"the true variance. Wrong: an error above {WRONG}. Errors are root mean squares over "
-        "noise, in standard deviations of the data; a constant map has 1. Flow matching is sampled in ten "
-        "steps, the others in one.",
+        "noise, in standard deviations of the data; a constant map has 1. Flow matching is sampled "
+        "in ten steps, the others in one.",
     ),
     "grid": ("Every network", "A dot is a network; errors right of the dotted line are wrong."),
     "picture": (
@@ -85,7 +87,10 @@ def write_report(folder: Path, raw: Sequence[Mapping[str, Any]], command: str) -
     for name in FIGURES:
         svg, png = draw(name, results)
         write_atomically(folder / "figures" / f"{name}.png", png)
-        shown.append(Shown(name, *_TEXTS[name], svg))
+        lines = svg.encode()
+        few = len(lines) < _LARGEST_SVG
+        picture = ("image/svg+xml", lines) if few else ("image/png", png)
+        shown.append(Shown(name, *_TEXTS[name], *picture))
     alarms = alarm_rows(results)
     write_atomically(folder / "runs.csv", _csv([row for r in results.runs for row in _rows(r)]))
     told = {"command": command, "claims": [asdict(c) for c in claims], "alarms": alarms}

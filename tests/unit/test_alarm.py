@@ -57,8 +57,13 @@ def test_early_and_short_runs_say_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "log", ["pusht/training_long.jsonl", "pusht_image/training.jsonl", "image/mnist/isd_training.jsonl"]
-)  # fmt: skip
+    "log",
+    [
+        "pusht/training_long.jsonl",
+        "pusht_image/training.jsonl",
+        "image/mnist/isd_training.jsonl",
+    ],
+)
 def test_no_bundled_policy_would_have_warned(log: str) -> None:
     lines = [json.loads(line) for line in (RESULTS / log).read_text().splitlines()]
     scored = [line for line in lines if line["kind"] == "eval"]
