@@ -256,7 +256,7 @@ def test_an_alarm_is_passed_on_once_and_not_before_half_of_the_run(
         seen.append(examples)
         return Scores({}, (0.0,), alarm=f"bad at {examples}")
 
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="bad at") as caught:
         train(tmp_path, loop_config(), score=bad)
     assert seen == [BATCH * 4, BATCH * 8, BATCH * 12]
     (warning,) = caught
