@@ -27,7 +27,7 @@ class Job:
         experiment: which figure it belongs to.
         name: unique within the experiment; the result file's name.
         target: see :data:`cmpolicy.study.targets.TARGETS`.
-        objective: see :func:`study_objectives`.
+        objective: see :func:`jump_objectives`.
         settings: of the objective, over :data:`COMMON`.
         batch: examples a step.
         rates: learning rates.
@@ -78,7 +78,7 @@ def build_study_objective(name: str, settings: Mapping[str, Any]) -> Objective:
     return build_objective(name, **merged) if own is None else own(**merged)
 
 
-def study_objectives() -> tuple[str, ...]:
+def jump_objectives() -> tuple[str, ...]:
     """Every objective whose networks are flow maps, all of it or (consistency) its jumps to 0."""
     return tuple(name for name, cls in OBJECTIVES.items() if makes_jumps(cls))
 
@@ -142,7 +142,7 @@ def _grid(size: _Size) -> list[Job]:
             steps=size.steps,
         )
         for target in size.targets
-        for name in study_objectives()
+        for name in jump_objectives()
         for batch in (size.batches if target == size.targets[0] else size.batches[-1:])
     ]
 

@@ -39,7 +39,7 @@ def run_stability(settings: StabilitySettings, command: str) -> Path:
         InUseError: another process works on it.
         WriteError: the disk is full or not writable.
     """
-    from cmpolicy.study.report import write_report
+    from cmpolicy.study.stability_report import write_report
 
     folder, jobs = Path(settings.out), jobs_of(settings.size)
     with only_writer(folder, "the study folder"):

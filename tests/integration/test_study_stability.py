@@ -16,7 +16,7 @@ from cmpolicy.cli.main import main
 from cmpolicy.study.figures import FIGURES
 from cmpolicy.study.folder import STUDY_VERSION
 from cmpolicy.study.jobs import jobs_of
-from cmpolicy.study.report import PAGE
+from cmpolicy.study.stability_report import PAGE
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from cmpolicy.flow.flow_map import derivative_difference, derivative_jvp
 from cmpolicy.flow.objectives import Draws, build_objective
 from cmpolicy.study.claims import above
-from cmpolicy.study.jobs import Job, jobs_of, makes_jumps, study_objectives
+from cmpolicy.study.jobs import Job, jobs_of, makes_jumps, jump_objectives
 from cmpolicy.study.measure import Ruler, outcome
 from cmpolicy.study.nets import StackAdam, flow_map_of, init_nets, norms, one_of
 from cmpolicy.study.one_sided import one_sided_difference
@@ -35,7 +35,7 @@ def _double(stack: list[Tensor]) -> list[Tensor]:
     return [p.double() for p in stack]
 
 
-@pytest.mark.parametrize("name", study_objectives())
+@pytest.mark.parametrize("name", jump_objectives())
 def test_each_network_has_its_own_gradient(name: str) -> None:
     """A stack's losses, gradients and norms are those of its networks one by one."""
     objective = build_objective(name)
@@ -129,7 +129,7 @@ def test_consistency_has_no_slope_towards_the_truth() -> None:
 
 
 def test_only_flow_maps_take_part() -> None:
-    names = study_objectives()
+    names = jump_objectives()
     assert {"fm", "isd", "ct", "dct", "esd", "lsd", "psd", "meanflow"} <= set(names)
     assert not {"ddpm", "mip", "regression"} & set(names)
     assert makes_jumps(build_objective("ct"))
