@@ -13,7 +13,7 @@ from torch import Tensor
 from cmpolicy.flow.flow_map import derivative_difference, derivative_jvp
 from cmpolicy.flow.objectives import Draws, build_objective
 from cmpolicy.study.claims import above
-from cmpolicy.study.jobs import Job, jobs_of, makes_jumps, jump_objectives
+from cmpolicy.study.jobs import Job, jobs_of, jump_objectives, makes_jumps
 from cmpolicy.study.measure import Ruler, outcome
 from cmpolicy.study.nets import StackAdam, flow_map_of, init_nets, norms, one_of
 from cmpolicy.study.one_sided import one_sided_difference
