@@ -206,6 +206,23 @@ def _growing(results: Results) -> Claim:
     )
 
 
+def _esd_training(results: Results) -> Claim:
+    esd, isd = (
+        np.concatenate([np.nanmax(r.gradient("largest"), axis=0) for r in runs])
+        for runs in (results.of("probe", objective=name) for name in ("esd", "isd"))
+    )
+    ratio = ratio_interval(esd, isd)
+    return Claim(
+        "esd-training",
+        "In its own training, too, ESD has larger gradients than iSD.",
+        f"largest gradient norm of a run, unweighted loss, esd over isd: {ratio}",
+        above(ratio, 1.1, 1.0),
+        "supported: the ratio is above 1.1; refuted: below 1",
+        "higher dimensions, longer runs",
+        "lengths",
+    )
+
+
 def _esd(results: Results) -> Claim:
     evidence, verdict = _compare_failures(results, ["esd"])
     return Claim(
@@ -364,6 +381,7 @@ def _meanflow(results: Results) -> Claim:
 
 
 _CLAIMS: Sequence[Callable[[Results], Claim]] = (
-    _consistency, _degenerate, _stays, _leaves, _batch, _jacobian, _growing, _esd, _stable,
+    _consistency, _degenerate, _stays, _leaves, _batch, _jacobian, _growing, _esd_training, _esd,
+    _stable,
     _variance, _bias, _difference, _one_sided, _ends, _power, _ema, _meanflow,
 )  # fmt: skip

@@ -6,6 +6,9 @@ import hashlib
 import io
 import json
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
@@ -60,8 +63,10 @@ def _fingerprint(jobs: Sequence[Job]) -> str:
 def run_jobs(folder: Path, size: str, jobs: Sequence[Job], workers: int) -> None:
     """Run what is not done yet, ``workers`` side by side, with a progress bar.
 
+    Stopped by Ctrl-C or by a job that fails, it stops the others at once: files are written whole.
+
     Raises:
-        Exception: whatever a job raises; the others of that moment are finished and kept.
+        Exception: whatever a job raises.
     """
     # spawn: a fork would copy torch's threads in whatever state they are
     context = multiprocessing.get_context("spawn")
@@ -71,8 +76,9 @@ def run_jobs(folder: Path, size: str, jobs: Sequence[Job], workers: int) -> None
     todo = [job for job in jobs if not (folder / "jobs" / job.file).exists()]
     if not todo:
         return
+    others = multiprocessing.active_children()
     with (
-        ProcessPoolExecutor(workers, mp_context=context) as pool,
+        ProcessPoolExecutor(workers, mp_context=context, initializer=_follow) as pool,
         tqdm(total=len(truths) + len(jobs), initial=len(jobs) - len(todo), unit="job") as bar,
     ):
         try:
@@ -81,7 +87,23 @@ def run_jobs(folder: Path, size: str, jobs: Sequence[Job], workers: int) -> None
             _finish((pool.submit(_write_job, folder, job, steps) for job in todo), bar.update)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                if child not in others:
+                    child.terminate()
             raise
+
+
+def _follow() -> None:
+    """In a worker: leave Ctrl-C to the study's process, and end with it, whatever ends that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _finish(futures: Iterable[Future[None]], update: Callable[[], Any]) -> None:

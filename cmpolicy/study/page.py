@@ -73,7 +73,8 @@ def _figure(shown: Shown, claims: Sequence[Claim], command: str) -> str:
     encoded = base64.b64encode(shown.picture).decode()
     said = "".join(
         f"<li>{html.escape(c.claim)} {_verdict(c)}: {html.escape(c.evidence)}. "
-        f'<span class="small">What would overturn it: {html.escape(c.needed)}.</span></li>'
+        f'<span class="small">Rule: {html.escape(c.rule)}. '
+        f"What would change it: {html.escape(c.needed)}.</span></li>"
         for c in claims
     )
     return (

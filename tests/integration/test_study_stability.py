@@ -6,10 +6,15 @@ import csv
 import json
 import re
 import shutil
+import signal
 import subprocess
+import sys
+import time
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cmpolicy.cli.main import main
@@ -61,6 +66,37 @@ def test_what_is_done_is_not_done_again(study: Path) -> None:
     assert re.sub(r"\d+ minutes", "", (study / PAGE).read_text()) == re.sub(
         r"\d+ minutes", "", page
     )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_study_that_is_stopped_keeps_what_is_done(tmp_path: Path, number: int) -> None:
+    """Its workers end with it, and every result is whole."""
+    out = tmp_path / "out"
+    words = ["study", "stability", "size=tiny", f"out={out}"]
+    study = subprocess.Popen(
+        [sys.executable, "-m", "cmpolicy", *words],
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        _wait(lambda: any((out / "jobs").glob("*.json")))
+        workers = psutil.Process(study.pid).children(recursive=True)
+        study.send_signal(number)
+        assert study.wait(120) == (130 if number == signal.SIGINT else -number)
+        _wait(lambda: not any(w.is_running() and w.status() != "zombie" for w in workers))
+    finally:
+        study.kill()
+    done = list((out / "jobs").glob("*.json"))
+    assert 0 < len(done) < len(jobs_of("tiny"))
+    for path in done:
+        assert json.loads(path.read_text())["steps"]
+
+
+def _wait(condition: Callable[[], bool], seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_another_study_is_refused(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
