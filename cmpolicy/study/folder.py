@@ -56,7 +56,8 @@ def claim_folder(folder: Path, size: str, jobs: Sequence[Job]) -> None:
 
 
 def _fingerprint(jobs: Sequence[Job]) -> str:
-    text = json.dumps([asdict(job) for job in jobs], sort_keys=True)
+    """Of what is run, in whatever order."""
+    text = json.dumps(sorted(json.dumps(asdict(job), sort_keys=True) for job in jobs))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -19,6 +19,8 @@ from cmpolicy.study.page import Shown, make_page
 from cmpolicy.study.results import Results, Run, mean_interval
 
 PAGE = "stability.html"
+#: Steps after which a run that learns at all has a map to be judged.
+_LONG_ENOUGH = 500
 #: Figures of more points than fit into this are shown as PNG, which is then smaller.
 _LARGEST_SVG = 50_000
 
@@ -110,11 +112,17 @@ def _about(results: Results) -> list[str]:
     networks = sum(len(run.raw["seeds"]) for run in results.runs)
     first = results.of("grid")[0]
     minutes = sum(float(run.raw["seconds"]) for run in results.runs) / 60
+    steps = first.steps[-1]
+    short = (
+        f"Runs of {steps} steps are short: how they end is for size=standard to say. "
+        if steps < _LONG_ENOUGH
+        else ""
+    )
     return [
-        f"{networks} networks in {len(results.runs)} jobs, {minutes:.0f} minutes of one core. Each "
+        f"{short}{networks} networks in {len(results.runs)} jobs, {minutes:.0f} minutes one after the other. Each "
         "is a multilayer perceptron of three hidden layers of 64, trained on data in one or two "
         "dimensions whose flow map is known to eight digits (closed-form velocity, DOP853). "
-        f"{first.steps[-1]} steps of Adam with a cosine schedule and no clipping, "
+        f"{steps} steps of Adam with a cosine schedule and no clipping, "
         f"{first.job['seeds']} seeds, linear path; brackets are 95 % intervals over seeds, of "
         "shares over runs. Verdicts follow from the numbers by the rules in the table.",
         "All objectives share the exact derivative, the law of times and, where they have it, "
