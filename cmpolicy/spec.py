@@ -156,6 +156,22 @@ class PolicySpec:
         """P = T - To + 1: predicted actions from the newest observation on, at least Ta."""
         return self.horizon - self.n_obs_steps + 1
 
+    def shifted(self, plan: npt.NDArray[Any], steps: int) -> npt.NDArray[Any]:
+        """A plan of ``steps`` steps ago as a trajectory of now: what a warm start begins from.
+
+        Args:
+            plan: (P, A), every action from the observation of that time on.
+            steps: control steps that have passed since, at least 0.
+
+        Returns:
+            (T, A): what the plan held for each step of the present window. Steps before its first
+            action have the first, steps beyond its last one the last.
+        """
+        first = steps - self.n_obs_steps + 1
+        rows = np.arange(first, first + self.horizon).clip(0, len(plan) - 1)
+        trajectory: npt.NDArray[Any] = plan[rows]
+        return trajectory
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form; :meth:`from_dict` is its inverse."""
         plain = asdict(self) | {"obs": {key: list(shape) for key, shape in self.obs.items()}}
@@ -251,6 +267,23 @@ class PolicySpec:
                 list(unknown),
                 sorted(self.obs),
             )
+
+
+def check_warm_start(value: float | None) -> float | None:
+    """A start time of decisions that have a plan, in (0, 1], or None for no warm start.
+
+    Raises:
+        ValueError: anything else, such as NaN.
+    """
+    if value is None:
+        return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= 1:
+        raise ValueError(
+            f"warm_start={value!r} must be a time in (0, 1]: near 0 a decision stays with the plan "
+            "before it, at 1 it begins from noise alone; leave it out for no warm start"
+        )
+    return float(value)
 
 
 #: Sets of ignored keys that were logged in this process.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cmpolicy.flow.flow_map import FlowMap
+from cmpolicy.flow.path import Path, expand_time
 
 #: ``flow_map`` jumps with F(x, t, s); ``diagonal`` integrates the velocity F(x, t, t) instead:
 #: Euler steps on the linear path, DDIM steps on the trigonometric one.
@@ -42,6 +43,15 @@ def time_grid(
     return torch.cat([above, above.new_zeros(1)])
 
 
+def start_between(path: Path, x: Tensor, z: Tensor, start: Tensor) -> Tensor:
+    """Where sampling begins that starts at time ``start`` (B,) from data x: x_t of x and noise z.
+
+    Rows that start at 1 are the noise itself, to the last bit, whatever their x holds.
+    """
+    x_t = path.sample(x, z, start).x_t
+    return torch.where(expand_time(start, x) < 1, x_t, z)
+
+
 def sample(
     flow_map: FlowMap,
     z: Tensor,
@@ -50,15 +60,18 @@ def sample(
     nfe: int = 1,
     kind: SamplerKind = "flow_map",
     floor: float = 0.0,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Carry noise z (B, ...) to data in exactly ``nfe`` evaluations of the network.
 
-    With a ``floor`` the last step starts there: see :func:`time_grid`.
+    With a ``floor`` the last step starts there: see :func:`time_grid`. With ``start`` (B,) in
+    (0, 1] row i of z is a point at time ``start[i]`` (:func:`start_between`), and the times of the
+    grid are those shares of it.
 
     Raises:
         ValueError: ``nfe`` below 1, an unknown ``kind``, or a bad ``floor``.
     """
-    return _states(flow_map, z, features, nfe, kind, floor)[-1]
+    return _states(flow_map, z, features, nfe, kind, floor, start)[-1]
 
 
 def trajectory(
@@ -81,6 +94,7 @@ def _states(
     nfe: int,
     kind: SamplerKind,
     floor: float,
+    start: Tensor | None = None,
 ) -> list[Tensor]:
     """The state after each evaluation."""
     if kind not in SAMPLERS:
@@ -89,8 +103,8 @@ def _states(
     states: list[Tensor] = []
     x = z
     for i in range(nfe):
-        t = grid[i].expand(len(z))
-        s = grid[i + 1].expand(len(z))
+        t = grid[i].expand(len(z)) if start is None else grid[i] * start
+        s = grid[i + 1].expand(len(z)) if start is None else grid[i + 1] * start
         if kind == "flow_map":
             x = flow_map(x, t, s, features)
         else:
