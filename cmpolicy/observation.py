@@ -78,7 +78,7 @@ def read_numbers(
     return numbers
 
 
-def read_plan(spec: PolicySpec, value: Any) -> Array:
+def read_plan(spec: PolicySpec, value: Any, rows: int) -> Array:
     """Running plans, one a row, as a new float64 array (B, T, A); a row of NaN stands for none.
 
     Raises:
@@ -86,10 +86,11 @@ def read_plan(spec: PolicySpec, value: Any) -> Array:
             finite.
     """
     array = np.array(_array("plan", value), np.float64)
-    if array.ndim != 3 or array.shape[1:] != spec.noise_shape:
+    want = (rows, *spec.noise_shape)
+    if array.shape != want:
         raise ObservationError(
-            f"plan has shape {array.shape}, expected (batch, *{spec.noise_shape}): the plan of the "
-            "decision before as spec.shifted(plan, steps) gives it"
+            f"plan has shape {array.shape}, expected {want} (batch, horizon, action_dim): the plan "
+            "of the decision before as spec.shifted(plan, steps) gives it"
         )
     bad = ~(np.isfinite(array).all((1, 2)) | np.isnan(array).all((1, 2)))
     if bad.any():

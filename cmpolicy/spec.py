@@ -141,10 +141,10 @@ class PolicySpec:
         }
 
     def message_bytes(self) -> int:
-        """Bytes of one history and its noise: float64 for a number, one for a grey level."""
+        """Bytes of one history, its noise and its plan: 8 for a number, one for a grey level."""
         sizes = {key: int(np.prod(shape)) for key, shape in self.obs.items()}
         step = sum(n if key in self.images else 8 * n for key, n in sizes.items())
-        return self.n_obs_steps * step + 8 * self.horizon * self.action_dim
+        return self.n_obs_steps * step + 16 * self.horizon * self.action_dim
 
     @property
     def noise_shape(self) -> tuple[int, int]:
@@ -165,8 +165,11 @@ class PolicySpec:
 
         Returns:
             (T, A): what the plan held for each step of the present window. Steps before its first
-            action have the first, steps beyond its last one the last.
+            action have the first, steps beyond its last one the last. NaN, which stands for no
+            plan, where it ended before now.
         """
+        if steps > len(plan):
+            return np.full(self.noise_shape, np.nan)
         first = steps - self.n_obs_steps + 1
         rows = np.arange(first, first + self.horizon).clip(0, len(plan) - 1)
         trajectory: npt.NDArray[Any] = plan[rows]
