@@ -350,7 +350,7 @@ class ConsistencyPolicy(nn.Module):
             SpecError: as :meth:`infer`, or a plan that holds other rows than of numbers or of NaN.
             NonFiniteActionError: the actions are not finite.
         """
-        self.spec.check_obs(obs)
+        rows = self.spec.check_obs(obs)
         here: Any = {"dtype": self.dtype, "device": self.device}
         tensors = {}
         for key in self.spec.obs:
@@ -363,7 +363,7 @@ class ConsistencyPolicy(nn.Module):
             z = torch.as_tensor(np.require(noise, requirements="W"), **here)
         before = None
         if plan is not None:
-            before = torch.from_numpy(read_plan(self.spec, plan)).to(self.device)
+            before = torch.from_numpy(read_plan(self.spec, plan, rows)).to(self.device)
         trajectory = self.predict_trajectory(tensors, nfe=nfe, noise=z, plan=before)
         actions = trajectory[:, self.spec.n_obs_steps - 1 :]
         if actions.dtype is torch.bfloat16:  # which numpy does not know

@@ -201,17 +201,15 @@ class Session:
             noise = (
                 None if message.get("noise") is None else read_numbers("noise", message["noise"])
             )
-            plan = self._given_plan(message, form)
+            rows = len(next(iter(steps.values()))) if form == "batch" else 1
+            plan = self._given_plan(message, form, rows)
         except ObservationError as error:
             raise RequestError(str(error)) from error
         number = _whole(message, "step")
         if number is not None and form != "step":
             raise RequestError(f"step={number} belongs to one observation step, this is a {form}")
-        rows = len(next(iter(steps.values()))) if form == "batch" else 1
         if noise is not None:
             noise = self._shaped_noise(noise, rows, is_batch=form == "batch")
-        if plan is not None and len(plan) != rows:
-            raise RequestError(f"plan has {len(plan)} rows, the observations have {rows}")
         # everything is in order: from here on the session changes
         if rng is not None:
             self._rng = rng
@@ -289,16 +287,16 @@ class Session:
         assert form is not None  # a spec has at least one key
         return form, arrays
 
-    def _given_plan(self, message: Mapping[str, Any], form: _Form) -> NDArray[Any] | None:
+    def _given_plan(
+        self, message: Mapping[str, Any], form: _Form, rows: int
+    ) -> NDArray[Any] | None:
         """(B, T, A) of the message, if it brings one."""
         if message.get("plan") is None:
             return None
         if not self._is_warm:
-            raise RequestError(
-                "plan: this policy has no warm start, so it takes none; leave it out"
-            )
+            raise RequestError("plan: this policy has no warm start, so it takes none")
         value = message["plan"]
-        return read_plan(self.spec, value if form == "batch" else [value])
+        return read_plan(self.spec, value if form == "batch" else [value], rows)
 
     def _shaped_noise(
         self, noise: NDArray[np.float32], rows: int, *, is_batch: bool
