@@ -86,7 +86,7 @@ def read_plan(spec: PolicySpec, value: Any, rows: int) -> Array:
             finite.
     """
     array = np.array(_array("plan", value), np.float64)
-    want = (rows, *spec.noise_shape)
+    want = (rows, *spec.noise_shape_of(1))
     if array.shape != want:
         raise ObservationError(
             f"plan has shape {array.shape}, expected {want} (batch, horizon, action_dim): the plan "

@@ -78,6 +78,8 @@ class PolicySpec:
             numbers are float32.
         resize: whether frames of another size are brought to this one, proportions kept, or
             refused.
+        n_noises: K, draws of noise that one decision takes; a sampler with fresh noise in every
+            evaluation takes several.
 
     Raises:
         SpecError: where the numbers cannot go together; the message holds them.
@@ -92,9 +94,10 @@ class PolicySpec:
     images: tuple[str, ...] = ()
     resize: bool = False
     precise: tuple[str, ...] = ()
+    n_noises: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("action_dim", "horizon", "n_obs_steps", "n_action_steps"):
+        for name in ("action_dim", "horizon", "n_obs_steps", "n_action_steps", "n_noises"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise SpecError(f"{name} must be a whole number of at least 1, got {value!r}")
@@ -144,12 +147,18 @@ class PolicySpec:
         """Bytes of one history, its noise and its plan: 8 for a number, one for a grey level."""
         sizes = {key: int(np.prod(shape)) for key, shape in self.obs.items()}
         step = sum(n if key in self.images else 8 * n for key, n in sizes.items())
-        return self.n_obs_steps * step + 16 * self.horizon * self.action_dim
+        numbers = int(np.prod(self.noise_shape)) + self.horizon * self.action_dim
+        return self.n_obs_steps * step + 8 * numbers
 
     @property
-    def noise_shape(self) -> tuple[int, int]:
-        """(T, A): shape of the noise of one decision."""
-        return self.horizon, self.action_dim
+    def noise_shape(self) -> tuple[int, ...]:
+        """(T, A): shape of the noise of one decision; (K, T, A) where it takes K > 1 draws."""
+        return self.noise_shape_of(self.n_noises)
+
+    def noise_shape_of(self, n_noises: int) -> tuple[int, ...]:
+        """:attr:`noise_shape` of a decision that takes so many draws."""
+        one = (self.horizon, self.action_dim)
+        return one if n_noises == 1 else (n_noises, *one)
 
     @property
     def n_plan_steps(self) -> int:
@@ -169,7 +178,7 @@ class PolicySpec:
             plan, where it ended before now.
         """
         if steps > len(plan):
-            return np.full(self.noise_shape, np.nan)
+            return np.full(self.noise_shape_of(1), np.nan)
         first = steps - self.n_obs_steps + 1
         rows = np.arange(first, first + self.horizon).clip(0, len(plan) - 1)
         trajectory: npt.NDArray[Any] = plan[rows]
@@ -184,6 +193,8 @@ class PolicySpec:
             del plain["images"]  # older readers know no images
         if not self.resize:
             del plain["resize"]
+        if self.n_noises == 1:
+            del plain["n_noises"]
         if self.precise:
             plain["precise"] = list(self.precise)
         else:
@@ -206,6 +217,7 @@ class PolicySpec:
             rest["images"] = tuple(data.get("images", ()))
             rest["precise"] = tuple(data.get("precise", ()))
             rest["resize"] = bool(data.get("resize", False))
+            rest["n_noises"] = data.get("n_noises", 1)
             if data.get("action_rotations") is not None:
                 rest["action_rotations"] = tuple(Rotation(**r) for r in data["action_rotations"])
         except (KeyError, TypeError, AttributeError) as error:

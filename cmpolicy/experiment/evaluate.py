@@ -15,7 +15,7 @@ from cmpolicy.experiment.protocols import (
     require_protocol,
 )
 from cmpolicy.export.runtime import is_exported, open_exported
-from cmpolicy.flow.sampler import SamplerKind
+from cmpolicy.flow.sampler import SamplerKind, get_sampler
 from cmpolicy.schema import ConfigError
 from cmpolicy.spec import check_warm_start
 from cmpolicy_eval import evaluate as scoring
@@ -301,6 +301,15 @@ class _WithNfe:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._policy, name)
+
+    @property
+    def spec(self) -> Any:
+        """The policy's, with the noise that so many evaluations take."""
+        spec = self._policy.spec
+        kind = getattr(self._policy, "sampler", None)
+        if kind is None:
+            return spec
+        return replace(spec, n_noises=get_sampler(kind).n_noises(self._nfe))
 
     def infer(self, obs: Any, noise: Any = None) -> Any:
         """The policy's."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cmpolicy.export.kernels import prepare
-from cmpolicy.flow.sampler import start_between, time_grid
+from cmpolicy.flow.sampler import get_sampler, start_between
 from cmpolicy.policy.policy import ConsistencyPolicy
 
 #: ``torch``: matrix products, torch's own norms. ``onnxruntime``: ``cmpolicy.export.kernels``.
@@ -23,8 +23,9 @@ Target = Literal["torch", "onnxruntime"]
 class PlanMap(nn.Module):
     """((B, To, ...) per key in the order of the spec, noise (B, T, A)) -> actions, plan.
 
-    With a warm start there are two further inputs: ``before`` (B, T, A) float64, the plan before in
-    env units, and ``start`` (B,), the time at which each row begins, 1 where it has no such plan.
+    The noise is (B, K, T, A) where the sampler takes K > 1 draws. With a warm start there are two
+    further inputs: ``before`` (B, T, A) float64, the plan before in env units, and ``start`` (B,),
+    the time at which each row begins, 1 where there is no such plan.
 
     ``plan`` (B, P, A) holds every action from the newest observation on, ``actions`` (B, Ta, A) its
     first; both in env units. The noise is standard normal. The observations are encoded once. A
@@ -38,7 +39,7 @@ class PlanMap(nn.Module):
         target: what will run the map.
 
     Raises:
-        ValueError: ``nfe`` below 1.
+        ValueError: an ``nfe`` that the sampler cannot do.
     """
 
     def __init__(
@@ -49,10 +50,10 @@ class PlanMap(nn.Module):
         self.nfe = policy.nfe if nfe is None else nfe
         self.path, self.encoder, self.spec = policy.flow_map.path, policy.encoder, policy.spec
         self.noise_scale = policy.noise_scale
-        grid = time_grid(self.nfe, floor=policy.time_floor)
+        self.sampler = get_sampler(policy.sampler)
+        grid = self.sampler.grid(self.nfe, floor=policy.time_floor)
         self.register_buffer("grid", grid)
-        self.is_diagonal = policy.sampler == "diagonal"
-        t, s = grid[:-1], grid[:-1] if self.is_diagonal else grid[1:]
+        t, s = grid[:-1], self.sampler.second_time(grid[:-1], grid[1:])
         net: Any = policy.net
         kernels = prepare if target == "onnxruntime" else None
         self.net: Any
@@ -76,27 +77,26 @@ class PlanMap(nn.Module):
             key: value if key in self.spec.images else self.normalizer.normalize(key, value)
             for key, value in zip(self.spec.obs, obs, strict=True)
         }
-        features, x = self.encoder(normal), noise * self.noise_scale
-        x = self._cold(x, features) if start is None else self._warm(x, features, before, start)
+        features, scaled = self.encoder(normal), noise * self.noise_scale
+        condition = self.net.condition(features) if start is None else features
+        grid = self.get_buffer("grid")
+        noises = scaled.unbind(1) if self.sampler.n_noises(self.nfe) > 1 else (scaled,)
+        x = noises[0] if self.sampler.is_random else noises[0] * 0
+        if before is not None and start is not None:
+            plan = self.normalizer.normalize("action", before).to(x.dtype)
+            x = start_between(self.path, plan, x, start)
+        for i in range(self.nfe):
+            t, s = grid[i], grid[i + 1]
+            if start is None:
+                f = self.net(i, x, condition)
+            else:
+                t, s = t * start, s * start
+                f = self.net(x, t, self.sampler.second_time(t, s), condition)
+            later = noises[i + 1] if i + 1 < len(noises) else None
+            x = self.sampler.advance(self.path, x, f, t, s, later)
         action = self.normalizer.unnormalize("action", x)
         first = self.spec.n_obs_steps - 1
         return action[:, first : first + self.spec.n_action_steps], action[:, first:]
-
-    def _cold(self, x: Tensor, features: Tensor) -> Tensor:
-        condition, grid = self.net.condition(features), self.get_buffer("grid")
-        for i in range(self.nfe):
-            x = self.path.jump(x, self.net(i, x, condition), grid[i], grid[i + 1])
-        return x
-
-    def _warm(self, x: Tensor, features: Tensor, before: Tensor | None, start: Tensor) -> Tensor:
-        if before is None:
-            raise ValueError("a start time needs the plan before")
-        plan = self.normalizer.normalize("action", before).to(x.dtype)
-        x = start_between(self.path, plan, x, start)
-        for now, following in zip(*(self.get_buffer("grid")[n:] for n in (0, 1)), strict=False):
-            t, s = now * start, following * start
-            x = self.path.jump(x, self.net(x, t, t if self.is_diagonal else s, features), t, s)
-        return x
 
 
 class _FixedTimes(nn.Module):

@@ -42,7 +42,7 @@ class ExportFacts:
         spec: keys, shapes and window; the inputs of the file are in the order of ``spec.obs``.
         nfe: network evaluations per plan, unrolled in the file.
         path: of the flow map, ``linear`` or ``trigonometric``.
-        sampler: ``flow_map`` or ``diagonal``.
+        sampler: how it samples, see ``cmpolicy.flow.sampler``.
         noise_scale: what the file multiplies its standard normal noise by.
         bundle_sha256: of the bundle's weights and normaliser, by file name.
         data: name of the data set that the policy was trained on, where the bundle says it.

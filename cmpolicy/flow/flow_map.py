@@ -42,13 +42,20 @@ class FlowMap(nn.Module):
 
 
 def derivative_jvp(
-    flow_map: FlowMap, x: Tensor, t: Tensor, s: Tensor, features: Tensor | None, u: Tensor
+    flow_map: FlowMap,
+    x: Tensor,
+    t: Tensor,
+    s: Tensor,
+    features: Tensor | None,
+    u: Tensor,
+    *,
+    keep_gradient: bool = False,
 ) -> Tensor:
-    """dF/dtau along (u, 1, 0) by forward-mode differentiation: exact, no gradient kept.
+    """dF/dtau along (u, 1, 0) by forward-mode differentiation: exact.
 
-    The network's t moves by 1/rate while flow time moves by 1.
+    The network's t moves by 1/rate while flow time moves by 1. No gradient is kept unless asked.
     """
-    with torch.no_grad():
+    with _gradient(keep_gradient):
         derivative: Tensor = torch.func.jvp(
             lambda x_, t_: flow_map.output(x_, t_, s, features),
             (x, t),
@@ -66,16 +73,19 @@ def derivative_difference(
     u: Tensor,
     epsilon: float = 0.005,
     lowest: Tensor | None = None,
+    *,
+    keep_gradient: bool = False,
 ) -> Tensor:
     """dF/dtau by the central difference of step ``epsilon`` in t, both points in one batch.
 
     Points stay above ``lowest`` (B,), which is s where it is not given: near it the difference is
     one-sided (arXiv 2601.22679 ships the difference). They may pass t = 1, where path and time
     features go on smoothly, so that the difference is central at t = 1, the one time that one-step
-    sampling asks for. No gradient is kept. Autocast is left: in bfloat16 the two points cannot be
-    told apart (0.4 % relative precision against a step of 0.005); ``jvp`` has no such limit.
+    sampling asks for. No gradient is kept unless asked. Autocast is left: in bfloat16 the two
+    points cannot be told apart (0.4 % relative precision against a step of 0.005); ``jvp`` has no
+    such limit.
     """
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with _gradient(keep_gradient), torch.autocast(x.device.type, enabled=False):
         rate = flow_map.path.rate
         after = t + epsilon
         before = torch.maximum(t - epsilon, s if lowest is None else lowest)
@@ -89,3 +99,8 @@ def derivative_difference(
         f = flow_map.output(points, torch.cat([after, before]), torch.cat([s, s]), doubled)
         f_after, f_before = f.chunk(2)
         return (f_after - f_before) / expand_time((after - before) * rate, x)
+
+
+def _gradient(keep: bool) -> torch.set_grad_enabled:
+    """Grad mode inside of a derivative; where it is off already it stays off."""
+    return torch.set_grad_enabled(keep and torch.is_grad_enabled())

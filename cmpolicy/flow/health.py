@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from cmpolicy.flow.flow_map import FlowMap, derivative_difference
-from cmpolicy.flow.sampler import SamplerKind, sample
+from cmpolicy.flow.sampler import SamplerKind, get_sampler, sample
 
 #: Steps that integrate the velocity well enough to measure its spread.
 DIAGONAL_STEPS = 10
+#: Evaluations of the samplers that need fewer.
+HEALTH_STEPS = {"flow_map": 1, "restart": 1, "regression": 1, "mip": 2}
 #: Samples whose way along the flow is compared with the one jump: each costs so many evaluations.
 MAP_SAMPLES = 256
 #: Data that varies less than this (normalised units squared) counts as varying this much.
@@ -20,7 +22,7 @@ MIN_VARIANCE = 1e-4
 
 @dataclass(frozen=True)
 class Health:
-    """Scalars on the device, detached.
+    """Scalars on the device, detached; None where the sampler knows no velocity or other jumps.
 
     semigroup: |X_{m->s}(X_{t->m}(x)) - X_{t->s}(x)| / |X_{t->s}(x) - x|.
     tangent: |Eulerian residual| / |v|. The conditional velocity v of the same samples never
@@ -32,10 +34,10 @@ class Health:
         a collapsed generator has about 0 where the data has some.
     """
 
-    semigroup: Tensor
-    tangent: Tensor
-    tangent_at_1: Tensor
-    map_error: Tensor
+    semigroup: Tensor | None
+    tangent: Tensor | None
+    tangent_at_1: Tensor | None
+    map_error: Tensor | None
     variance_ratio: Tensor
 
 
@@ -58,9 +60,15 @@ def flow_health(
         generator: draws noise and times.
         draws: generated samples per example, at least 2.
         kind: how samples are generated: by one evaluation of the flow map, or by
-            :data:`DIAGONAL_STEPS` steps along the diagonal, whose single step is the data's mean.
+            :data:`DIAGONAL_STEPS` steps along the diagonal, whose single step is the data's mean;
+            others by their own sampler with at most so many evaluations.
     """
     n, device = len(x), x.device
+    of_data = x.var(dim=0, correction=min(1, n - 1)).mean().clamp(min=MIN_VARIANCE)
+    if not get_sampler(kind).is_flow_map:
+        _, samples, _ = _generate(flow_map, x, features, generator, draws, kind)
+        spread = samples.reshape(draws, *x.shape).var(dim=0).mean()
+        return Health(None, None, None, None, spread / of_data)
     z = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
     times = torch.rand(n, 3, generator=generator, device=device).to(x.dtype).sort(dim=1).values
     s, m, t = times.unbind(1)
@@ -74,20 +82,32 @@ def flow_health(
     tangent = _norm(_residual(flow_map, x_t, t, s, features)) / _norm(point.velocity)
     of_jump = _norm(_residual(flow_map, z, one, zero, features)) / _norm(z - x)
 
-    repeated = None if features is None else features.repeat(draws, *(1,) * (features.ndim - 1))
-    shape = (draws * n, *x.shape[1:])
-    noise = torch.randn(shape, generator=generator, device=device, dtype=x.dtype)
-    steps = 1 if kind == "flow_map" else DIAGONAL_STEPS
-    samples = sample(flow_map, noise, repeated, nfe=steps, kind=kind)
+    noise, samples, repeated = _generate(flow_map, x, features, generator, draws, kind)
     spread = samples.reshape(draws, *x.shape).var(dim=0).mean()
     few = slice(0, MAP_SAMPLES)
     some = None if repeated is None else repeated[few]
     along = sample(flow_map, noise[few], some, nfe=DIAGONAL_STEPS, kind="diagonal")
     jumped = sample(flow_map, noise[few], some, nfe=1)
     map_error = _norm(jumped - along) / spread.sqrt().clamp(min=MIN_VARIANCE**0.5)
-    of_data = x.var(dim=0, correction=min(1, n - 1)).mean()
-    ratio = spread / of_data.clamp(min=MIN_VARIANCE)
-    return Health(semigroup, tangent, of_jump, map_error, ratio)
+    return Health(semigroup, tangent, of_jump, map_error, spread / of_data)
+
+
+def _generate(
+    flow_map: FlowMap,
+    x: Tensor,
+    features: Tensor | None,
+    generator: torch.Generator | None,
+    draws: int,
+    kind: SamplerKind,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Noise, ``draws`` samples of every row of features one after the other, and the features."""
+    sampler, steps = get_sampler(kind), HEALTH_STEPS.get(kind, DIAGONAL_STEPS)
+    repeated = None if features is None else features.repeat(draws, *(1,) * (features.ndim - 1))
+    n_noises = sampler.n_noises(steps)
+    several = () if n_noises == 1 else (n_noises,)
+    shape = (draws * len(x), *several, *x.shape[1:])
+    noise = torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
+    return noise, sample(flow_map, noise, repeated, nfe=steps, kind=kind), repeated
 
 
 def _residual(

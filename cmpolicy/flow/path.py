@@ -41,6 +41,9 @@ class Path(Protocol):
     def jump(self, x_t: Tensor, f: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """X_{t->s}(x_t) from the network output F(x_t, t, s)."""
 
+    def output_of(self, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """The network output F that jumps from x_t to x_s: the inverse of :meth:`jump`, t > s."""
+
     def residual(
         self, f: Tensor, u: Tensor, d: Tensor, x_t: Tensor, t: Tensor, s: Tensor
     ) -> Tensor:
@@ -61,6 +64,10 @@ class LinearPath:
     def jump(self, x_t: Tensor, f: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """See :meth:`Path.jump`."""
         return x_t - expand_time(t - s, x_t) * f
+
+    def output_of(self, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """See :meth:`Path.output_of`."""
+        return (x_t - x_s) / expand_time(t - s, x_t)
 
     def residual(
         self, f: Tensor, u: Tensor, d: Tensor, x_t: Tensor, t: Tensor, s: Tensor
@@ -89,6 +96,11 @@ class TrigonometricPath:
         """See :meth:`Path.jump`."""
         delta = expand_time(t - s, x_t) * self.rate
         return torch.cos(delta) * x_t - torch.sin(delta) * f
+
+    def output_of(self, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """See :meth:`Path.output_of`."""
+        delta = expand_time(t - s, x_t) * self.rate
+        return (torch.cos(delta) * x_t - x_s) / torch.sin(delta)
 
     def residual(
         self, f: Tensor, u: Tensor, d: Tensor, x_t: Tensor, t: Tensor, s: Tensor

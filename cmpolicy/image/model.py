@@ -13,7 +13,7 @@ from cmpolicy.flow.flow_map import FlowMap
 from cmpolicy.flow.health import Health, flow_health
 from cmpolicy.flow.objectives import LossOutput, Objective
 from cmpolicy.flow.path import get_path
-from cmpolicy.flow.sampler import SAMPLERS, SamplerKind, sample, trajectory
+from cmpolicy.flow.sampler import SamplerKind, get_sampler, sample, trajectory
 from cmpolicy.image.datasets.data import ImageBatch
 from cmpolicy.image.guidance import Guidance, LabelDraws
 from cmpolicy.image.net import ImageNet, ImageNetConfig
@@ -27,7 +27,7 @@ class ImageFlowModel(nn.Module):
     Args:
         net: the network, the only weights there are.
         path: ``linear`` or ``trigonometric``.
-        sampler: ``flow_map``, or ``diagonal`` for a network trained by flow matching alone.
+        sampler: the one that its objective asks for, see :mod:`cmpolicy.flow.sampler`.
         objective: what :meth:`compute_loss` computes.
         guidance: guidance at training time.
 
@@ -46,8 +46,7 @@ class ImageFlowModel(nn.Module):
         guidance: Guidance | None = None,
     ) -> None:
         super().__init__()
-        if sampler not in SAMPLERS:
-            raise ValueError(f"unknown sampler {sampler!r}; choose one of {list(SAMPLERS)}")
+        get_sampler(sampler)  # raises
         check_derivative(objective, net.net_config)
         self.path_name = path
         self.sampler: SamplerKind = sampler
@@ -148,7 +147,7 @@ def generate_images(
         ValueError: ``nfe`` below 1, an unknown sampler, or a list of another number of
             generators than of labels.
     """
-    noise = _noise(flow_map, len(labels), generator)
+    noise = _noise(flow_map, len(labels), generator, get_sampler(sampler).n_noises(nfe))
     images = sample(flow_map, noise, labels.to(noise.device), nfe=nfe, kind=sampler)
     return images.clamp(-1.0, 1.0).float()
 
@@ -166,19 +165,19 @@ def generate_trajectory(
 
     They are not clamped: noise is not within [-1, 1].
     """
-    noise = _noise(flow_map, len(labels), generator)
+    noise = _noise(flow_map, len(labels), generator, get_sampler(sampler).n_noises(nfe))
     states = trajectory(flow_map, noise, labels.to(noise.device), nfe=nfe, kind=sampler)
     return states.float()
 
 
-def _noise(flow_map: FlowMap, count: int, generator: Generators) -> Tensor:
+def _noise(flow_map: FlowMap, count: int, generator: Generators, n_noises: int) -> Tensor:
     if isinstance(generator, Sequence) and len(generator) != count:
         raise ValueError(
             f"{len(generator)} generators were given for {count} images; give one, or one per image"
         )
     net = cast(ImageNet, flow_map.net)
     noise: Tensor = randn_tensor(
-        (count, *net.image_shape),
+        (count, *(() if n_noises == 1 else (n_noises,)), *net.image_shape),
         generator=list(generator) if isinstance(generator, Sequence) else generator,
         device=net.device,
         dtype=net.dtype,

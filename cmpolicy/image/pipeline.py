@@ -47,7 +47,7 @@ class ConsistencyImagePipeline(DiffusionPipeline):  # type: ignore[misc]
     Args:
         net: the network; its weights are those that are saved.
         path: ``linear`` or ``trigonometric``.
-        sampler: ``flow_map``, or ``diagonal`` for a network trained by flow matching alone.
+        sampler: the one that its objective asks for, see :mod:`cmpolicy.flow.sampler`.
         class_names: label k is ``class_names[k]``; numbers if not given.
         metadata: JSON-ready facts that travel along (training command, versions, result).
 

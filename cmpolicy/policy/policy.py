@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
@@ -20,14 +21,14 @@ from cmpolicy.flow.flow_map import FlowMap
 from cmpolicy.flow.health import Health, flow_health
 from cmpolicy.flow.objectives import Draws, LossOutput, Objective
 from cmpolicy.flow.path import get_path
-from cmpolicy.flow.sampler import SAMPLERS, SamplerKind, sample, start_between
+from cmpolicy.flow.sampler import SamplerKind, get_sampler, sample, start_between
 from cmpolicy.hub import HubError, upload
 from cmpolicy.nn.encoders.state import StateEncoderConfig
 from cmpolicy.nn.registry import EncoderConfig, NetConfig
 from cmpolicy.normalize import Normalizer
-from cmpolicy.observation import NonFiniteActionError, read_observation, read_plan
+from cmpolicy.observation import NonFiniteActionError, read_plan
 from cmpolicy.policy.bundle import Bundle, BundleError, read_bundle, write_bundle
-from cmpolicy.policy.checks import check_normalizer, check_sizes
+from cmpolicy.policy.inputs import check_normalizer, check_sizes, obs_tensors
 from cmpolicy.spec import PolicySpec, SpecError, check_warm_start
 
 
@@ -52,13 +53,13 @@ class ConsistencyPolicy(nn.Module):
         normalizer: knows ``action`` and every observation key that is not an image.
         encoder: settings of the observation encoder.
         path: ``linear`` or ``trigonometric``.
-        sampler: ``flow_map``, or ``diagonal`` for a network trained by flow matching alone.
+        sampler: the one that its objective asks for, see :data:`cmpolicy.flow.sampler.SAMPLERS`.
         nfe: network evaluations per decision, at least 1; part of a saved policy.
         objective: what :meth:`compute_loss` computes; not part of a saved policy.
 
     Raises:
         ValueError: a horizon that the net's depth does not divide, a normaliser without a key or of
-            another size, an unknown path or sampler, ``nfe`` below 1.
+            another size, an unknown path or sampler, an ``nfe`` that the sampler cannot do.
     """
 
     def __init__(
@@ -76,17 +77,14 @@ class ConsistencyPolicy(nn.Module):
         super().__init__()
         encoder = StateEncoderConfig() if encoder is None else encoder
         net.check_horizon(spec.horizon)
-        if sampler not in SAMPLERS:
-            raise ValueError(f"unknown sampler {sampler!r}; choose one of {list(SAMPLERS)}")
-        if nfe < 1:
-            raise ValueError(f"nfe={nfe} (network evaluations) must be at least 1")
         check_normalizer(spec, normalizer)
         self.spec = spec
         self.net_config = net
         self.encoder_config = encoder
         self.path_name = path
-        self.sampler: SamplerKind = sampler
-        self.nfe = nfe
+        get_sampler(sampler).grid(nfe)  # raises
+        self._sampler, self._nfe = sampler, nfe
+        self._fit_noise()
         self.noise_scale = 1.0
         self.time_floor = 0.0  # start of the last of several evaluations; not saved, see time_grid
         self._warm_start: float | None = None
@@ -120,13 +118,39 @@ class ConsistencyPolicy(nn.Module):
         begins from the noise alone. Part of a saved policy.
 
         Raises:
-            ValueError: on setting another number.
+            ValueError: on setting another number, or with a sampler that cannot start there.
         """
         return self._warm_start
 
     @warm_start.setter
     def warm_start(self, value: float | None) -> None:
         self._warm_start = check_warm_start(value)
+        if value is not None:
+            get_sampler(self._sampler).check_start()
+
+    @property
+    def sampler(self) -> SamplerKind:
+        """How noise becomes actions; may be set, and counts from the next decision on."""
+        return self._sampler
+
+    @sampler.setter
+    def sampler(self, kind: SamplerKind) -> None:
+        self._sampler = kind
+        self._fit_noise()
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per decision; may be set, and counts from the next decision on."""
+        return self._nfe
+
+    @nfe.setter
+    def nfe(self, nfe: int) -> None:
+        self._nfe = nfe
+        self._fit_noise()
+
+    def _fit_noise(self) -> None:
+        n_noises = get_sampler(self._sampler).n_noises(self._nfe)
+        self.spec = replace(self.spec, n_noises=n_noises)
 
     @property
     def device(self) -> torch.device:
@@ -147,7 +171,8 @@ class ConsistencyPolicy(nn.Module):
 
     def draw(self, batch_size: int, generator: torch.Generator | None = None) -> Draws:
         """Noise and times of one training step, on the policy's device."""
-        return self._objective().draw(batch_size, self.spec.noise_shape, generator, self.device)
+        shape = self.spec.noise_shape_of(1)
+        return self._objective().draw(batch_size, shape, generator, self.device)
 
     def compute_loss(
         self,
@@ -241,9 +266,10 @@ class ConsistencyPolicy(nn.Module):
             obs: (B, To, ...) per key, env units, oldest first, on the policy's device. Keys that
                 the policy does not know are ignored and logged once.
             nfe: network evaluations; None takes the policy's own :attr:`nfe`.
-            noise: (B, T, A) standard normal; drawn here if not given. It is multiplied by the
-                policy's ``noise_scale``: below 1 samples are less diverse and more typical (the
-                low-temperature sampling of Ajay et al. 2023).
+            noise: (B, T, A) standard normal, or (B, K, T, A) where the sampler takes K > 1 draws;
+                drawn here if not given. It is multiplied by the policy's ``noise_scale``: below 1
+                samples are less diverse and more typical (the low-temperature sampling of Ajay et
+                al. 2023).
             sampler: another one than the policy's own.
             plan: (B, T, A) in env units, the running plan as :meth:`PolicySpec.shifted` gives it,
                 for a policy with :attr:`warm_start`; rows with NaN have none and begin from noise.
@@ -251,7 +277,7 @@ class ConsistencyPolicy(nn.Module):
         Raises:
             SpecError: observation keys or shapes, a noise or plan shape that do not fit, or a plan
                 without a warm start.
-            ValueError: ``nfe`` below 1.
+            ValueError: an ``nfe`` that the sampler cannot do.
         """
         batch_size = self.spec.check_obs(obs)
         for key in self.spec.obs:
@@ -261,13 +287,16 @@ class ConsistencyPolicy(nn.Module):
                     f"{self.device}, and policy.infer(obs) takes arrays"
                 )
         features = self.encode(obs)
-        shape = (batch_size, *self.spec.noise_shape)
+        kind = self.sampler if sampler is None else sampler
+        nfe = self.nfe if nfe is None else nfe
+        n_noises = get_sampler(kind).n_noises(nfe)
+        shape = (batch_size, *self.spec.noise_shape_of(n_noises))
         if noise is None:
             noise = torch.randn(shape, device=features.device, dtype=features.dtype)
         elif tuple(noise.shape) != shape:
             raise SpecError(
-                f"noise has shape {tuple(noise.shape)}, expected {shape}"
-                " (batch, horizon, action_dim)"
+                f"noise has shape {tuple(noise.shape)}, expected {shape} (batch, "
+                f"{'' if n_noises == 1 else 'draws of noise, '}horizon, action_dim)"
             )
         x, start = noise * self.noise_scale, None
         if plan is not None:
@@ -276,8 +305,8 @@ class ConsistencyPolicy(nn.Module):
             self.flow_map,
             x,
             features,
-            nfe=self.nfe if nfe is None else nfe,
-            kind=sampler or self.sampler,
+            nfe=nfe,
+            kind=kind,
             floor=self.time_floor,
             start=start,
         )
@@ -351,17 +380,12 @@ class ConsistencyPolicy(nn.Module):
             NonFiniteActionError: the actions are not finite.
         """
         rows = self.spec.check_obs(obs)
-        here: Any = {"dtype": self.dtype, "device": self.device}
-        tensors = {}
-        for key in self.spec.obs:
-            # a copy of what must not be written to, such as a received message: torch would warn
-            value = np.require(read_observation(self.spec, key, obs[key]), requirements="W")
-            as_it_is = key in self.spec.images or key in self.spec.precise
-            tensors[key] = torch.as_tensor(value, **(here | {"dtype": None} if as_it_is else here))
-        z = None
+        tensors = obs_tensors(self.spec, obs, self.dtype, self.device)
+        z = before = None
         if noise is not None:
-            z = torch.as_tensor(np.require(noise, requirements="W"), **here)
-        before = None
+            z = torch.as_tensor(
+                np.require(noise, requirements="W"), dtype=self.dtype, device=self.device
+            )
         if plan is not None:
             before = torch.from_numpy(read_plan(self.spec, plan, rows)).to(self.device)
         trajectory = self.predict_trajectory(tensors, nfe=nfe, noise=z, plan=before)

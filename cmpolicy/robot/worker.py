@@ -39,7 +39,7 @@ class NoiseSource:
     The numbers are those of ``rollout`` for the same seed.
     """
 
-    def __init__(self, shape: tuple[int, int], seed: int | None) -> None:
+    def __init__(self, shape: tuple[int, ...], seed: int | None) -> None:
         self._shape = shape
         self._noise = np.zeros((1, *shape), np.float32)
         self._seed = seed

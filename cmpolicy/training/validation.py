@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -53,13 +53,8 @@ class HeldOutLosses:
 
 def health_metrics(health: Health) -> dict[str, float]:
     """The numbers of :class:`cmpolicy.flow.health.Health` as they are logged."""
-    return {
-        "health_semigroup": float(health.semigroup),
-        "health_tangent": float(health.tangent),
-        "health_tangent_at_1": float(health.tangent_at_1),
-        "health_map_error": float(health.map_error),
-        "health_variance_ratio": float(health.variance_ratio),
-    }
+    values = {field.name: getattr(health, field.name) for field in fields(health)}
+    return {f"health_{name}": float(v) for name, v in values.items() if v is not None}
 
 
 class Validator:

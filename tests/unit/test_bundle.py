@@ -360,7 +360,7 @@ def _other_weights(directory: Path) -> None:
         (_edit(encoder={"kind": "cnn"}), ["is damaged", "unknown encoder.kind 'cnn'"]),
         (_edit(nfe=0), ["nfe=0"]),
         (_edit(path="cubic"), ["unknown path 'cubic'"]),
-        (_edit(sampler="ddim"), ["unknown sampler 'ddim'"]),
+        (_edit(sampler="heun"), ["unknown sampler 'heun'"]),
         (_wider_net, ["do not fit together", "do not fit together", "copy the whole directory"]),
     ],
 )

@@ -181,7 +181,7 @@ def test_tangent_from_ema_weights() -> None:
     # data: there is no u_hat to take from anywhere
     data = {"tangent": "data"}
     torch.testing.assert_close(_loss(data | {"tangent_weights": "ema"}), _loss(data))
-    with pytest.raises(ValueError, match="tangent_weights=ema needs the EMA weights"):
+    with pytest.raises(ValueError, match="takes targets from EMA weights"):
         _loss({"tangent_weights": "ema"})
 
 
@@ -320,7 +320,14 @@ def test_larger_of_two_is_t() -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "words"),
     [
-        ("isdd", {}, ["unknown objective 'isdd'; did you mean 'isd'?", "known: fm, isd"]),
+        (
+            "isdd",
+            {},
+            [
+                "unknown objective 'isdd'; did you mean 'isd'?",
+                "known: alphaflow, ct, dct, ddpm, esd, fm, imf, isd",
+            ],
+        ),
         (
             "isd",
             {"wieght_power": 1},

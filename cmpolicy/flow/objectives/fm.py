@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from cmpolicy.flow.flow_map import FlowMap
 from cmpolicy.flow.objectives.objective import (
     Draws,
+    Examples,
     LossOutput,
-    VelocityTarget,
+    Objective,
     mean_over,
     register,
 )
@@ -22,7 +22,7 @@ from cmpolicy.flow.times import TimeLaw
 
 @register("fm")
 @dataclass(frozen=True)
-class FlowMatching:
+class FlowMatching(Objective):
     """L = mean |F(x_t, t, t) - v_t|^2. Sample it with the diagonal sampler.
 
     Args:
@@ -34,7 +34,6 @@ class FlowMatching:
 
     sampler: ClassVar[SamplerKind] = "diagonal"
     nfe: ClassVar[int] = 10
-    needs_ema: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         TimeLaw(self.time_a, self.time_b)
@@ -51,22 +50,9 @@ class FlowMatching:
         z = torch.randn(batch_size, *shape, generator=generator, device=device)
         return Draws(z, t, t)
 
-    def __call__(
-        self,
-        flow_map: FlowMap,
-        x: Tensor,
-        features: Tensor | None,
-        draws: Draws,
-        *,
-        mask: Tensor | None = None,
-        progress: float = 0.0,
-        ema: FlowMap | None = None,
-        ema_features: Tensor | None = None,
-        velocity_target: VelocityTarget | None = None,
-    ) -> LossOutput:
-        """See :meth:`Objective.__call__`; neither a schedule nor EMA weights are used."""
-        point = flow_map.path.sample(x, draws.z, draws.t)
-        v = point.velocity if velocity_target is None else velocity_target(point, draws.t)
-        f = flow_map.velocity(point.x_t, draws.t, features)
-        loss = mean_over((f - v).square(), mask)
+    def loss(self, flow_map: FlowMap, examples: Examples) -> LossOutput:
+        """See :meth:`Objective.loss`; neither a schedule nor EMA weights are used."""
+        point = examples.point(flow_map.path)
+        f = flow_map.velocity(point.x_t, examples.draws.t, examples.features)
+        loss = mean_over((f - point.velocity).square(), examples.mask)
         return LossOutput(loss, {"loss_fm": loss.detach().mean()})

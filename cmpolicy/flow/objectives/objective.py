@@ -6,15 +6,16 @@ observations (or labels (B,) for images), v the conditional velocity.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from cmpolicy.flow.flow_map import FlowMap
-from cmpolicy.flow.path import PathSample
+from cmpolicy.flow.path import Path, PathSample
 from cmpolicy.flow.sampler import SamplerKind
 from cmpolicy.schema import choose, from_mapping
 
@@ -53,19 +54,74 @@ class LossOutput:
 VelocityTarget = Callable[[PathSample, Tensor], Tensor]
 
 
-class Objective(Protocol):
-    """What the trainer and the policy see of an objective.
+@dataclass(frozen=True)
+class Examples:
+    """What one loss is computed on.
+
+    Args:
+        x, features: see the module.
+        draws: of this batch.
+        mask: which entries of x count, broadcastable to x; None counts all. Every example needs at
+            least one.
+        progress: share of the run that is done, in [0, 1]; drives schedules.
+        ema, ema_features: the flow map with EMA weights and what the EMA encoder made of the
+            observations (None: the same features); only where :attr:`Objective.needs_ema`.
+        velocity_target: see :data:`VelocityTarget`.
+    """
+
+    x: Tensor
+    features: Tensor | None
+    draws: Draws
+    mask: Tensor | None = None
+    progress: float = 0.0
+    ema: FlowMap | None = None
+    ema_features: Tensor | None = None
+    velocity_target: VelocityTarget | None = None
+
+    def point(self, path: Path) -> PathSample:
+        """x_t and its velocity, or what the caller put in the velocity's place."""
+        point = path.sample(self.x, self.draws.z, self.draws.t)
+        if self.velocity_target is None:
+            return point
+        return PathSample(point.x_t, self.velocity_target(point, self.draws.t))
+
+    def held_features(self) -> Tensor | None:
+        """The features without gradient."""
+        return None if self.features is None else self.features.detach()
+
+    def teacher(self, flow_map: FlowMap, needs_ema: bool) -> tuple[FlowMap, Tensor | None]:
+        """What gives targets, and its features: the EMA flow map, or the one in training.
+
+        Raises:
+            ValueError: EMA weights are needed and none are given.
+        """
+        if not needs_ema:
+            return flow_map, self.held_features()
+        if self.ema is None:
+            raise ValueError("the objective takes targets from EMA weights, and none are given")
+        return self.ema, self.held_features() if self.ema_features is None else self.ema_features
+
+
+class Objective(ABC):
+    """What the trainer and the policy see of an objective: a frozen dataclass of settings.
 
     ``sampler`` and ``nfe`` are how its models are sampled unless told otherwise.
     """
 
-    sampler: ClassVar[SamplerKind]
-    nfe: ClassVar[int]
+    sampler: ClassVar[SamplerKind] = "flow_map"
+    nfe: ClassVar[int] = 1
+    #: Whether the network learns a velocity, which guidance (``velocity_target``) can change.
+    learns_velocity: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:  # noqa: B027  # a chain of checks ends here
+        """Subclasses check their settings here and call what they extend."""
 
     @property
     def needs_ema(self) -> bool:
         """Whether the EMA weights of the run take part in the loss."""
+        return False
 
+    @abstractmethod
     def draw(
         self,
         batch_size: int,
@@ -75,32 +131,27 @@ class Objective(Protocol):
     ) -> Draws:
         """Draw noise and times for ``batch_size`` examples of ``shape``."""
 
+    @abstractmethod
+    def loss(self, flow_map: FlowMap, examples: Examples) -> LossOutput:
+        """The loss of every example; ``flow_map`` with gradient."""
+
     def __call__(
         self,
         flow_map: FlowMap,
         x: Tensor,
         features: Tensor | None,
         draws: Draws,
-        *,
-        mask: Tensor | None = None,
-        progress: float = 0.0,
-        ema: FlowMap | None = None,
-        ema_features: Tensor | None = None,
-        velocity_target: VelocityTarget | None = None,
+        **rest: Any,
     ) -> LossOutput:
-        """The loss of every example.
+        """:meth:`loss`; the other arguments are those of :class:`Examples`.
 
-        Args:
-            flow_map: with gradient.
-            x, features: see the module.
-            draws: of this batch.
-            mask: which entries of x count, broadcastable to x; None counts all. Every example
-                needs at least one.
-            progress: share of the run that is done, in [0, 1]; drives schedules.
-            ema, ema_features: the flow map with EMA weights and what the EMA encoder made of the
-                observations (None: the same features); only where :attr:`needs_ema`.
-            velocity_target: see :data:`VelocityTarget`.
+        Raises:
+            ValueError: a ``velocity_target`` for an objective that learns no velocity.
         """
+        examples = Examples(x, features, draws, **rest)
+        if examples.velocity_target is not None and not self.learns_velocity:
+            raise ValueError(f"{type(self).__name__} learns no velocity, so it cannot be guided")
+        return self.loss(flow_map, examples)
 
 
 OBJECTIVES: dict[str, type[Objective]] = {}
@@ -123,6 +174,29 @@ def build_objective(name: str, **settings: Any) -> Objective:
         ConfigError: an unknown name or setting (with the nearest known ones), or a bad value.
     """
     return from_mapping(choose(OBJECTIVES, name, "objective"), settings, where="objective")
+
+
+def check_shares(settings: object, *names: str) -> None:
+    """Raise ValueError for a setting that is no share in [0, 1]."""
+    for name in names:
+        value = getattr(settings, name)
+        if not 0 <= value <= 1:
+            raise ValueError(f"objective.{name}={value} must lie in [0, 1]")
+
+
+def check_choice(settings: object, name: str, known: Sequence[str]) -> None:
+    """Raise ValueError for a setting that is none of the known words."""
+    value = getattr(settings, name)
+    if value not in known:
+        raise ValueError(f"objective.{name}={value!r} is not one of {list(known)}")
+
+
+def check_not_negative(settings: object, *names: str) -> None:
+    """Raise ValueError for a setting below zero, or NaN."""
+    for name in names:
+        value = getattr(settings, name)
+        if not value >= 0:
+            raise ValueError(f"objective.{name}={value} must not be negative")
 
 
 def mean_over(x: Tensor, mask: Tensor | None) -> Tensor:

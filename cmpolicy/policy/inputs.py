@@ -1,12 +1,17 @@
-"""What has to fit together before there is a policy, or before it is asked."""
+"""What a policy is made of and asked: whether it fits together, and arrays as tensors."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from cmpolicy.normalize import Normalizer
+from cmpolicy.observation import read_observation
 from cmpolicy.policy.bundle import Bundle
 from cmpolicy.spec import PolicySpec
 
@@ -39,3 +44,23 @@ def check_sizes(bundle: Bundle) -> None:
                     f"weight {start + name!r} is of shape {tuple(stored.shape)}, the configuration "
                     f"asks for {tuple(value.shape)}"
                 )
+
+
+def obs_tensors(
+    spec: PolicySpec,
+    obs: Mapping[str, npt.NDArray[Any]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Observations (B, To, ...) per key as tensors there; frames and precise numbers keep theirs.
+
+    Raises:
+        SpecError: not numbers, or NaN or inf (key and count).
+    """
+    tensors = {}
+    for key in spec.obs:
+        # a copy of what must not be written to, such as a received message: torch would warn
+        value = np.require(read_observation(spec, key, obs[key]), requirements="W")
+        kept = key in spec.images or key in spec.precise
+        tensors[key] = torch.as_tensor(value, dtype=None if kept else dtype, device=device)
+    return tensors
