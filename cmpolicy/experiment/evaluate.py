@@ -366,7 +366,8 @@ def _open_exported(settings: EvalSettings) -> _Scored:
             f"{settings.policy} makes {facts.nfe} evaluation(s), not nfe={list(settings.nfe or ())}"
             f"; leave nfe out, or {again} nfe=..."
         )
-    for name, own in (("sampler", facts.sampler), ("noise_scale", facts.noise_scale)):
+    for name in ("sampler", "noise_scale", "warm_start"):
+        own = getattr(facts, name)
         if getattr(settings, name) not in (None, own):
             raise ConfigError(
                 f"{settings.policy} has {name}={own}, not {getattr(settings, name)}; set it in the "

@@ -1,9 +1,9 @@
-"""What a policy is made of and asked: whether it fits together, and arrays as tensors."""
+"""A policy's parts, whether they fit together; and the arrays it is asked with, as tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from cmpolicy.normalize import Normalizer
 from cmpolicy.observation import read_observation
-from cmpolicy.policy.bundle import Bundle
 from cmpolicy.spec import PolicySpec
 
 
@@ -28,22 +27,6 @@ def check_normalizer(spec: PolicySpec, normalizer: Normalizer) -> None:
                 f"normaliser and policy disagree on {key!r}: the policy has shape {shape}, "
                 f"the normaliser {got}"
             )
-
-
-def check_sizes(bundle: Bundle) -> None:
-    """Raise ValueError unless the network and the encoder are of the stored tensors' shapes."""
-    with torch.device("meta"):
-        encoder = bundle.encoder.build(bundle.spec)
-        feature_dim = int(cast(Any, encoder).feature_dim)
-        net = bundle.net.build(action_dim=bundle.spec.action_dim, feature_dim=feature_dim)
-    for start, module in (("net.", net), ("encoder.", encoder)):
-        for name, value in module.state_dict().items():
-            stored = bundle.weights.get(start + name)
-            if stored is not None and stored.shape != value.shape:
-                raise ValueError(
-                    f"weight {start + name!r} is of shape {tuple(stored.shape)}, the configuration "
-                    f"asks for {tuple(value.shape)}"
-                )
 
 
 def obs_tensors(

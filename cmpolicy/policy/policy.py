@@ -27,8 +27,9 @@ from cmpolicy.nn.encoders.state import StateEncoderConfig
 from cmpolicy.nn.registry import EncoderConfig, NetConfig
 from cmpolicy.normalize import Normalizer
 from cmpolicy.observation import NonFiniteActionError, read_plan
-from cmpolicy.policy.bundle import Bundle, BundleError, read_bundle, write_bundle
-from cmpolicy.policy.inputs import check_normalizer, check_sizes, obs_tensors
+from cmpolicy.policy.bundle import BundleError, read_bundle, write_bundle
+from cmpolicy.policy.inputs import check_normalizer, obs_tensors
+from cmpolicy.policy.packing import pack, unpack
 from cmpolicy.spec import PolicySpec, SpecError, check_warm_start
 
 
@@ -420,26 +421,7 @@ class ConsistencyPolicy(nn.Module):
             metadata: JSON-ready facts kept in ``config.json`` (command, versions, result).
             weights_dtype: of the stored weights; ``torch.float16`` halves the file.
         """
-        modules = {"net": self.net, "encoder": self.encoder}
-        weights = {
-            f"{name}.{key}": value
-            for name, module in modules.items()
-            for key, value in module.state_dict().items()
-        }
-        bundle = Bundle(
-            spec=self.spec,
-            net=self.net_config,
-            encoder=self.encoder_config,
-            path=self.path_name,
-            sampler=self.sampler,
-            nfe=self.nfe,
-            noise_scale=self.noise_scale,
-            control_hz=self.control_hz,
-            weights=weights,
-            normalizer=self.normalizer.to_arrays(),
-            metadata=dict(metadata or {}),
-            warm_start=self.warm_start,
-        )
+        bundle = pack(self, metadata or {})
         write_bundle(bundle, directory, card=card, weights_dtype=weights_dtype)
 
     @classmethod
@@ -451,29 +433,7 @@ class ConsistencyPolicy(nn.Module):
         Raises:
             BundleError: what is wrong with the bundle, with its path.
         """
-        bundle = read_bundle(name_or_path)
-        with bundle.errors_named():
-            check_sizes(bundle)  # before anything of that size is allocated
-            policy = cls(
-                bundle.spec,
-                bundle.net,
-                Normalizer.from_arrays(bundle.normalizer),
-                encoder=bundle.encoder,
-                path=bundle.path,
-                sampler=cast(SamplerKind, bundle.sampler),
-                nfe=bundle.nfe,
-            )
-            policy.noise_scale, policy.control_hz = bundle.noise_scale, bundle.control_hz
-            policy.warm_start = bundle.warm_start
-            for name, module in {"net": policy.net, "encoder": policy.encoder}.items():
-                start = f"{name}."
-                module.load_state_dict(
-                    {
-                        key.removeprefix(start): value
-                        for key, value in bundle.weights.items()
-                        if key.startswith(start)
-                    }
-                )
+        policy = unpack(read_bundle(name_or_path), cls)
         policy.lay_out_for_inference()
         return policy.to(device).eval().requires_grad_(False)
 
