@@ -77,20 +77,22 @@ class PlanMap(nn.Module):
             key: value if key in self.spec.images else self.normalizer.normalize(key, value)
             for key, value in zip(self.spec.obs, obs, strict=True)
         }
-        features, scaled = self.encoder(normal), noise * self.noise_scale
-        condition = self.net.condition(features) if start is None else features
+        condition = self.encoder(normal)
+        if start is None:
+            condition = self.net.condition(condition)
         grid = self.get_buffer("grid")
+        scaled = noise * self.noise_scale
         noises = scaled.unbind(1) if self.sampler.n_noises(self.nfe) > 1 else (scaled,)
         x = noises[0] if self.sampler.is_random else noises[0] * 0
         if before is not None and start is not None:
             plan = self.normalizer.normalize("action", before).to(x.dtype)
             x = start_between(self.path, plan, x, start)
         for i in range(self.nfe):
-            t, s = grid[i], grid[i + 1]
             if start is None:
                 f = self.net(i, x, condition)
+                t, s = grid[i], grid[i + 1]
             else:
-                t, s = t * start, s * start
+                t, s = grid[i] * start, grid[i + 1] * start
                 f = self.net(x, t, self.sampler.second_time(t, s), condition)
             later = noises[i + 1] if i + 1 < len(noises) else None
             x = self.sampler.advance(self.path, x, f, t, s, later)
