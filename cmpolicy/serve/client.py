@@ -178,7 +178,7 @@ class RemotePolicy:
 
         Args:
             obs: (B, To, ...) per key, oldest first.
-            noise: (B, T, A) standard normal; the server draws it if it is not given.
+            noise: (B, *spec.noise_shape) standard normal; the server draws it if it is not given.
             plan: (B, T, A) that decisions of a policy with :attr:`warm_start` start from, NaN in
                 rows without one.
 
@@ -195,7 +195,7 @@ class RemotePolicy:
             if arrays["noise"].shape != expected:
                 raise SpecError(
                     f"noise has shape {arrays['noise'].shape}, expected {expected} "
-                    "(batch, horizon, action_dim)"
+                    "(batch, *spec.noise_shape)"
                 )
         if plan is not None:
             arrays["plan"] = read_plan(self.spec, plan, rows)
