@@ -136,6 +136,8 @@ class ConsistencyPolicy(nn.Module):
 
     @sampler.setter
     def sampler(self, kind: SamplerKind) -> None:
+        if self._warm_start is not None:
+            get_sampler(kind).check_start()
         self._sampler = kind
         self._fit_noise()
 

@@ -191,9 +191,13 @@ def test_samplers_without_a_flow_have_none() -> None:
             _policy(0.5, sampler=sampler)
     obs, noise, plan = _inputs(1)
     policy = _policy(0.5)
-    policy.sampler = "ddim"
     with pytest.raises(ValueError, match="sampler flow_map or diagonal"):
-        policy.infer(obs, noise, plan=plan)
+        policy.sampler = "restart"
+    tensors = {key: torch.from_numpy(value) for key, value in obs.items()}
+    with pytest.raises(ValueError, match="sampler flow_map or diagonal"):
+        policy.predict_trajectory(
+            tensors, noise=torch.from_numpy(noise), plan=torch.from_numpy(plan), sampler="ddim"
+        )
 
 
 def test_bundles_keep_it(tmp_path: Path) -> None:
