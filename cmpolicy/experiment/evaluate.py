@@ -333,15 +333,14 @@ def _open_bundle(settings: EvalSettings) -> _Scored:
     if settings.sampler is not None and settings.sampler != policy.sampler:
         label += f" [{settings.sampler}]"
         policy.sampler = settings.sampler
-    if settings.noise_scale is not None and settings.noise_scale != policy.noise_scale:
-        label += f" [noise {settings.noise_scale}]"
-        policy.noise_scale = settings.noise_scale
+    for name, word in (("noise_scale", "noise"), ("warm_start", "warm")):
+        value = getattr(settings, name)
+        if value is not None and value != getattr(policy, name):
+            label += f" [{word} {value}]"
+            setattr(policy, name, value)
     if settings.time_floor is not None:
         label += f" [floor {settings.time_floor}]"
         policy.time_floor = settings.time_floor
-    if settings.warm_start is not None and settings.warm_start != policy.warm_start:
-        label += f" [warm {settings.warm_start}]"
-        policy.warm_start = settings.warm_start
     metadata = read_metadata(settings.policy)
     is_gpu = device.type == "cuda"
     return _Scored(
