@@ -146,12 +146,20 @@ def study_objectives(
         command: recorded in the study's folder.
 
     Raises:
-        ConfigError: the folder holds a study of other settings, or of another version.
+        ConfigError: a task without a simulator, or a folder with a study of other settings or of
+            another version.
     """
+    for config in configs.values():
+        if config.task.protocol is None:
+            raise ConfigError(f"task={config.task.name} has no simulator, so nothing is scored")
     out = Path(settings.out).expanduser()
     _check_folder(out, settings, configs, command)
     # Seed by seed: a study that is cut short has whole comparisons of fewer seeds.
-    jobs = [_Job(configs[n], settings, n, seed) for seed in settings.seeds for n in settings.names]
+    jobs = [
+        _Job(dataclasses.replace(configs[name], seed=seed), settings, name, seed)
+        for seed in settings.seeds
+        for name in settings.names
+    ]
     waiting = [job for job in jobs if not job.result.exists()]
     if waiting:
         _run_all(waiting, settings.workers)

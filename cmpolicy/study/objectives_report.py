@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from cmpolicy.files import write_atomically
 from cmpolicy.study.objectives import RunScores, Scores
 from cmpolicy_eval.metrics import Interval, nested_bootstrap_interval
 
@@ -32,6 +33,16 @@ class Row:
     by_seed: tuple[float, ...]
     score: float
     score_ci95: Interval
+
+
+def write_report(runs: Sequence[RunScores], out: Path, commands: Sequence[str]) -> str:
+    """Write ``table.md`` and ``objectives.png`` into ``out``; the tables as text."""
+    text = markdown(runs)
+    shown = "".join(f"    {command}\n" for command in commands)
+    content = f"# Objectives side by side\n\n{shown}\n{text}\n![success](objectives.png)\n"
+    write_atomically(out / "table.md", content.encode())
+    plot(runs, out / "objectives.png")
+    return text
 
 
 def rows(runs: Sequence[RunScores]) -> list[Row]:
