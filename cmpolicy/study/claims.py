@@ -17,6 +17,7 @@ from cmpolicy.study.results import (
     ratio_interval,
     share_interval,
 )
+from cmpolicy.study.targets import Array
 
 Verdict = Literal["supported", "refuted", "unclear"]
 
@@ -110,25 +111,47 @@ def _degenerate(results: Results) -> Claim:
     )
 
 
+def _from_constant(results: Results, names: Sequence[str], metric: str) -> Array:
+    """At the end of runs from the constant map, (objectives and targets, rates, seeds)."""
+    runs = [r for r in results.of("start", start="constant") if r.job["objective"] in names]
+    return np.stack([run.final(metric) for run in runs])
+
+
 def _stays(results: Results) -> Claim:
-    runs = [r for r in results.of("start", start="constant") if r.job["objective"] in ("ct", "dct")]
-    interval = mean_interval(np.concatenate([r.final("variance") for r in runs]))
-    isd = results.of("start", start="constant", objective="isd")
-    other = mean_interval(np.concatenate([r.final("variance") for r in isd]))
+    rate = results.of("start")[0].rates[0]
+    theirs = mean_interval(_from_constant(results, ["ct", "dct"], "variance")[:, 0])
+    isd = mean_interval(_from_constant(results, ["isd"], "variance")[:, 0])
     return Claim(
         "degenerate-stay",
-        "Networks that start at the constant map stay there under consistency training.",
-        f"variance against the truth's at the end: ct/dct {interval}, isd {other}",
-        above(Interval(-interval.value, -interval.high, -interval.low), -COLLAPSED, -COLLAPSED),
+        "At a small learning rate, consistency training does not leave the constant map.",
+        f"variance against the truth's at the end, learning rate {rate:g}, from the constant map: "
+        f"ct/dct {theirs}, isd {isd}",
+        above(Interval(-theirs.value, -theirs.high, -theirs.low), -COLLAPSED, -COLLAPSED),
         f"supported: ct's and dct's variance ends below {COLLAPSED}; refuted: above",
         "longer runs; networks that hold the map exactly down to t = 0",
         "starts",
     )
 
 
+def _escapes(results: Results) -> Claim:
+    theirs = _from_constant(results, ["ct", "dct"], "error")
+    isd = _from_constant(results, ["isd"], "error")
+    ratio = ratio_interval(theirs, isd.mean(axis=0, keepdims=True))
+    return Claim(
+        "degenerate-escape",
+        "From the constant map iSD comes nearer to the truth than consistency training.",
+        f"error at the end, either learning rate, ct/dct over isd: {ratio}; isd's own "
+        f"{mean_interval(isd)}",
+        above(ratio, 1.0, 1.0),
+        "supported: the ratio is above 1; refuted: below",
+        "longer runs, other targets",
+        "starts",
+    )
+
+
 def _leaves(results: Results) -> Claim:
     def growth(name: str) -> Interval:
-        runs = results.of("start", start="truth", objective=name)
+        runs = results.of("start", start="truth", objective=name)  # (rates, seeds) each
         ends = np.concatenate([r.final("error") for r in runs])
         begins = np.concatenate([r.series("error")[0] for r in runs])
         return ratio_interval(ends, begins)
@@ -381,7 +404,7 @@ def _meanflow(results: Results) -> Claim:
 
 
 _CLAIMS: Sequence[Callable[[Results], Claim]] = (
-    _consistency, _degenerate, _stays, _leaves, _batch, _jacobian, _growing, _esd_training, _esd,
+    _consistency, _degenerate, _stays, _escapes, _leaves, _batch, _jacobian, _growing, _esd_training, _esd,
     _stable,
     _variance, _bias, _difference, _one_sided, _ends, _power, _ema, _meanflow,
 )  # fmt: skip
