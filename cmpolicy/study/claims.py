@@ -404,7 +404,7 @@ def _meanflow(results: Results) -> Claim:
 
 
 _CLAIMS: Sequence[Callable[[Results], Claim]] = (
-    _consistency, _degenerate, _stays, _escapes, _leaves, _batch, _jacobian, _growing, _esd_training, _esd,
-    _stable,
-    _variance, _bias, _difference, _one_sided, _ends, _power, _ema, _meanflow,
+    _consistency, _degenerate, _stays, _escapes, _leaves, _batch, _jacobian, _growing,
+    _esd_training, _esd, _stable, _variance, _bias, _difference, _one_sided, _ends, _power, _ema,
+    _meanflow,
 )  # fmt: skip

@@ -121,9 +121,8 @@ def _about(results: Results) -> list[str]:
     return [
         f"{short}{networks} networks in {len(results.runs)} jobs, {minutes:.0f} minutes one after "
         "the other. Each is a multilayer perceptron of three hidden layers of 64, trained on "
-        "data in one or two dimensions whose flow map is known to eight digits (closed-form velocity, "
-        "DOP853). "
-        f"{steps} steps of Adam with a cosine schedule and no clipping, "
+        "data in one or two dimensions whose flow map is known to eight digits (velocity in closed "
+        f"form, DOP853). {steps} steps of Adam with a cosine schedule and no clipping, "
         f"{first.job['seeds']} seeds, linear path; brackets are 95 % intervals over seeds, of "
         "shares over runs. Verdicts follow from the numbers by the rules in the table.",
         "All objectives share the exact derivative, the law of times and, where they have it, "
