@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from cmpolicy.flow.alarm import ALARM_EXAMPLES, alarm_counts, health_alarm
+from cmpolicy.study.alarm_table import alarm_samples
+from cmpolicy.study.results import Results
 
 RESULTS = Path(__file__).parents[2] / "eval/results"
 HEALTHY = {
@@ -70,3 +72,19 @@ def test_no_bundled_policy_would_have_warned(log: str) -> None:
     late = scored[len(scored) // 2 :]
     assert late
     assert [health_alarm(line, "flow_map") for line in late] == [None] * len(late)
+
+
+def test_runs_of_the_study() -> None:
+    """Where the true map is known: most that fail are caught, few that are healthy are not."""
+    jobs = sorted((RESULTS / "study/standard/jobs").glob("*.json"))
+    results = Results([json.loads(path.read_text()) for path in jobs])
+    samples = alarm_samples(results)
+    failed, healthy = ([s for s in samples if s.failed is end] for end in (True, False))
+    assert len(failed) > 50
+    assert len(healthy) > 200
+    assert sum(s.warned for s in failed) > 0.75 * len(failed)
+    assert sum(s.warned for s in healthy) < 0.05 * len(healthy)
+    # consistency training degenerates, and is caught; self-distillation mostly does neither
+    consistency = [s for s in failed if s.objective in ("ct", "dct")]
+    assert sum(s.warned for s in consistency) > 0.8 * len(consistency) > 50
+    assert not any(s.warned for s in healthy if s.objective in ("esd", "lsd", "psd", "fm"))

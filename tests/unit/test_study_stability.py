@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -230,3 +232,14 @@ def test_intervals_are_over_seeds() -> None:
 )
 def test_verdicts_follow_from_intervals(interval: Any, verdict: str) -> None:
     assert above(Interval(*interval), 1.5, 1.1) == verdict
+
+
+def test_the_readme_says_what_was_found() -> None:
+    """Its tables are those of the committed results."""
+    root = Path(__file__).parents[2]
+    told = json.loads((root / "eval/results/study/standard/claims.json").read_text())
+    readme = (root / "cmpolicy/study/README.md").read_text()
+    for claim in told["claims"]:
+        assert f"| {claim['claim']} | {claim['verdict']} | {claim['evidence']} |" in readme
+    for row in told["alarms"]:
+        assert row["healthy runs warned of"] in readme
