@@ -369,14 +369,14 @@ def _power(results: Results) -> Claim:
 def _ema(results: Results) -> Claim:
     runs = results.of("settings")
     averaged, online = (
-        np.concatenate([r.ema("0.999") for r in runs]),
+        np.concatenate([r.ema() for r in runs]),
         np.concatenate([r.final("error") for r in runs]),
     )
     ratio = ratio_interval(online, averaged)
     return Claim(
         "ema",
         "Averaged weights give a better one-step map at the end of a run with a cosine schedule.",
-        f"error of the weights over that of their average (decay .999): {ratio}",
+        f"error of the weights over that of their EMA: {ratio}",
         above(ratio, 1.0, 1.0),
         "supported: the ratio is above 1; refuted: below",
         "constant learning rates, where averaging has more to do",

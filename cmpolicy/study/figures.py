@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from PIL import Image
 
 from cmpolicy.study.alarm_table import SIGNALS, alarm_samples
@@ -27,6 +29,8 @@ _OUTCOMES = {
     "collapsed": "#8d8d8d",
     "diverged": "#d1495b",
 }
+#: Errors above this are drawn as this.
+_LARGEST = 10.0
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -70,6 +74,19 @@ def _band(axes: Axes, x: Sequence[float], rows: Sequence[Array], label: str, **s
     axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
+def _log_ticks(at: Axes) -> None:
+    """Plain numbers on a log axis, few enough to be read."""
+    low, high = at.get_xlim()
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    wide = math.log10(high / low) > 2.2
+    ticks = [m * 10.0**d for d in decades for m in ((1,) if wide else (1, 2, 5))]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    at.set_xticks(ticks if len(ticks) <= 7 else ticks[::2], minor=False)
+    at.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    at.xaxis.set_minor_formatter(NullFormatter())
+    at.set_xlim(low, high)
+
+
 def _rate(rate: float) -> str:
     return f"learning rate {rate:g}"
 
@@ -86,13 +103,15 @@ def grid(results: Results) -> Figure:
                 continue
             row = names.index(run.job["objective"])
             for k, rate in enumerate(run.rates):
-                error = run.final("error")[k]
+                # what is not finite, or off the page, is drawn at its edge
+                error = np.nan_to_num(run.final("error")[k], nan=_LARGEST).clip(max=_LARGEST)
                 color = ("#00798c", "#d1495b")[k]
                 y = row + (0.18 if k else -0.18) + 0 * error
                 at.plot(error, y, "o", color=color, markersize=3, alpha=0.7,
                         label=_rate(rate) if row == 0 else None)  # fmt: skip
         at.axvline(WRONG, color="gray", linewidth=0.8, linestyle=":")
         at.set(xscale="log", title=f"{target}, batch {batch}", xlabel="error of X(1→0)")
+        _log_ticks(at)
         at.set_yticks(range(len(names)), names)
         at.invert_yaxis()
     handles, labels = axes[0].get_legend_handles_labels()
@@ -174,7 +193,7 @@ def starts(results: Results) -> Figure:
             rows = np.mean([r.series("error")[:, k] for r in chosen], axis=0)
             _band(at, chosen[0].steps, list(rows), name, color=_COLORS.get(name, "#555555"))
         at.axhline(WRONG, color="gray", linewidth=0.8, linestyle=":")
-        at.set(title=f"from the {start}, {rates[k]:g}", xlabel="step", ylim=(0, 2.5))
+        at.set(title=f"from the {start}, rate {rates[k]:g}", xlabel="step", ylim=(0, 2.5))
     axes[0].set_ylabel("error of X(1→0)")
     axes[0].legend()
     return figure
@@ -287,7 +306,7 @@ def settings(results: Results) -> Figure:
     axes[0].axvline(mean_interval(base.final("error")).value, color="gray", linewidth=0.8)
     axes[0].set(title="one setting at a time", xlabel="error of X(1→0)")
     kinds: dict[str, Array] = {"the weights": np.mean([r.final("error")[0] for r in runs], axis=0)}
-    kinds |= {f"EMA {d}": np.mean([r.ema(d)[0] for r in runs], axis=0) for d in ("0.99", "0.999")}
+    kinds["their EMA"] = np.mean([r.ema()[0] for r in runs], axis=0)
     _dots(axes[1], kinds)
     axes[1].set(title="averaged weights, mean of all of these", xlabel="error of X(1→0)")
     return figure
@@ -319,6 +338,7 @@ def alarms(results: Results) -> Figure:
         for bound in signal:
             at.axvline(bound, color="black", linewidth=0.8)
         at.set(xscale="log", title=name.removeprefix("health_"), ylim=(-0.6, 1.6))
+        _log_ticks(at)
         at.label_outer()
     return figure
 

@@ -13,6 +13,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from cmpolicy.study.measure import outcome
+from cmpolicy.study.run_job import EMA_DECAY
 from cmpolicy.study.targets import Array
 from cmpolicy_eval.metrics import wilson_interval
 
@@ -94,9 +95,10 @@ class Run:
         """``median``, ``p99``, ``largest`` (of gradient norms) or ``loss``, (S, R, N)."""
         return self._shaped(self.raw["gradient"][name])
 
-    def ema(self, decay: str) -> Array:
+    def ema(self) -> Array:
         """Error of the averaged weights' map, (R, N)."""
-        return self._shaped([self.raw["ema"][decay]])[0]
+        averaged: Array = self._shaped([self.raw["ema"][str(EMA_DECAY)]])[0]
+        return averaged
 
     def outcomes(self) -> list[str]:
         """Of every network, by rate and seed."""

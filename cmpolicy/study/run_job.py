@@ -28,8 +28,8 @@ from cmpolicy.study.probes import run_probes
 from cmpolicy.study.targets import Target, get_target
 from cmpolicy.study.truth import Truth
 
-#: Decays of the averaged weights whose map is measured at the end beside the weights themselves.
-EMA_DECAYS = (0.99, 0.999)
+#: Decay of the averaged weights; until step n it is at most (1 + n) / (10 + n), as in training.
+EMA_DECAY = 0.999
 #: Time below which the constant map of a start is not followed: its output grows as 1 / t.
 _CONSTANT_FLOOR = 0.05
 CPU = torch.device("cpu")
@@ -84,7 +84,7 @@ def run_job(job: Job, truth: Truth, fit_steps: int) -> dict[str, Any]:
     source = Source(target, job.seeds, len(job.rates))
     rates = torch.tensor(job.rates).repeat_interleave(job.seeds)
     adam = StackAdam(stack, rates)
-    emas = {decay: [p.clone() for p in stack] for decay in EMA_DECAYS}
+    ema = [p.clone() for p in stack]
 
     due = sorted({round(share * job.steps) for share in job.stages})
     metrics: dict[str, list[list[float]]] = {}
@@ -102,13 +102,12 @@ def run_job(job: Job, truth: Truth, fit_steps: int) -> dict[str, Any]:
         if step == job.steps:
             break
         grads, values = gradient_step(objective, step / job.steps)(
-            stack, emas[EMA_DECAYS[0]], *source.batch(objective, job.batch)
+            stack, ema, *source.batch(objective, job.batch)
         )
         window.append(norms(grads))
         losses.append(values.detach())
         adam.step(grads, _schedule(step / job.steps))
-        for decay, ema in emas.items():
-            torch._foreach_lerp_(ema, stack, 1 - min(decay, (1 + step) / (10 + step)))
+        torch._foreach_lerp_(ema, stack, 1 - min(EMA_DECAY, (1 + step) / (10 + step)))
     result = {
         "job": asdict(job),
         "steps": due,
@@ -117,11 +116,10 @@ def run_job(job: Job, truth: Truth, fit_steps: int) -> dict[str, Any]:
         "metrics": metrics,
         "gradient": gradient,
         "ema": {
-            str(decay): [
+            str(EMA_DECAY): [
                 ruler.measure(flow_map_of(one_of(ema, i)), objective)["error"]
                 for i in range(len(seeds))
             ]
-            for decay, ema in emas.items()
         },
         "probes": probes,
         "seconds": time.perf_counter() - began,

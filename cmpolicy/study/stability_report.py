@@ -33,7 +33,10 @@ _TEXTS: Mapping[str, tuple[str, str]] = {
         "noise, in standard deviations of the data; a constant map has 1. Flow matching is sampled "
         "in ten steps, the others in one.",
     ),
-    "grid": ("Every network", "A dot is a network; errors right of the dotted line are wrong."),
+    "grid": (
+        "Every network",
+        "A dot is a network; errors right of the dotted line are wrong, above 10 drawn as 10.",
+    ),
     "picture": (
         "The maps themselves, in one dimension",
         "Two Gaussians, batch 32. A line is a network.",
