@@ -54,7 +54,15 @@ def draw(name: str, results: Results) -> tuple[str, bytes]:
     # hundredths of a point, and few colours: nothing to see, and half the size
     smaller = io.BytesIO()
     Image.open(png).convert("RGB").quantize(64).save(smaller, format="png", optimize=True)
-    return re.sub(r"(\d\.\d\d)\d+", r"\1", svg.getvalue()), smaller.getvalue()
+    return _ROUNDED.sub(_round, svg.getvalue()), smaller.getvalue()
+
+
+#: Places in an SVG; the words in it are left as they are.
+_ROUNDED = re.compile(r'\b(?:d|x|y|transform)="[^"]*"')
+
+
+def _round(found: re.Match[str]) -> str:
+    return re.sub(r"(\d\.\d\d)\d+", r"\1", found[0])
 
 
 def _axes(columns: int, width: float, height: float = 2.9) -> tuple[Figure, list[Axes]]:

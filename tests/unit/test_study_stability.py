@@ -14,7 +14,6 @@ from torch import Tensor
 
 from cmpolicy.flow.flow_map import derivative_difference, derivative_jvp
 from cmpolicy.flow.objectives import Draws, build_objective
-from cmpolicy.study.claims import above
 from cmpolicy.study.jobs import Job, jobs_of, jump_objectives, makes_jumps
 from cmpolicy.study.measure import Ruler, outcome
 from cmpolicy.study.nets import StackAdam, flow_map_of, init_nets, norms, one_of
@@ -24,6 +23,7 @@ from cmpolicy.study.results import Interval, mean_interval, ratio_interval, shar
 from cmpolicy.study.run_job import gradient_step, run_job
 from cmpolicy.study.targets import get_target
 from cmpolicy.study.truth import make_truth
+from cmpolicy.study.verdicts import above
 
 
 def _batch(models: int, size: int = 16, dim: int = 2) -> tuple[Tensor, ...]:
