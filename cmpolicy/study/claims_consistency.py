@@ -17,7 +17,7 @@ from cmpolicy.study.results import (
     share_interval,
 )
 from cmpolicy.study.targets import Array
-from cmpolicy.study.verdicts import FAIL_RULE, Claim, Verdict, above
+from cmpolicy.study.verdicts import FAIL_RULE, Claim, Verdict, above, compare_failures
 
 
 def _consistency(results: Results) -> Claim:

@@ -14,7 +14,7 @@ from cmpolicy.study.results import (
     ratio_interval,
     share_interval,
 )
-from cmpolicy.study.verdicts import FAIL_RULE, Claim, Verdict, above, failures
+from cmpolicy.study.verdicts import FAIL_RULE, Claim, Verdict, above, compare_failures, failures
 
 
 def _length_ratio(results: Results, length: float) -> Interval:

@@ -89,7 +89,7 @@ def _log_ticks(at: Axes) -> None:
     wide = math.log10(high / low) > 2.2
     ticks = [m * 10.0**d for d in decades for m in ((1,) if wide else (1, 2, 5))]
     ticks = [tick for tick in ticks if low <= tick <= high]
-    at.set_xticks(ticks if len(ticks) <= 7 else ticks[::2], minor=False)
+    at.set_xticks(ticks if len(ticks) <= 5 else ticks[::2], minor=False)
     at.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
     at.xaxis.set_minor_formatter(NullFormatter())
     at.set_xlim(low, high)
