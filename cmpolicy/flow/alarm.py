@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cmpolicy.flow.sampler import SamplerKind
+from cmpolicy.flow.sampler import SamplerKind, get_sampler
 
 #: Samples given one observation vary less than all data together; some is the noise of a short run.
 MAX_VARIANCE_RATIO = 1.5
@@ -40,6 +40,8 @@ def health_alarm(metrics: Mapping[str, float], kind: SamplerKind) -> str | None:
         metrics: ``health_*`` of an evaluation, as logged; those that are missing say nothing.
         kind: how samples are made. Jumps are judged only where they are sampled with.
     """
+    if not get_sampler(kind).is_random:  # one answer is what it is meant to give
+        return None
     ratio = metrics.get("health_variance_ratio")
     if ratio is not None and not ratio <= MAX_VARIANCE_RATIO:  # a NaN is no good ratio either
         return (

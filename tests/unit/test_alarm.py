@@ -44,11 +44,16 @@ def test_one_warning_names_metric_value_and_setting(name: str, value: float, wor
     assert "optim.lr" in text
 
 
-@pytest.mark.parametrize("kind", ["diagonal", "restart", "mip", "ddpm"])
+@pytest.mark.parametrize("kind", ["diagonal", "restart", "ddpm", "ddim"])
 def test_jumps_are_judged_only_where_they_are_sampled_with(kind: Any) -> None:
     """Flow matching does not train them: whatever they are, its samples may be fine."""
     assert health_alarm({**HEALTHY, "health_semigroup": 5.0}, kind) is None
     assert health_alarm({**HEALTHY, "health_variance_ratio": 5.0}, kind) is not None
+
+
+@pytest.mark.parametrize("kind", ["regression", "mip"])
+def test_one_answer_is_what_some_are_meant_to_give(kind: Any) -> None:
+    assert health_alarm({"health_variance_ratio": 0.0}, kind) is None
 
 
 def test_early_and_short_runs_say_nothing() -> None:
