@@ -31,6 +31,7 @@ class DummyRobot(Robot):
         super().__init__(config)
         self.told: list[list[float]] = []
         self.connected = False
+        self.cameras: dict[str, Any] = {}
 
     observation_features: ClassVar = {"a.pos": float, "b.pos": float}
     action_features: ClassVar = observation_features

@@ -159,8 +159,8 @@ def test_no_network_and_nothing_cached(
     status, _, err = run(capsys, "convert", "lerobot", "me/data")
     assert status == 2
     assert f"There is no LeRobot data set at {tmp_path / 'me/data'}" in err
-    assert f"nor at {tmp_path / 'hf/lerobot/me/data'}" in err
-    assert "could not be fetched from the hub: no route. For a private one log in" in err
+    assert f"at {tmp_path / 'hf/lerobot/me/data'}, nor in the hub's caches" in err
+    assert "could not be fetched from the hub: no route. Without a network" in err
     status, _, err = run(capsys, "convert", "lerobot", "no/such/folder")
     assert status == 2
     assert "There is no folder no/such/folder" in err

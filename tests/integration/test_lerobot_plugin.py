@@ -257,6 +257,7 @@ def test_lerobot_record_with_the_policy(run: Run, from_state: Path, tmp_path: Pa
         "--dataset.reset_time_s=0",
         "--dataset.fps=10",
         "--dataset.push_to_hub=false",
+        "--play_sounds=false",
     )
     read(tmp_path / "recorded", tmp_path / "x.zarr")
     buffer = ReplayBuffer.open(tmp_path / "x.zarr")
