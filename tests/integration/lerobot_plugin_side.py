@@ -94,7 +94,7 @@ def refuse(checkpoint: Path, out: Path) -> None:
         lambda: policy.predict_action_chunk(seen, prev_chunk_left_over=torch.zeros(8, 2)),
         policy.init_rtc_processor,
     ):
-        policy.config.rtc_config = RTCConfig()
+        policy.config.rtc_config = RTCConfig(enabled=True)
         try:
             chunking()
         except ValueError as error:

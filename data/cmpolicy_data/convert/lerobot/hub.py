@@ -65,23 +65,23 @@ def _fetch(repo_id: str, revision: str | None, own: Path) -> Found:
     wanted: dict[str, Any] = {"repo_type": "dataset", "allow_patterns": list(_FILES)}
     try:
         # asked first, since snapshot_download's own question has no time limit
-        info = HfApi().repo_info(repo_id, repo_type="dataset", revision=revision, timeout=_TIMEOUT)
-        commit = info.sha
+        HfApi().repo_info(repo_id, repo_type="dataset", revision=revision, timeout=_TIMEOUT)
     except Exception as error:  # the hub's own and the HTTP library's errors share no other base
         cached = _cached(repo_id, revision)
         if cached is None:
             raise _not_fetched(repo_id, revision, own, error) from error
         return Found(cached, repo_id, cached.name)
-    wanted |= {"revision": commit, "etag_timeout": _TIMEOUT}
+    # by the branch's name, under which it is looked for where there is no network
+    wanted |= {"revision": revision, "etag_timeout": _TIMEOUT}
     try:
-        folder = Path(snapshot_download(repo_id, **(wanted | {"allow_patterns": list(_META)})))
-        check_version(folder)  # before the bulk of it
-        snapshot_download(repo_id, **wanted)
+        first = snapshot_download(repo_id, **(wanted | {"allow_patterns": list(_META)}))
+        check_version(Path(first))  # before the bulk of it
+        folder = Path(snapshot_download(repo_id, **wanted))
     except LeRobotError:
         raise
     except Exception as error:
         raise _not_fetched(repo_id, revision, own, error) from error
-    return Found(folder, repo_id, commit)
+    return Found(folder, repo_id, folder.name)
 
 
 def _cached(repo_id: str, revision: str | None) -> Path | None:
