@@ -27,6 +27,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "serve": ("serve", "serve a policy over WebSocket"),
     "publish": ("publish", "write the bundle to hand out, with its results in the card"),
     "bench": ("bench", "measure steps, latency, rollouts, the control loop and the server"),
+    "study": ("study", "train by every objective, and check what is claimed of them"),
     "demo": ("demo", "train a one-step policy in minutes, score it and film it"),
     "robot-demo": ("robot_demo", "drive a simulated robot in real time and film it"),
 }

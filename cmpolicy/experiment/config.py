@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
 
 from cmpolicy.flow.objectives import OBJECTIVES, Objective, build_objective
-from cmpolicy.flow.sampler import SamplerKind
+from cmpolicy.flow.sampler import SamplerKind, get_sampler
 from cmpolicy.nn.encoders.state import StateEncoderConfig
 from cmpolicy.nn.registry import (
     ENCODERS,
@@ -241,8 +241,23 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         try:
             self.build()
+            get_sampler(self.sampler_kind)
         except (ValueError, TypeError) as error:
             raise ConfigError(str(error)) from error
+
+    def evaluations(self, nfe: int | None) -> int:
+        """``nfe``, or the objective's own number of network evaluations."""
+        return choose(OBJECTIVES, self.name, "objective").nfe if nfe is None else nfe
+
+    def check_evaluations(self, nfe: int | None) -> None:
+        """Raise ConfigError for a number of evaluations that the sampler cannot do."""
+        try:
+            get_sampler(self.sampler_kind).grid(self.evaluations(nfe))
+        except ValueError as error:
+            raise ConfigError(
+                f"eval.nfe={nfe} does not go with objective={self.name}, whose sampler is "
+                f"{self.sampler_kind}: {error}"
+            ) from error
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any], *, where: str = "objective") -> ObjectiveConfig:
@@ -290,15 +305,14 @@ class TrainConfig(LoopConfig):
             self.net.check_horizon(self.policy.horizon)
         except ValueError as error:
             raise ConfigError(f"policy.{error}") from error
+        self.objective.check_evaluations(self.eval.nfe)
         if self.control_hz is not None:
             positive("control_hz", self.control_hz)
 
     @property
     def nfe(self) -> int:
         """Network evaluations of the policy: ``eval.nfe``, or the objective's own number."""
-        if self.eval.nfe is not None:
-            return self.eval.nfe
-        return choose(OBJECTIVES, self.objective.name, "objective").nfe
+        return self.objective.evaluations(self.eval.nfe)
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any]) -> Self:

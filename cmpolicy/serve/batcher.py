@@ -77,7 +77,7 @@ class Batcher:
         """
         spec = self._policy.spec
         obs = spec.zeros()
-        noise = np.zeros((1, spec.horizon, spec.action_dim), np.float32)
+        noise = np.zeros((1, *spec.noise_shape), np.float32)
         for _ in range(3):
             await self.infer(Request(obs, noise, is_batch=False))
 

@@ -168,7 +168,7 @@ class RemotePolicy:
 
         Args:
             obs: (B, To, ...) per key, oldest first.
-            noise: (B, T, A) standard normal; the server draws it if it is not given.
+            noise: (B, *spec.noise_shape) standard normal; the server draws it if it is not given.
 
         Raises:
             SpecError: an observation or noise that does not fit; nothing was sent.
@@ -183,7 +183,7 @@ class RemotePolicy:
             if arrays["noise"].shape != expected:
                 raise SpecError(
                     f"noise has shape {arrays['noise'].shape}, expected {expected} "
-                    "(batch, horizon, action_dim)"
+                    "(batch, *spec.noise_shape)"
                 )
         size = int(self.metadata.get("max_batch", rows))
         parts = []

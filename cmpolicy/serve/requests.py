@@ -11,7 +11,8 @@ and beside them, each optional:
     step   a whole number: the control step (at the policy's rate) of the one observed step
     reset  true: a new episode begins, with this observation if there is one
     seed   a whole number: the session's noise starts again from this seed
-    noise  (T, A), or (B, T, A) for a batch: standard normal, instead of the session's own
+    noise  (T, A), or (B, T, A) for a batch: standard normal, instead of the session's own;
+           (K, T, A) and (B, K, T, A) where the policy's sampler takes K > 1 draws
 
 Other keys (a prompt, images that this policy does not use) are ignored; the server logs them once
 per session. Lists of numbers and plain numbers are accepted where an array is meant.
@@ -196,9 +197,7 @@ class Session:
         if reset:
             self._seen = []
         if noise is None:
-            noise = self._rng.standard_normal(
-                (rows, self.spec.horizon, self.spec.action_dim), dtype=np.float32
-            )
+            noise = self._rng.standard_normal((rows, *self.spec.noise_shape), dtype=np.float32)
         if form == "step":
             steps = self._history(number, steps)
         if form != "batch":
@@ -259,10 +258,11 @@ class Session:
     def _shaped_noise(
         self, noise: NDArray[np.float32], rows: int, *, is_batch: bool
     ) -> NDArray[np.float32]:
-        shape = (self.spec.horizon, self.spec.action_dim)
+        shape = self.spec.noise_shape
         expected = (rows, *shape) if is_batch else shape
         if noise.shape != expected:
-            names = "(batch, horizon, action_dim)" if is_batch else "(horizon, action_dim)"
+            draws = "draws of noise, " if self.spec.n_noises > 1 else ""
+            names = f"({'batch, ' if is_batch else ''}{draws}horizon, action_dim)"
             raise RequestError(f"noise has shape {noise.shape}, expected {expected} {names}")
         return noise.reshape(rows, *shape)
 

@@ -44,6 +44,28 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def nested_bootstrap_interval(
+    values: ArrayLike, *, n_resamples: int = 4000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Percentile bootstrap interval of the mean of ``values`` (groups, n), both resampled.
+
+    Groups (training seeds) are drawn with replacement, then entries (episodes) within each that was
+    drawn. With few groups the interval is too narrow, as any from so few is.
+    """
+    sample = np.asarray(values, dtype=np.float64)
+    if sample.ndim != 2 or sample.size == 0:
+        raise ValueError(f"nested_bootstrap_interval: need (groups, n) values; got {sample.shape}")
+    rng = np.random.default_rng(seed)
+    groups, n = sample.shape
+    means: NDArray[np.float64] = np.empty(n_resamples)
+    for i in range(n_resamples):
+        chosen = rng.integers(groups, size=groups)
+        index = rng.integers(n, size=(groups, n))
+        means[i] = sample[chosen[:, None], index].mean()
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
 def paired_share_interval(first: ArrayLike, second: ArrayLike, z: float = Z95) -> Interval:
     """Interval of the difference of two shares (first minus second) on the same n subjects.
 

@@ -1,4 +1,4 @@
-"""How much the attacks do: little in the suite, a thousand times as much in ``make attack``."""
+"""How much the attacks do: little in the suite, at scale 1000 what ``make attack`` promises."""
 
 import pytest
 

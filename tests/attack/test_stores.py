@@ -236,7 +236,7 @@ class TestSeal:
         assert set(seal(path)) == {"data/action", "data/state", "meta/episode_ends"}
         assert messages(path) == ""
         files = sorted(p for g in ("data", "meta") for p in (path / g).rglob("*.*[0-9y]"))
-        for _ in range(40 * attack_scale):
+        for _ in range(40 * min(attack_scale, 250)):
             file = files[RNG.integers(len(files))]
             before = file.read_bytes()
             kind = RNG.integers(3)

@@ -275,7 +275,7 @@ def test_wrong_noise_and_steps() -> None:
     obs = _obs(policy, 2)
     with pytest.raises(SpecError, match=r"noise has shape \(1, 8, 2\), expected \(2, 8, 2\)"):
         policy.predict_action_chunk(obs, noise=_noise(policy, 1))
-    with pytest.raises(ValueError, match="nfe=0.*at least 1"):
+    with pytest.raises(ValueError, match=r"nfe=0.*at least 1"):
         policy.predict_action_chunk(obs, nfe=0)
     with pytest.raises(ValueError, match="unknown sampler 'heun'"):
         policy.predict_action_chunk(obs, sampler="heun")  # type: ignore[arg-type]

@@ -8,12 +8,11 @@ from functools import partial
 from typing import Any, Literal
 
 from cmpolicy.experiment.config import ObjectiveConfig
-from cmpolicy.flow.objectives import OBJECTIVES
 from cmpolicy.image.datasets.data import ImageDataConfig
 from cmpolicy.image.guidance import USUAL_DROPOUT, Guidance
 from cmpolicy.image.model import check_derivative
 from cmpolicy.image.net import KINDS, ImageNetConfig
-from cmpolicy.schema import ConfigError, at_least, choose, complete, from_mapping
+from cmpolicy.schema import ConfigError, at_least, complete, from_mapping
 from cmpolicy.training.config import EvalSchedule, LogConfig, LoopConfig, OptimConfig
 
 
@@ -100,7 +99,7 @@ class ImageTrainConfig(LoopConfig):
     @property
     def nfe(self) -> int:
         """Network evaluations of the model: ``eval.nfe``, or the objective's own number."""
-        return self.eval.nfe or choose(OBJECTIVES, self.objective.name, "objective").nfe
+        return self.objective.evaluations(self.eval.nfe)
 
     @classmethod
     def complete(cls, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,6 +113,12 @@ class ImageTrainConfig(LoopConfig):
             check_derivative(self.objective.build(), self.net.config)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        self.objective.check_evaluations(self.eval.nfe)
+        if self.guidance != 1 and not self.objective.build().learns_velocity:
+            raise ConfigError(
+                f"guidance={self.guidance} changes the velocity that is learned, and "
+                f"objective={self.objective.name} learns none; set guidance=1"
+            )
 
     @property
     def guide(self) -> Guidance:

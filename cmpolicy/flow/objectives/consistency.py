@@ -45,6 +45,7 @@ class ConsistencyTraining(Eulerian):
     weight_power: float = 1.0
 
     sampler: ClassVar[SamplerKind] = "restart"
+    learns_velocity: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,6 +86,7 @@ class DiscreteConsistencyTraining(TwoTimes):
     weight_power: float = 1.0
 
     sampler: ClassVar[SamplerKind] = "restart"
+    learns_velocity: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -110,7 +110,7 @@ class Objective(ABC):
 
     sampler: ClassVar[SamplerKind] = "flow_map"
     nfe: ClassVar[int] = 1
-    #: Whether the network learns a velocity, which guidance (``velocity_target``) can change.
+    #: Whether F(x, t, t) learns the velocity, which guidance (``velocity_target``) can change.
     learns_velocity: ClassVar[bool] = True
 
     def __post_init__(self) -> None:  # noqa: B027  # a chain of checks ends here
@@ -150,7 +150,8 @@ class Objective(ABC):
         """
         examples = Examples(x, features, draws, **rest)
         if examples.velocity_target is not None and not self.learns_velocity:
-            raise ValueError(f"{type(self).__name__} learns no velocity, so it cannot be guided")
+            name = type(self).__name__
+            raise ValueError(f"{name} learns no velocity F(x, t, t), so it cannot be guided")
         return self.loss(flow_map, examples)
 
 

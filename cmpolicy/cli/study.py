@@ -1,0 +1,70 @@
+"""``cmpolicy study``: the paper's claims on problems whose solution is known."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from cmpolicy.cli.parse import Composition, describe, split
+from cmpolicy.experiment.config import TrainConfig
+from cmpolicy.schema import ConfigError, choose
+from cmpolicy.study.objectives import STUDY_FILE, ObjectivesSettings, study_objectives
+from cmpolicy.study.objectives_report import write_report
+
+_HEADER = """\
+usage: cmpolicy study COMMAND [key=value ...]
+
+Train small networks on problems whose solution is known, and see which claims hold; or train
+policies by every objective, alike in all else.
+
+commands:
+  objectives  policies by every objective on the same network, data, examples and seeds: success by
+              number of evaluations, gradient norms, time, memory. Takes every setting of
+              `cmpolicy train` as well: task=lift preset=standard net=tiny
+
+`cmpolicy study COMMAND --help` lists its settings."""
+_SETTINGS = {"objectives": ObjectivesSettings}
+_TRAINING = Composition(TrainConfig, extra={})
+
+
+def help_text(words: Sequence[str]) -> str:
+    """Of the study among the words, or of all."""
+    if words and words[0] in _SETTINGS:
+        return describe(_SETTINGS[words[0]], f"usage: cmpolicy study {words[0]} [key=value ...]")
+    return _HEADER
+
+
+def run(words: Sequence[str]) -> int:
+    """Run the study; the exit status."""
+    if not words:
+        raise ConfigError(f"which study? Choose one of {', '.join(_SETTINGS)}")
+    name, *rest = words
+    choose(_SETTINGS, name, "study")
+    _objectives(rest, shlex.join(["cmpolicy", "study", *words]))
+    return 0
+
+
+def _objectives(words: Sequence[str], command: str) -> None:
+    settings, others = split(ObjectivesSettings, words)
+    for word in others:
+        key = word.partition("=")[0]
+        if key == "objective" or key.startswith("objective."):
+            raise ConfigError(
+                f"{word}: the study chooses the objective; name those to compare in "
+                "objectives=[isd,fm]. Each has the settings of its YAML"
+            )
+        if key == "seed":
+            raise ConfigError(f"{word}: training seeds are given as seeds=[0,1,2]")
+    configs = {
+        name: TrainConfig.from_mapping(
+            _TRAINING.compose([*others, f"objective={name}", "eval.episodes=0"])
+        )
+        for name in settings.names
+    }
+    runs = study_objectives(settings, configs, command=command)
+    out = Path(settings.out).expanduser()
+    commands = json.loads((out / STUDY_FILE).read_text())["commands"]
+    print(write_report(runs, out, list(dict.fromkeys(commands))))
+    print(f"written to {out / 'table.md'} and {out / 'objectives.png'}")

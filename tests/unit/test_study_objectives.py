@@ -1,0 +1,85 @@
+"""The table of the objectives study, and which evaluations it makes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cmpolicy.experiment.config import ObjectiveConfig
+from cmpolicy.study.objectives import RunScores, Scores, evaluations
+from cmpolicy.study.objectives_report import markdown, plot, rows
+from cmpolicy_eval.metrics import bootstrap_interval, nested_bootstrap_interval
+
+
+def _run(name: str, seed: int, success: list[bool], *, diverged: int | None = None) -> RunScores:
+    scores = (Scores("flow_map", 1, tuple(success), tuple(map(float, success))),)
+    return RunScores(
+        name,
+        seed,
+        diverged,
+        {"median": 1.0, "largest": 9.0},
+        12.0,
+        500.0,
+        {"health_map_error": 0.5},
+        () if diverged is not None else scores,
+    )
+
+
+def test_a_run_that_diverged_counts() -> None:
+    good, bad = [True] * 4, [False] * 4
+    (row,) = rows([_run("ct", 0, good), _run("ct", 1, bad), _run("ct", 2, good, diverged=640)])
+    assert row.success == pytest.approx(1 / 3)
+    assert sorted(row.by_seed) == [0.0, 0.0, 1.0]
+    assert row.success_ci95[0] == 0.0
+    assert row.success_ci95[1] == 1.0
+    text = markdown([_run("ct", 0, good), _run("ct", 1, good, diverged=640)])
+    line = next(line for line in text.splitlines() if line.startswith("| ct") and " 9 " in line)
+    assert [cell.strip() for cell in line.split("|")][2:4] == ["2", "1"]
+
+
+def test_objectives_without_a_trained_run_stay_in_the_table(tmp_path: Path) -> None:
+    runs = [_run("isd", 0, [True, False]), _run("esd", 0, [], diverged=128)]
+    text = markdown(runs)
+    assert any(line.startswith("| esd") and "| -" in line for line in text.splitlines())
+    assert plot(runs, tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_nested_interval_counts_both_levels() -> None:
+    rng = np.random.default_rng(0)
+    same = rng.random((1, 200)).repeat(3, axis=0)
+    flat = bootstrap_interval(same[0], n_resamples=4000)
+    nested = nested_bootstrap_interval(same)
+    assert nested[1] - nested[0] == pytest.approx((flat[1] - flat[0]) / 3**0.5, rel=0.1)
+    apart = np.stack([same[0] * 0, same[0] * 0 + 1, same[0] * 0 + 0.5])
+    low, high = nested_bootstrap_interval(apart)
+    assert low < 0.1  # three seeds that differ say little
+    assert high > 0.9
+    with pytest.raises(ValueError, match="groups, n"):
+        nested_bootstrap_interval(np.zeros(4))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("isd", [("flow_map", 1), ("flow_map", 4)]),
+        ("fm", [("diagonal", 1), ("diagonal", 4), ("diagonal", 10)]),
+        ("ct", [("restart", 1), ("restart", 4)]),
+        ("regression", [("regression", 1)]),
+        ("mip", [("mip", 2)]),
+        ("ddpm", [("ddim", 1), ("ddim", 4), ("ddpm", 100)]),
+    ],
+)
+def test_evaluations_that_the_sampler_can_do(name: str, expected: list[tuple[str, int]]) -> None:
+    assert evaluations(ObjectiveConfig.from_mapping({"name": name}), (1, 4)) == expected
+
+
+def test_results_read_back(tmp_path: Path) -> None:
+    import dataclasses
+
+    run = _run("isd", 3, [True, False])
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(dataclasses.asdict(run)))
+    assert RunScores.load(path) == run
