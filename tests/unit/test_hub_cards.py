@@ -10,6 +10,7 @@ from huggingface_hub import DatasetCard, ModelCard
 from huggingface_hub.utils import validate_repo_id
 
 from cmpolicy.policy.card import with_header
+from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy_data import ReplayBuffer
 
 
@@ -63,3 +64,15 @@ def test_a_data_set_has_lerobots_tags_and_files(tmp_path: Path, license: str | N
     assert files == [tmp_path / "d/data/chunk-000/file-000.parquet"]
     assert "1 episodes, 5 steps at 10 per second" in card.text
     assert "- lift: a \\x1b[31mcube" in card.text
+
+
+def test_every_bundle_that_is_written_has_the_header(tmp_path: Path):
+    """So one that ``push_to_hub`` uploads has it."""
+    policy = ConsistencyPolicy.from_pretrained("pusht")
+    policy.save_pretrained(tmp_path / "mine", metadata={"config": {"data": {"repo_id": "me/arm"}}})
+    data = ModelCard.load(tmp_path / "mine/README.md").data
+    assert (data.library_name, data.pipeline_tag, data.datasets) == (
+        "cmpolicy",
+        "robotics",
+        "me/arm",
+    )
