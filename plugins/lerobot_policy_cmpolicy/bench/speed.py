@@ -65,6 +65,7 @@ def steps(data: Path, folder: Path) -> dict[str, Callable[[], object]]:
         "net": {"kind": "unet1d"},
         "batch_size": BATCH,
         "device": "cpu",
+        "precision": "fp32",  # lerobot-train's
     }
     config = TrainConfig.from_mapping(TrainConfig.complete(settings))
     accelerator = make_accelerator(config)

@@ -94,6 +94,7 @@ def _cached(repo_id: str, revision: str | None) -> Path | None:
                 repo_id,
                 repo_type="dataset",
                 revision=revision,
+                allow_patterns=list(_FILES),  # the library misses others that were not fetched
                 local_files_only=True,
                 cache_dir=cache,
             )
