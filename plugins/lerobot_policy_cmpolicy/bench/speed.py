@@ -1,7 +1,8 @@
 """Times of a training step and of a chunk, in LeRobot and without, in turn in one process.
 
 ``python speed.py DATA OUT.json [ROUNDS]`` in LeRobot's environment; DATA is what pusht_data.py
-writes. One thread; medians, and ratios taken round by round, since other work shares the machine.
+writes. Milliseconds of the processor, one thread, since other work shares the machine (on an idle one
+they are those of the clock, which are noted, too); medians, and ratios taken round by round.
 """
 
 from __future__ import annotations
@@ -33,26 +34,30 @@ from cmpolicy.training.trainer import Trainer
 BATCH = 64
 
 
-def in_turn(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each, round by round; two rounds before are not counted."""
-    took: dict[str, list[float]] = {name: [] for name in runs}
+Times = dict[str, list[tuple[float, float]]]
+
+
+def in_turn(runs: dict[str, Callable[[], object]], rounds: int) -> Times:
+    """Milliseconds of processor and clock, round by round; two rounds before do not count."""
+    took: Times = {name: [] for name in runs}
     for number in range(rounds + 2):
         for name in list(runs) if number % 2 else list(reversed(runs)):
-            began = time.perf_counter()
+            began, clock = time.process_time(), time.perf_counter()
             runs[name]()
+            ends = time.process_time() - began, time.perf_counter() - clock
             if number >= 2:
-                took[name].append((time.perf_counter() - began) * 1e3)
+                took[name].append((ends[0] * 1e3, ends[1] * 1e3))
     return took
 
 
-def summary(took: dict[str, list[float]], reference: str) -> dict[str, Any]:
-    """Medians, and the median ratio to one of them."""
+def summary(took: Times) -> dict[str, Any]:
+    """Medians, and the median ratio of processor times to the first one's."""
+    first = next(iter(took.values()))
     return {
         name: {
-            "ms": round(median(values), 3),
-            f"times_{reference}": round(
-                median(a / b for a, b in zip(values, took[reference], strict=True)), 3
-            ),
+            "ms": round(median(cpu for cpu, _ in values), 3),
+            "clock_ms": round(median(clock for _, clock in values), 3),
+            "ratio": round(median(a[0] / b[0] for a, b in zip(values, first, strict=True)), 3),
         }
         for name, values in took.items()
     }
@@ -151,8 +156,8 @@ def main(data: Path, out: Path, rounds: int = 30) -> None:
         "command": f"python speed.py DATA OUT.json {rounds}",
         "machine": machine(),
         "batch": BATCH,
-        "step": summary(step, "cmpolicy train: step with its data"),
-        "chunk": summary(chunk, "cmpolicy infer"),
+        "step": summary(step),
+        "chunk": summary(chunk),
     }
     out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
