@@ -78,6 +78,29 @@ def read_numbers(
     return numbers
 
 
+def read_plan(spec: PolicySpec, value: Any, rows: int) -> Array:
+    """Running plans, one a row, as a new float64 array (B, T, A); a row of NaN stands for none.
+
+    Raises:
+        ObservationError: not numbers, another shape, or a row with some numbers that are not
+            finite.
+    """
+    array = np.array(_array("plan", value), np.float64)
+    want = (rows, *spec.noise_shape_of(1))
+    if array.shape != want:
+        raise ObservationError(
+            f"plan has shape {array.shape}, expected {want} (batch, horizon, action_dim): the plan "
+            "of the decision before as spec.shifted(plan, steps) gives it"
+        )
+    bad = ~(np.isfinite(array).all((1, 2)) | np.isnan(array).all((1, 2)))
+    if bad.any():
+        raise ObservationError(
+            f"plan holds NaN or infinite numbers in row {int(bad.argmax())}; a row holds numbers, "
+            "or NaN alone where there is no plan yet"
+        )
+    return array
+
+
 def read_frames(
     what: str, value: Any, shape: tuple[int, ...], *, resize: bool = False
 ) -> npt.NDArray[np.uint8]:

@@ -144,10 +144,11 @@ class PolicySpec:
         }
 
     def message_bytes(self) -> int:
-        """Bytes of one history and its noise: float64 for a number, one for a grey level."""
+        """Bytes of one history, its noise and its plan: 8 for a number, one for a grey level."""
         sizes = {key: int(np.prod(shape)) for key, shape in self.obs.items()}
         step = sum(n if key in self.images else 8 * n for key, n in sizes.items())
-        return self.n_obs_steps * step + 8 * int(np.prod(self.noise_shape))
+        numbers = int(np.prod(self.noise_shape)) + self.horizon * self.action_dim
+        return self.n_obs_steps * step + 8 * numbers
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
@@ -163,6 +164,25 @@ class PolicySpec:
     def n_plan_steps(self) -> int:
         """P = T - To + 1: predicted actions from the newest observation on, at least Ta."""
         return self.horizon - self.n_obs_steps + 1
+
+    def shifted(self, plan: npt.NDArray[Any], steps: int) -> npt.NDArray[Any]:
+        """A plan of ``steps`` steps ago as a trajectory of now: what a warm start begins from.
+
+        Args:
+            plan: (P, A), every action from the observation of that time on.
+            steps: control steps that have passed since, at least 0.
+
+        Returns:
+            (T, A): what the plan held for each step of the present window. Steps before its first
+            action have the first, steps beyond its last one the last. NaN, which stands for no
+            plan, where it ended before now.
+        """
+        if steps > len(plan):
+            return np.full(self.noise_shape_of(1), np.nan)
+        first = steps - self.n_obs_steps + 1
+        rows = np.arange(first, first + self.horizon).clip(0, len(plan) - 1)
+        trajectory: npt.NDArray[Any] = plan[rows]
+        return trajectory
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form; :meth:`from_dict` is its inverse."""
@@ -262,6 +282,23 @@ class PolicySpec:
                 list(unknown),
                 sorted(self.obs),
             )
+
+
+def check_warm_start(value: float | None) -> float | None:
+    """A start time of decisions that have a plan, in (0, 1], or None for no warm start.
+
+    Raises:
+        ValueError: anything else, such as NaN.
+    """
+    if value is None:
+        return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= 1:
+        raise ValueError(
+            f"warm_start={value!r} must be a time in (0, 1]: near 0 a decision stays with the plan "
+            "before it, at 1 it begins from noise alone; leave it out for no warm start"
+        )
+    return float(value)
 
 
 #: Sets of ignored keys that were logged in this process.

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cmpolicy.robot.policy import ChunkPolicy, plan_window
+from cmpolicy.robot.policy import ChunkPolicy, plan_window, warm_plan
 from cmpolicy.robot.schedule import Planner, Schedule
-from cmpolicy.robot.worker import NoiseSource
+from cmpolicy.robot.worker import NoiseSource, ask
 from cmpolicy_envs.realtime_pusht import CONTROL_HZ, SUBSTEPS, LateActions
 from cmpolicy_eval.episode import ChunkOutcome
 from cmpolicy_eval.policy import check_policy_fits
@@ -176,8 +176,13 @@ def _infer(
     noise = np.zeros((BATCH_SIZE, *policy.spec.noise_shape), np.float32)
     for row, slot in zip(noise, due, strict=False):
         row[...] = slot.noise.draw()[0]
+    before = [warm_plan(policy, slot.planner.running(tick)) for slot in due]
+    none = np.full((1, *policy.spec.noise_shape), np.nan)
+    plan = np.concatenate([none if each is None else each for each in before])
+    rest = none.repeat(BATCH_SIZE - len(due), 0)
+    is_warm = any(each is not None for each in before)
     start = time.perf_counter()
-    plans = policy.infer_plan(obs, noise)
+    plans = ask(policy, obs, noise, np.concatenate([plan, rest]) if is_warm else None)
     elapsed_ms = (time.perf_counter() - start) * 1e3
     for plan, slot in zip(plans, due, strict=False):
         slot.planner.begin(tick)

@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cmpolicy.export.kernels import prepare
 from cmpolicy.export.onnx import open_session
@@ -22,8 +22,7 @@ from cmpolicy.export.pt2 import Pt2Policy
 from cmpolicy.export.runtime import open_exported
 from cmpolicy.export.write import Format, export_policy, quiet
 from cmpolicy.flow.flow_map import FlowMap, Network
-from cmpolicy.nn.conv import by_product
-from cmpolicy.nn.unet1d import Kernels, UNet1D
+from cmpolicy.nn.unet1d import UNet1D
 from cmpolicy.policy.policy import ConsistencyPolicy
 
 Array = npt.NDArray[Any]
@@ -98,7 +97,8 @@ class ExportedRuntimes:
 
     @cached_property
     def _exported_network(self) -> Network:
-        module = _TimedNetwork(self._policy, is_image=self._format == "onnx").eval()
+        net = cast(UNet1D, copy.deepcopy(self._policy.net))
+        module = net.at_any_times(prepare if self._format == "onnx" else None).eval()
         spec = self._policy.spec
         feature_dim = int(cast(Any, self._policy.encoder).feature_dim)
         x = torch.zeros(1, spec.horizon, spec.action_dim)
@@ -120,24 +120,6 @@ class ExportedRuntimes:
             return torch.from_numpy(session.run(None, feeds)[0])
 
         return run
-
-
-class _TimedNetwork(nn.Module):
-    """The U-Net with its times as inputs, by the kernels of an export."""
-
-    def __init__(self, policy: ConsistencyPolicy, *, is_image: bool) -> None:
-        super().__init__()
-        self.unet = cast(UNet1D, copy.deepcopy(policy.net))
-        self.is_image = is_image
-        self.kernels = prepare(self.unet) if is_image else Kernels(by_product)
-
-    def forward(self, x: Tensor, t: Tensor, s: Tensor, features: Tensor) -> Tensor:
-        condition = torch.cat([self.unet.time(t, s), features], dim=-1)
-        film = self.unet.film(condition) + self.unet.get_buffer("film_center")
-        h = x.transpose(1, 2)
-        if self.is_image:
-            return self.unet.trunk(h.unsqueeze(2), film, self.kernels).squeeze(2).transpose(1, 2)
-        return self.unet.trunk(h, film, self.kernels).transpose(1, 2)
 
 
 def make_runtime(name: str, policy: ConsistencyPolicy, threads: int) -> Runtime:

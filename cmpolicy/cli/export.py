@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from cmpolicy.cli.parse import describe, read
+from cmpolicy.spec import check_warm_start
 
 _HEADER = """\
 usage: cmpolicy export policy=BUNDLE out=FILE.onnx|FILE.pt2 [key=value ...]
@@ -29,12 +30,18 @@ class ExportSettings:
         out: the file to write.
         format: onnx or pt2; null: told by the end of `out`.
         nfe: network evaluations per plan; null: the policy's own.
+        warm_start: time in (0, 1] at which plans after the first start from the one before, for
+            which the file then has two inputs; null: the policy's own, if it has one.
     """
 
     policy: str
     out: str
     format: Literal["onnx", "pt2"] | None = None
     nfe: int | None = None
+    warm_start: float | None = None
+
+    def __post_init__(self) -> None:
+        check_warm_start(self.warm_start)
 
 
 def help_text(words: Sequence[str]) -> str:
@@ -62,6 +69,8 @@ def export(settings: ExportSettings) -> str:
     format_ = settings.format or ("pt2" if out.suffix == ".pt2" else "onnx")
     check_request(out, format_, settings.nfe)
     policy = ConsistencyPolicy.from_pretrained(settings.policy)
+    if settings.warm_start is not None:
+        policy.warm_start = settings.warm_start
     written = export_policy(
         policy,
         out,

@@ -9,6 +9,7 @@ from typing import Literal
 
 from cmpolicy.cli.parse import describe, read
 from cmpolicy.schema import ConfigError
+from cmpolicy.spec import check_warm_start
 from cmpolicy_eval.report import difference_table, table
 from cmpolicy_eval.result import Result
 
@@ -35,6 +36,8 @@ class PublishSettings:
         noise_scale: the noise of a sample is multiplied by it; null: the policy's own. Choose it on
             tuning seeds.
         nfe: network evaluations that the bundle is deployed with; null: the policy's own.
+        warm_start: time in (0, 1] at which decisions after the first start from the plan before;
+            null: the policy's own, if it has one.
         results: result files of `cmpolicy eval`.
     """
 
@@ -43,6 +46,7 @@ class PublishSettings:
     weights: Literal["fp16", "fp32"] = "fp16"
     noise_scale: float | None = None
     nfe: int | None = None
+    warm_start: float | None = None
     results: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -50,6 +54,7 @@ class PublishSettings:
             raise ConfigError(f"noise_scale must be above 0, got {self.noise_scale}")
         if self.nfe is not None and self.nfe < 1:
             raise ConfigError(f"nfe must be at least 1, got {self.nfe}")
+        check_warm_start(self.warm_start)
 
 
 def help_text(words: Sequence[str]) -> str:
@@ -83,6 +88,8 @@ def publish(settings: PublishSettings) -> Path:
     if settings.noise_scale is not None:
         policy.noise_scale = settings.noise_scale
     policy.nfe = settings.nfe or policy.nfe
+    if settings.warm_start is not None:
+        policy.warm_start = settings.warm_start
     if "config" not in metadata:
         raise BundleError(
             f"{settings.policy} does not say how it was trained; publish a bundle that "

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from cmpolicy.cli.parse import describe, read
 from cmpolicy.schema import ConfigError
+from cmpolicy.spec import check_warm_start
 
 if TYPE_CHECKING:
     from cmpolicy.robot.policy import ChunkPolicy
@@ -40,6 +41,8 @@ class ServeSettings:
         token: that clients must send; better in the environment variable CMPOLICY_TOKEN, since a
             command line is visible to everyone on the machine.
         nfe: network evaluations per action chunk; null: the policy's own.
+        warm_start: time in (0, 1] at which decisions of a session start from the plan before; null:
+            the policy's own, if it has one.
         device: cpu or cuda (an exported file: cpu).
         threads: of the CPU, for one policy call.
         sessions: clients at once.
@@ -55,6 +58,7 @@ class ServeSettings:
     host: str = "127.0.0.1"
     token: str | None = None
     nfe: int | None = None
+    warm_start: float | None = None
     device: str = "cpu"
     threads: int = 1
     sessions: int = 64
@@ -68,6 +72,7 @@ class ServeSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1")
+        check_warm_start(self.warm_start)
         if self.idle_timeout is not None and not 0 <= self.idle_timeout < math.inf:
             raise ConfigError(
                 f"idle_timeout={self.idle_timeout} must be a number of seconds, or 0 for no limit"
@@ -155,6 +160,11 @@ def _load_exported(settings: ServeSettings) -> tuple[ChunkPolicy, int]:
             f"nfe={settings.nfe}, but {settings.policy} was exported with nfe={policy.nfe}; "
             "leave nfe out, or export it again"
         )
+    if settings.warm_start not in (None, policy.warm_start):
+        raise ConfigError(
+            f"warm_start={settings.warm_start}, but {settings.policy} was exported with "
+            f"warm_start={policy.warm_start}; leave it out, or export it again"
+        )
     return policy, policy.nfe
 
 
@@ -168,6 +178,8 @@ def _load_bundle(settings: ServeSettings) -> tuple[ChunkPolicy, int]:
     device = choose_device(settings.device)
     policy = ConsistencyPolicy.from_pretrained(settings.policy, device).eval()
     policy.nfe = settings.nfe or policy.nfe
+    if settings.warm_start is not None:
+        policy.warm_start = settings.warm_start
     return policy, policy.nfe
 
 

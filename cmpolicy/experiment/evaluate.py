@@ -17,6 +17,7 @@ from cmpolicy.experiment.protocols import (
 from cmpolicy.export.runtime import is_exported, open_exported
 from cmpolicy.flow.sampler import SamplerKind, get_sampler
 from cmpolicy.schema import ConfigError
+from cmpolicy.spec import check_warm_start
 from cmpolicy_eval import evaluate as scoring
 from cmpolicy_eval.policy import ActionChunkPolicy
 from cmpolicy_eval.protocol import ROBOMIMIC, EvalProtocol, check_protocol
@@ -43,6 +44,8 @@ class EvalSettings:
         sampler: flow_map or diagonal; null: the policy's own.
         noise_scale: the noise is multiplied by it; null: the policy's own. Tune it on other seeds.
         time_floor: the last of several evaluations starts at this time; null: evenly spaced times.
+        warm_start: decisions after the first start from the plan before, at this time in (0, 1];
+            null: the policy's own, if it has one. Tune it on other seeds.
         workers: simulator processes; null: one per CPU. Results do not depend on it.
         env_timeout: seconds that a simulator has for a reset or the steps of one chunk of actions.
         batch_size: observations per policy call; null: the protocol's. Results are those of one
@@ -62,6 +65,7 @@ class EvalSettings:
     sampler: SamplerKind | None = None
     noise_scale: float | None = None
     time_floor: float | None = None
+    warm_start: float | None = None
     workers: int | None = None
     env_timeout: float = 120.0
     batch_size: int | None = None
@@ -77,6 +81,7 @@ class EvalSettings:
                 raise ConfigError(f"nfe holds a number twice: {list(self.nfe)}")
         if self.noise_scale is not None and not self.noise_scale > 0:
             raise ConfigError(f"noise_scale must be above 0, got {self.noise_scale}")
+        check_warm_start(self.warm_start)
         fewest = min(self.nfe or (2,))
         if self.time_floor is not None and not (0 < self.time_floor < 1 < fewest):
             raise ConfigError(
@@ -276,7 +281,7 @@ def _open(settings: EvalSettings) -> _Scored:
 
 def _given(policy: Any, settings: EvalSettings) -> _Scored:
     """A policy object of the caller's; its settings are put back by nobody, so none are changed."""
-    for name in ("sampler", "noise_scale", "time_floor"):
+    for name in ("sampler", "noise_scale", "time_floor", "warm_start"):
         if getattr(settings, name) is not None:
             raise ConfigError(f"{name}={getattr(settings, name)}: set it on the policy itself")
     own = int(getattr(policy, "nfe", 1))
@@ -310,6 +315,10 @@ class _WithNfe:
         """The policy's."""
         return self._policy.infer(obs, noise, nfe=self._nfe)
 
+    def infer_plan(self, obs: Any, noise: Any = None, plan: Any = None) -> Any:
+        """The policy's."""
+        return self._policy.infer_plan(obs, noise, nfe=self._nfe, plan=plan)
+
 
 def _open_bundle(settings: EvalSettings) -> _Scored:
     import torch
@@ -324,9 +333,11 @@ def _open_bundle(settings: EvalSettings) -> _Scored:
     if settings.sampler is not None and settings.sampler != policy.sampler:
         label += f" [{settings.sampler}]"
         policy.sampler = settings.sampler
-    if settings.noise_scale is not None and settings.noise_scale != policy.noise_scale:
-        label += f" [noise {settings.noise_scale}]"
-        policy.noise_scale = settings.noise_scale
+    for name, word in (("noise_scale", "noise"), ("warm_start", "warm")):
+        value = getattr(settings, name)
+        if value is not None and value != getattr(policy, name):
+            label += f" [{word} {value}]"
+            setattr(policy, name, value)
     if settings.time_floor is not None:
         label += f" [floor {settings.time_floor}]"
         policy.time_floor = settings.time_floor
@@ -354,7 +365,8 @@ def _open_exported(settings: EvalSettings) -> _Scored:
             f"{settings.policy} makes {facts.nfe} evaluation(s), not nfe={list(settings.nfe or ())}"
             f"; leave nfe out, or {again} nfe=..."
         )
-    for name, own in (("sampler", facts.sampler), ("noise_scale", facts.noise_scale)):
+    for name in ("sampler", "noise_scale", "warm_start"):
+        own = getattr(facts, name)
         if getattr(settings, name) not in (None, own):
             raise ConfigError(
                 f"{settings.policy} has {name}={own}, not {getattr(settings, name)}; set it in the "

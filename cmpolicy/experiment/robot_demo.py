@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cmpolicy.schema import ConfigError
+from cmpolicy.spec import check_warm_start
 
 if TYPE_CHECKING:
     from cmpolicy.experiment.robot_film import Recording
@@ -28,6 +29,8 @@ class RobotDemoSettings:
         mode: async or sync: schedule of the loop.
         delay_ms: added to every inference, to play a slower computer.
         nfe: network evaluations per plan; null: the policy's own.
+        warm_start: time in (0, 1] at which plans after the first start from the one before; null:
+            the policy's own, if it has one.
         threads: of torch on the CPU.
         out: folder of the video and the plot.
     """
@@ -38,6 +41,7 @@ class RobotDemoSettings:
     mode: Literal["sync", "async"] = "async"
     delay_ms: float = 0.0
     nfe: int | None = None
+    warm_start: float | None = None
     threads: int = 1
     out: str = "outputs/robot-demo"
 
@@ -48,6 +52,7 @@ class RobotDemoSettings:
             raise ConfigError(f"seconds={self.seconds} must be above 0")
         if self.delay_ms < 0:
             raise ConfigError(f"delay_ms={self.delay_ms} must be at least 0")
+        check_warm_start(self.warm_start)
         for name in ("nfe", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -76,15 +81,20 @@ class SlowPolicy:
         """The policy's."""
         return self._policy.n_action_steps
 
-    def infer(self, obs: Mapping[str, Any], noise: Any = None) -> Any:
-        """The policy's, later."""
-        time.sleep(self._seconds)
-        return self._policy.infer(obs, noise)
+    @property
+    def warm_start(self) -> float | None:
+        """The policy's."""
+        return getattr(self._policy, "warm_start", None)
 
-    def infer_plan(self, obs: Mapping[str, Any], noise: Any = None) -> Any:
+    def infer(self, obs: Mapping[str, Any], noise: Any = None, **others: Any) -> Any:
         """The policy's, later."""
         time.sleep(self._seconds)
-        return self._policy.infer_plan(obs, noise)
+        return self._policy.infer(obs, noise, **others)
+
+    def infer_plan(self, obs: Mapping[str, Any], noise: Any = None, **others: Any) -> Any:
+        """The policy's, later."""
+        time.sleep(self._seconds)
+        return self._policy.infer_plan(obs, noise, **others)
 
 
 def drive(settings: RobotDemoSettings) -> int:
@@ -109,6 +119,8 @@ def drive(settings: RobotDemoSettings) -> int:
 
     policy = ConsistencyPolicy.from_pretrained(settings.policy).eval()
     policy.nfe = settings.nfe or policy.nfe
+    if settings.warm_start is not None:
+        policy.warm_start = settings.warm_start
     env = get_protocol("pusht-dp").make_env()
     check_policy_fits(policy, env.observation_space, env.action_space)
     env.close()

@@ -21,6 +21,7 @@ from cmpolicy.export.runtime import (
     KEY,
     NOISE,
     PLAN,
+    WARM,
     Array,
     ExportedRuntime,
     ExportError,
@@ -70,14 +71,17 @@ class OnnxPolicy(ExportedRuntime):
         )
         super().__init__(facts, seed)
         self._session = session
-        self._names = [*map(input_name, facts.spec.obs), NOISE]
+        warm = () if facts.warm_start is None else WARM
+        self._names = [*map(input_name, facts.spec.obs), NOISE, *warm]
         self._outputs = [[ACTIONS], [PLAN]]
         found = [value.name for value in session.get_inputs()]
         if sorted(found) != sorted(self._names):
             raise ExportError(f"{file} is damaged: inputs {found}, expected {self._names}")
 
-    def _run(self, obs: Sequence[Array], noise: Floats, *, output: int) -> Floats:
-        feeds = dict(zip(self._names, [*obs, noise], strict=True))
+    def _run(
+        self, obs: Sequence[Array], noise: Floats, warm: Sequence[Array], *, output: int
+    ) -> Floats:
+        feeds = dict(zip(self._names, [*obs, noise, *warm], strict=True))
         # a session may run in several threads at once, and lets go of Python's lock meanwhile
         result: Floats = np.asarray(self._session.run(self._outputs[output], feeds)[0])
         return result

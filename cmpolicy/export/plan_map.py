@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cmpolicy.export.kernels import prepare
-from cmpolicy.flow.sampler import get_sampler
+from cmpolicy.flow.sampler import get_sampler, start_between
 from cmpolicy.policy.policy import ConsistencyPolicy
 
 #: ``torch``: matrix products, torch's own norms. ``onnxruntime``: ``cmpolicy.export.kernels``.
@@ -23,7 +23,9 @@ Target = Literal["torch", "onnxruntime"]
 class PlanMap(nn.Module):
     """((B, To, ...) per key in the order of the spec, noise (B, T, A)) -> actions, plan.
 
-    The noise is (B, K, T, A) where the sampler takes K > 1 draws.
+    The noise is (B, K, T, A) where the sampler takes K > 1 draws. With a warm start there are two
+    further inputs: ``before`` (B, T, A) float64, the plan before in env units, and ``start`` (B,),
+    the time at which each row begins, 1 where there is no such plan.
 
     ``plan`` (B, P, A) holds every action from the newest observation on, ``actions`` (B, Ta, A) its
     first; both in env units. The noise is standard normal. The observations are encoded once. A
@@ -31,8 +33,8 @@ class PlanMap(nn.Module):
     what depends on the times alone; any other is called as it is.
 
     Args:
-        policy: copied; later changes of it are not seen. Its ``sampler``, ``noise_scale``
-            and ``time_floor`` count.
+        policy: copied; later changes of it are not seen. Its ``sampler``, ``noise_scale``,
+            ``time_floor`` and ``warm_start`` count.
         nfe: N; None takes the policy's own.
         target: what will run the map.
 
@@ -53,28 +55,47 @@ class PlanMap(nn.Module):
         self.register_buffer("grid", grid)
         t, s = grid[:-1], self.sampler.second_time(grid[:-1], grid[1:])
         net: Any = policy.net
-        self.net = (
-            net.at_fixed_times(t, s, prepare if target == "onnxruntime" else None)
-            if hasattr(net, "at_fixed_times")
-            else _FixedTimes(net, t, s)
-        )
+        kernels = prepare if target == "onnxruntime" else None
+        self.net: Any
+        if policy.warm_start is not None:
+            self.net = net.at_any_times(kernels) if hasattr(net, "at_any_times") else net
+        elif hasattr(net, "at_fixed_times"):
+            self.net = net.at_fixed_times(t, s, kernels)
+        else:
+            self.net = _FixedTimes(net, t, s)
         self.normalizer = policy.normalizer
 
-    def forward(self, obs: tuple[Tensor, ...], noise: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        obs: tuple[Tensor, ...],
+        noise: Tensor,
+        before: Tensor | None = None,
+        start: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """See the class."""
         normal = {
             key: value if key in self.spec.images else self.normalizer.normalize(key, value)
             for key, value in zip(self.spec.obs, obs, strict=True)
         }
-        condition = self.net.condition(self.encoder(normal))
+        condition = self.encoder(normal)
+        if start is None:
+            condition = self.net.condition(condition)
         grid = self.get_buffer("grid")
         scaled = noise * self.noise_scale
         noises = scaled.unbind(1) if self.sampler.n_noises(self.nfe) > 1 else (scaled,)
         x = noises[0] if self.sampler.is_random else noises[0] * 0
+        if before is not None and start is not None:
+            plan = self.normalizer.normalize("action", before).to(x.dtype)
+            x = start_between(self.path, plan, x, start)
         for i in range(self.nfe):
-            f = self.net(i, x, condition)
+            if start is None:
+                f = self.net(i, x, condition)
+                t, s = grid[i], grid[i + 1]
+            else:
+                t, s = grid[i] * start, grid[i + 1] * start
+                f = self.net(x, t, self.sampler.second_time(t, s), condition)
             later = noises[i + 1] if i + 1 < len(noises) else None
-            x = self.sampler.advance(self.path, x, f, grid[i], grid[i + 1], later)
+            x = self.sampler.advance(self.path, x, f, t, s, later)
         action = self.normalizer.unnormalize("action", x)
         first = self.spec.n_obs_steps - 1
         return action[:, first : first + self.spec.n_action_steps], action[:, first:]
@@ -97,6 +118,18 @@ class _FixedTimes(nn.Module):
         t, s = self.get_buffer("times")[:, i]
         f: Tensor = self.net(x, t.expand(len(x)), s.expand(len(x)), condition)
         return f
+
+
+def example_warm_inputs(policy: ConsistencyPolicy, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
+    """Plans and start times, every other row without a plan; empty for a policy without them."""
+    if policy.warm_start is None:
+        return ()
+    rng = torch.Generator().manual_seed(seed)
+    normalizer = copy.deepcopy(policy.normalizer).cpu()
+    plan = torch.rand(batch, *policy.spec.noise_shape, generator=rng) * 2 - 1
+    start = torch.ones(batch)
+    start[::2] = policy.warm_start
+    return normalizer.unnormalize("action", plan).double(), start
 
 
 def example_inputs(

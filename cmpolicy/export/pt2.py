@@ -64,10 +64,13 @@ class Pt2Policy(ExportedRuntime):
         self._turn = threading.Lock()  # torch's check of the inputs' sizes is for one at a time
 
     @torch.inference_mode()
-    def _run(self, obs: Sequence[Array], noise: Floats, *, output: int) -> Floats:
+    def _run(
+        self, obs: Sequence[Array], noise: Floats, warm: Sequence[Array], *, output: int
+    ) -> Floats:
         tensors = tuple(torch.from_numpy(np.require(value, requirements="W")) for value in obs)
+        others = [torch.from_numpy(value) for value in (noise, *warm)]
         with self._turn:
-            result: Floats = self._module(tensors, torch.from_numpy(noise))[output].numpy()
+            result: Floats = self._module(tensors, *others)[output].numpy()
         return result
 
 

@@ -16,15 +16,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cmpolicy.observation import read_numbers, read_observation
-from cmpolicy.spec import PolicySpec, SpecError
+from cmpolicy.observation import read_numbers, read_observation, read_plan
+from cmpolicy.spec import PolicySpec, SpecError, check_warm_start
 
 FORMAT = "cmpolicy export"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_WITHOUT_WARM_START = 1  # what older readers know, and what is written where that will do
 #: Where the text stands: a metadata property of an ONNX model, an extra file of a .pt2.
 KEY = "cmpolicy"
 #: Names of the inputs that are no observation, and of the outputs.
 NOISE, ACTIONS, PLAN = "noise", "actions", "plan"
+#: Of the further inputs of a policy with a warm start.
+BEFORE, START = WARM = "before", "start"
 
 
 class ExportError(ValueError):
@@ -47,6 +50,7 @@ class ExportFacts:
         cmpolicy: version that wrote the file.
         protocol: that the policy is scored under, where the bundle says it.
         simulator: what the bundle says of the simulator of its data; empty if nothing.
+        warm_start: time at which rows with a plan begin; None: the file takes no plan.
     """
 
     spec: PolicySpec
@@ -60,11 +64,16 @@ class ExportFacts:
     cmpolicy: str
     protocol: str | None = None
     simulator: dict[str, str] = field(default_factory=dict)
+    warm_start: float | None = None
 
     def to_json(self) -> str:
         """One line of JSON."""
-        head = {"format": FORMAT, "format_version": FORMAT_VERSION}
-        return json.dumps(head | asdict(self) | {"spec": self.spec.to_dict()})
+        facts = asdict(self) | {"spec": self.spec.to_dict()}
+        version = FORMAT_VERSION
+        if self.warm_start is None:
+            version = _WITHOUT_WARM_START
+            del facts["warm_start"]
+        return json.dumps({"format": FORMAT, "format_version": version} | facts)
 
     @classmethod
     def from_json(cls, text: str | None, file: str) -> ExportFacts:
@@ -104,6 +113,7 @@ class ExportFacts:
                 cmpolicy=str(data["cmpolicy"]),
                 protocol=None if data.get("protocol") is None else str(data["protocol"]),
                 simulator={str(k): str(v) for k, v in data.get("simulator", {}).items()},
+                warm_start=check_warm_start(data.get("warm_start")),
             )
         except (KeyError, TypeError, ValueError, AttributeError, SpecError) as error:
             raise ExportError(
@@ -135,8 +145,13 @@ class ExportedRuntime(ABC):
         self._rng = np.random.default_rng(seed)  # locks itself around every draw
 
     @abstractmethod
-    def _run(self, obs: Sequence[Array], noise: Floats, *, output: int) -> Floats:
-        """Output 0, the actions, or 1, the plan; ``obs`` in the order of the spec."""
+    def _run(
+        self, obs: Sequence[Array], noise: Floats, warm: Sequence[Array], *, output: int
+    ) -> Floats:
+        """Output 0, the actions, or 1, the plan; ``obs`` in the order of the spec.
+
+        ``warm`` holds the plans before and the start times, or nothing.
+        """
 
     @property
     def spec(self) -> PolicySpec:
@@ -163,8 +178,18 @@ class ExportedRuntime(ABC):
         """Rate of the actions, where the bundle said it."""
         return self.facts.control_hz
 
+    @property
+    def warm_start(self) -> float | None:
+        """Time at which decisions start that have a ``plan``, fixed at export; None: none has."""
+        return self.facts.warm_start
+
     def infer(
-        self, obs: Mapping[str, Array], noise: Array | None = None, *, nfe: int | None = None
+        self,
+        obs: Mapping[str, Array],
+        noise: Array | None = None,
+        *,
+        nfe: int | None = None,
+        plan: Array | None = None,
     ) -> Floats:
         """The actions to execute now, (B, Ta, A) in env units.
 
@@ -172,22 +197,30 @@ class ExportedRuntime(ABC):
             obs: (B, To, ...) per key, env units, oldest first, of any real dtype.
             noise: (B, T, A) standard normal; drawn here if not given.
             nfe: the file's own number of network evaluations, or None.
+            plan: (B, T, A) in env units that rows start from, NaN in rows that have none; for a
+                policy with :attr:`warm_start`.
 
         Raises:
             ValueError: another ``nfe``.
-            SpecError: keys, shapes or a dtype that do not fit, NaN or inf (key and count).
+            SpecError: keys, shapes or a dtype that do not fit, NaN or inf (key and count), a plan
+                for a policy without a warm start.
         """
-        return self._run(*self._inputs(obs, noise, nfe), output=0)
+        return self._run(*self._inputs(obs, noise, nfe, plan), output=0)
 
     def infer_plan(
-        self, obs: Mapping[str, Array], noise: Array | None = None, *, nfe: int | None = None
+        self,
+        obs: Mapping[str, Array],
+        noise: Array | None = None,
+        *,
+        nfe: int | None = None,
+        plan: Array | None = None,
     ) -> Floats:
         """As :meth:`infer`, but every action from the newest observation on: (B, P, A)."""
-        return self._run(*self._inputs(obs, noise, nfe), output=1)
+        return self._run(*self._inputs(obs, noise, nfe, plan), output=1)
 
     def _inputs(
-        self, obs: Mapping[str, Array], noise: Array | None, nfe: int | None
-    ) -> tuple[list[Array], Floats]:
+        self, obs: Mapping[str, Array], noise: Array | None, nfe: int | None, plan: Array | None
+    ) -> tuple[list[Array], Floats, list[Array]]:
         if nfe not in (None, self.nfe):
             raise ValueError(
                 f"nfe={nfe}, but this file was exported with nfe={self.nfe}; leave nfe out, or "
@@ -195,14 +228,30 @@ class ExportedRuntime(ABC):
             )
         batch = self.spec.check_obs(obs)
         arrays = [read_observation(self.spec, key, obs[key]) for key in self.spec.obs]
+        warm = self._warm_inputs(plan, batch)
         want = (batch, *self.spec.noise_shape)
         if noise is None:
-            return arrays, self._rng.standard_normal(want, dtype=np.float32)
+            return arrays, self._rng.standard_normal(want, dtype=np.float32), warm
         if np.shape(noise) != want:
             raise SpecError(
                 f"noise has shape {np.shape(noise)}, expected {want} (batch, horizon, action_dim)"
             )
-        return arrays, read_numbers("noise", noise)
+        return arrays, read_numbers("noise", noise), warm
+
+    def _warm_inputs(self, plan: Array | None, batch: int) -> list[Array]:
+        time = self.facts.warm_start
+        if time is None:
+            if plan is not None:
+                raise SpecError(
+                    "a plan was given, but this file was exported without a warm start; leave it "
+                    "out, or export the policy again with warm_start=..."
+                )
+            return []
+        if plan is None:
+            return [np.zeros((batch, *self.spec.noise_shape)), np.ones(batch, np.float32)]
+        before = read_plan(self.spec, plan, batch)
+        start = np.where(np.isnan(before[:, 0, 0]), 1.0, time).astype(np.float32)
+        return [np.nan_to_num(before, copy=False), start]
 
 
 def is_exported(path: str | os.PathLike[str]) -> bool:

@@ -18,13 +18,14 @@ from torch import Tensor
 
 import cmpolicy
 from cmpolicy.export.onnx import BLANK, SEAL, OnnxPolicy, seal
-from cmpolicy.export.plan_map import PlanMap, Target, example_inputs
+from cmpolicy.export.plan_map import PlanMap, Target, example_inputs, example_warm_inputs
 from cmpolicy.export.pt2 import Pt2Policy
 from cmpolicy.export.runtime import (
     ACTIONS,
     KEY,
     NOISE,
     PLAN,
+    WARM,
     ExportedRuntime,
     ExportError,
     ExportFacts,
@@ -65,7 +66,7 @@ def export_policy(
     """Write ``policy`` as one file; an older one at the same place stays until the new one is good.
 
     Args:
-        policy: with the ``sampler`` and ``noise_scale`` to export.
+        policy: with the ``sampler``, ``noise_scale`` and ``warm_start`` to export.
         out: the file, ending in ``.onnx`` or ``.pt2``.
         format: ``onnx`` or ``pt2``.
         nfe: network evaluations per plan; None takes the policy's own.
@@ -93,6 +94,7 @@ def export_policy(
         cmpolicy=cmpolicy.__version__,
         protocol=known.get("config", {}).get("task", {}).get("protocol"),
         simulator=dict(known.get("simulator", {})),
+        warm_start=policy.warm_start,
     )
     module = PlanMap(policy, nfe, target=TARGETS[format]).eval()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -152,12 +154,17 @@ def largest_difference(runtime: ExportedRuntime, policy: ConsistencyPolicy, nfe:
         here = {
             key: value.to(policy.device) for key, value in zip(policy.spec.obs, obs, strict=True)
         }
+        plan = _example_plan(policy, batch)
         trajectory = policy.predict_trajectory(
-            here, nfe=nfe, noise=noise.to(policy.device, policy.dtype)
+            here,
+            nfe=nfe,
+            noise=noise.to(policy.device, policy.dtype),
+            plan=None if plan is None else plan.to(policy.device),
         )
         want = trajectory[:, first:].cpu()
         arrays = {key: value.numpy() for key, value in zip(policy.spec.obs, obs, strict=True)}
-        got = torch.from_numpy(runtime.infer_plan(arrays, noise.numpy()))
+        start = None if plan is None else plan.numpy()
+        got = torch.from_numpy(runtime.infer_plan(arrays, noise.numpy(), plan=start))
         normal = policy.normalizer.normalize("action", trajectory[:, first:]).cpu()
         relative = (got - want).abs() * scale.abs() / max(1.0, float(normal.abs().max()))
         found = float(relative.max())
@@ -166,16 +173,27 @@ def largest_difference(runtime: ExportedRuntime, policy: ConsistencyPolicy, nfe:
     return worst
 
 
+def _example_plan(policy: ConsistencyPolicy, batch: int) -> Tensor | None:
+    """As a caller gives it, with NaN in every other row; None without a warm start."""
+    warm = example_warm_inputs(policy, batch, seed=batch)
+    if not warm:
+        return None
+    plan, start = warm
+    plan[start == 1] = torch.nan
+    return plan
+
+
 def _write_onnx(module: PlanMap, policy: ConsistencyPolicy, facts: ExportFacts, file: Path) -> None:
     obs, noise = example_inputs(policy, batch=2)
+    warm_names = () if facts.warm_start is None else WARM
     program = torch.onnx.export(
         module,
-        (obs, noise),
+        (obs, noise, *example_warm_inputs(policy, batch=2)),
         dynamo=True,
         optimize=True,
         verbose=False,
-        dynamic_shapes=_dynamic(obs),
-        input_names=[*map(input_name, facts.spec.obs), NOISE],
+        dynamic_shapes=_dynamic(policy),
+        input_names=[*map(input_name, facts.spec.obs), NOISE, *warm_names],
         output_names=[ACTIONS, PLAN],
     )
     if program is None:
@@ -192,15 +210,17 @@ def _write_program(
     module: PlanMap, policy: ConsistencyPolicy, facts: ExportFacts, file: Path
 ) -> None:
     obs, noise = example_inputs(policy, batch=2)
-    program = torch.export.export(module, (obs, noise), dynamic_shapes=_dynamic(obs))
+    inputs = (obs, noise, *example_warm_inputs(policy, batch=2))
+    program = torch.export.export(module, inputs, dynamic_shapes=_dynamic(policy))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
     torch.export.save(program, file, extra_files={KEY: facts.to_json()})
 
 
-def _dynamic(obs: tuple[Tensor, ...]) -> Any:
-    batch = torch.export.Dim("batch")
-    return tuple({0: batch} for _ in obs), {0: batch}
+def _dynamic(policy: ConsistencyPolicy) -> Any:
+    rows = {0: torch.export.Dim("batch")}
+    others = (rows,) if policy.warm_start is None else (rows, rows, rows)
+    return tuple(rows for _ in policy.spec.obs), *others
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cmpolicy.flow.diffusion import STEPS, step_back
 from cmpolicy.flow.flow_map import FlowMap
-from cmpolicy.flow.path import Path
+from cmpolicy.flow.path import Path, expand_time
 
 #: Names of :data:`SAMPLERS`.
 SamplerKind = Literal["flow_map", "diagonal", "restart", "regression", "mip", "ddpm", "ddim"]
@@ -49,6 +49,14 @@ class Sampler:
     def n_noises(self, nfe: int) -> int:
         """How many draws of noise ``nfe`` evaluations take."""
         return 1
+
+    def check_start(self) -> None:
+        """Raise ValueError unless samples may start between data and noise."""
+        if not self.is_flow_map:
+            raise ValueError(
+                "a warm start needs a policy that is sampled along its flow (sampler flow_map or "
+                "diagonal); leave out warm_start"
+            )
 
     def second_time(self, t: Tensor, s: Tensor) -> Tensor:
         """The network's second time in a step from t to s."""
@@ -221,6 +229,15 @@ def _refuse_floor(floor: float) -> None:
         raise ValueError(f"time_floor={floor}: only flow_map and diagonal samplers have a floor")
 
 
+def start_between(path: Path, x: Tensor, z: Tensor, start: Tensor) -> Tensor:
+    """Where sampling begins that starts at time ``start`` (B,) from data x: x_t of x and noise z.
+
+    Rows that start at 1 are the noise itself, to the last bit, whatever their x holds.
+    """
+    x_t = path.sample(x, z, start).x_t
+    return torch.where(expand_time(start, x) < 1, x_t, z)
+
+
 def sample(
     flow_map: FlowMap,
     z: Tensor,
@@ -229,18 +246,24 @@ def sample(
     nfe: int = 1,
     kind: SamplerKind = "flow_map",
     floor: float = 0.0,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Carry noise z to data (B, ...) in exactly ``nfe`` evaluations of the network.
 
-    With a ``floor`` the last step starts there: see :func:`time_grid`.
+    With a ``floor`` the last step starts there: see :func:`time_grid`. With ``start`` (B,) in
+    (0, 1] row i of z is a point at time ``start[i]`` (:func:`start_between`), and the times of the
+    grid are those shares of it; only flow_map and diagonal samplers start between data and noise.
 
     Args:
         z: (B, ...), or (B, K, ...) for a sampler that takes K > 1 draws of noise.
 
     Raises:
-        ValueError: an ``nfe`` that the sampler cannot do, an unknown ``kind``, or a bad ``floor``.
+        ValueError: an ``nfe`` that the sampler cannot do, an unknown ``kind``, a bad ``floor``, or
+            a ``start`` for a sampler that has none.
     """
-    return _states(flow_map, z, features, nfe, kind, floor)[-1]
+    if start is not None:
+        get_sampler(kind).check_start()
+    return _states(flow_map, z, features, nfe, kind, floor, start)[-1]
 
 
 def trajectory(
@@ -263,6 +286,7 @@ def _states(
     nfe: int,
     kind: SamplerKind,
     floor: float,
+    start: Tensor | None = None,
 ) -> list[Tensor]:
     """Where it begins, and the state after each evaluation."""
     sampler = get_sampler(kind)
@@ -271,8 +295,8 @@ def _states(
     states = [noises[0] if sampler.is_random else torch.zeros_like(z)]
     for i in range(nfe):
         x = states[-1]
-        t = grid[i].expand(len(z))
-        s = grid[i + 1].expand(len(z))
+        t = grid[i].expand(len(z)) if start is None else grid[i] * start
+        s = grid[i + 1].expand(len(z)) if start is None else grid[i + 1] * start
         f = flow_map.output(x, t, sampler.second_time(t, s), features)
         noise = noises[i + 1] if i + 1 < len(noises) else None
         states.append(sampler.advance(flow_map.path, x, f, t, s, noise))

@@ -216,6 +216,10 @@ class UNet1D(nn.Module):
         """
         return FixedTimesUNet1D(self, t, s, prepare)
 
+    def at_any_times(self, prepare: Callable[[nn.Module], Kernels] | None = None) -> TimedUNet1D:
+        """The same network for an export whose times are inputs; ``prepare`` as above."""
+        return TimedUNet1D(self, prepare)
+
 
 class FixedTimesUNet1D(nn.Module):
     """N evaluations of a U-Net at known times.
@@ -252,6 +256,25 @@ class FixedTimesUNet1D(nn.Module):
     def forward(self, i: int, x: Tensor, condition: Tensor) -> Tensor:
         """F at x (B, T, A) in evaluation ``i``."""
         film = condition + self.get_buffer("film_of_times")[i]
+        h = x.transpose(1, 2)
+        if not self.is_image:
+            return self.unet.trunk(h, film, self.kernels).transpose(1, 2)
+        return self.unet.trunk(h.unsqueeze(2), film, self.kernels).squeeze(2).transpose(1, 2)
+
+
+class TimedUNet1D(nn.Module):
+    """A U-Net for an export, F(x, t, s, features) as the U-Net's own."""
+
+    def __init__(self, unet: UNet1D, prepare: Callable[[nn.Module], Kernels] | None) -> None:
+        super().__init__()
+        self.unet = unet
+        self.is_image = prepare is not None
+        self.kernels = Kernels(by_product) if prepare is None else prepare(unet)
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, features: Tensor) -> Tensor:
+        """x (B, T, A), t and s (B,), features (B, D) -> (B, T, A)."""
+        condition = torch.cat([self.unet.time(t, s), features], dim=-1)
+        film = self.unet.film(condition) + self.unet.get_buffer("film_center")
         h = x.transpose(1, 2)
         if not self.is_image:
             return self.unet.trunk(h, film, self.kernels).transpose(1, 2)

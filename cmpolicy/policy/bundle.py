@@ -26,7 +26,7 @@ from cmpolicy.files import WriteError, replace_directory, space_note
 from cmpolicy.hub import HubError, download
 from cmpolicy.nn.registry import EncoderConfig, NetConfig, encoder_config, net_config, to_mapping
 from cmpolicy.policy.card import with_header
-from cmpolicy.spec import PolicySpec
+from cmpolicy.spec import PolicySpec, check_warm_start
 
 FORMAT = "cmpolicy-policy"
 FORMAT_VERSION = 2
@@ -65,6 +65,7 @@ class Bundle:
     weights: Mapping[str, Tensor]
     normalizer: Mapping[str, Tensor]
     metadata: Mapping[str, Any]
+    warm_start: float | None = None
     source: Path | None = None
 
     @contextmanager
@@ -164,6 +165,7 @@ def _contents(
         "nfe": bundle.nfe,
         "noise_scale": bundle.noise_scale,
         "control_hz": bundle.control_hz,
+        **({} if bundle.warm_start is None else {"warm_start": bundle.warm_start}),
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in tensors.items()},
         "metadata": dict(bundle.metadata),
     }
@@ -237,6 +239,7 @@ def _read(directory: Path) -> Bundle:
                 for name, value in arrays.items()
             },
             metadata=config.get("metadata", {}),
+            warm_start=check_warm_start(config.get("warm_start")),
             source=directory,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:

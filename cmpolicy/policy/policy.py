@@ -21,14 +21,16 @@ from cmpolicy.flow.flow_map import FlowMap
 from cmpolicy.flow.health import Health, flow_health
 from cmpolicy.flow.objectives import Draws, LossOutput, Objective
 from cmpolicy.flow.path import get_path
-from cmpolicy.flow.sampler import SamplerKind, get_sampler, sample
+from cmpolicy.flow.sampler import SamplerKind, get_sampler, sample, start_between
 from cmpolicy.hub import HubError, upload
 from cmpolicy.nn.encoders.state import StateEncoderConfig
 from cmpolicy.nn.registry import EncoderConfig, NetConfig
 from cmpolicy.normalize import Normalizer
-from cmpolicy.observation import NonFiniteActionError, read_observation
-from cmpolicy.policy.bundle import Bundle, BundleError, read_bundle, write_bundle
-from cmpolicy.spec import PolicySpec, SpecError
+from cmpolicy.observation import NonFiniteActionError, read_plan
+from cmpolicy.policy.bundle import BundleError, read_bundle, write_bundle
+from cmpolicy.policy.inputs import check_normalizer, obs_tensors
+from cmpolicy.policy.packing import pack, unpack
+from cmpolicy.spec import PolicySpec, SpecError, check_warm_start
 
 
 class Batch(TypedDict):
@@ -76,7 +78,7 @@ class ConsistencyPolicy(nn.Module):
         super().__init__()
         encoder = StateEncoderConfig() if encoder is None else encoder
         net.check_horizon(spec.horizon)
-        _check_normalizer(spec, normalizer)
+        check_normalizer(spec, normalizer)
         self.spec = spec
         self.net_config = net
         self.encoder_config = encoder
@@ -86,6 +88,7 @@ class ConsistencyPolicy(nn.Module):
         self._fit_noise()
         self.noise_scale = 1.0
         self.time_floor = 0.0  # start of the last of several evaluations; not saved, see time_grid
+        self._warm_start: float | None = None
         self.control_hz: float | None = None  # rate of the actions it was trained on, if known
         self.objective = objective
         self.pad_loss = True  # whether repeated actions beyond an episode's ends are trained on
@@ -109,12 +112,32 @@ class ConsistencyPolicy(nn.Module):
         return self.spec.n_action_steps
 
     @property
+    def warm_start(self) -> float | None:
+        """Time in (0, 1] at which decisions that are handed a ``plan`` begin; None: none is.
+
+        The plan is noised to that time, so near 0 a decision hardly departs from it, and at 1 it
+        begins from the noise alone. Part of a saved policy.
+
+        Raises:
+            ValueError: on setting another number, or with a sampler that cannot start there.
+        """
+        return self._warm_start
+
+    @warm_start.setter
+    def warm_start(self, value: float | None) -> None:
+        self._warm_start = check_warm_start(value)
+        if value is not None:
+            get_sampler(self._sampler).check_start()
+
+    @property
     def sampler(self) -> SamplerKind:
         """How noise becomes actions; may be set, and counts from the next decision on."""
         return self._sampler
 
     @sampler.setter
     def sampler(self, kind: SamplerKind) -> None:
+        if self._warm_start is not None:
+            get_sampler(kind).check_start()
         self._sampler = kind
         self._fit_noise()
 
@@ -238,6 +261,7 @@ class ConsistencyPolicy(nn.Module):
         nfe: int | None = None,
         noise: Tensor | None = None,
         sampler: SamplerKind | None = None,
+        plan: Tensor | None = None,
     ) -> Tensor:
         """All predicted actions (B, T, A) in env units; the first is at the oldest observation.
 
@@ -250,9 +274,12 @@ class ConsistencyPolicy(nn.Module):
                 samples are less diverse and more typical (the low-temperature sampling of Ajay et
                 al. 2023).
             sampler: another one than the policy's own.
+            plan: (B, T, A) in env units, the running plan as :meth:`PolicySpec.shifted` gives it,
+                for a policy with :attr:`warm_start`; rows with NaN have none and begin from noise.
 
         Raises:
-            SpecError: observation keys or shapes, or a noise shape, that do not fit.
+            SpecError: observation keys or shapes, a noise or plan shape that do not fit, or a plan
+                without a warm start.
             ValueError: an ``nfe`` that the sampler cannot do.
         """
         batch_size = self.spec.check_obs(obs)
@@ -274,15 +301,33 @@ class ConsistencyPolicy(nn.Module):
                 f"noise has shape {tuple(noise.shape)}, expected {shape} (batch, "
                 f"{'' if n_noises == 1 else 'draws of noise, '}horizon, action_dim)"
             )
+        x, start = noise * self.noise_scale, None
+        if plan is not None:
+            x, start = self._warm(x, plan)
         action = sample(
             self.flow_map,
-            noise * self.noise_scale,
+            x,
             features,
             nfe=nfe,
             kind=kind,
             floor=self.time_floor,
+            start=start,
         )
         return self.normalizer.unnormalize("action", action)
+
+    def _warm(self, noise: Tensor, plan: Tensor) -> tuple[Tensor, Tensor]:
+        """Where decisions begin that have a plan (B, T, A), and at which times (B,)."""
+        if self._warm_start is None:
+            raise SpecError("a plan was given, but this policy has no warm_start; set it, or none")
+        if plan.shape != noise.shape:
+            raise SpecError(
+                f"plan has shape {tuple(plan.shape)}, expected {tuple(noise.shape)}"
+                " (batch, horizon, action_dim): spec.shifted(plan, steps) makes it"
+            )
+        known = plan.isfinite().all(-1).all(-1)
+        start = torch.where(known, self._warm_start, 1.0).to(noise.dtype)
+        x = self.normalizer.normalize("action", plan).to(noise.dtype)
+        return start_between(self.flow_map.path, x, noise, start), start
 
     def predict_action_chunk(
         self,
@@ -291,9 +336,10 @@ class ConsistencyPolicy(nn.Module):
         nfe: int | None = None,
         noise: Tensor | None = None,
         sampler: SamplerKind | None = None,
+        plan: Tensor | None = None,
     ) -> Tensor:
         """The actions to execute now, (B, Ta, A) in env units: see :meth:`predict_trajectory`."""
-        trajectory = self.predict_trajectory(obs, nfe=nfe, noise=noise, sampler=sampler)
+        trajectory = self.predict_trajectory(obs, nfe=nfe, noise=noise, sampler=sampler, plan=plan)
         first = self.spec.n_obs_steps - 1
         return trajectory[:, first : first + self.spec.n_action_steps]
 
@@ -303,13 +349,14 @@ class ConsistencyPolicy(nn.Module):
         noise: npt.NDArray[Any] | None = None,
         *,
         nfe: int | None = None,
+        plan: npt.NDArray[Any] | None = None,
     ) -> npt.NDArray[Any]:
         """:meth:`predict_action_chunk` for numpy.
 
         Raises:
             SpecError: as there, or an observation that holds NaN or inf (key and count).
         """
-        return self.infer_plan(obs, noise, nfe=nfe)[:, : self.spec.n_action_steps]
+        return self.infer_plan(obs, noise, nfe=nfe, plan=plan)[:, : self.spec.n_action_steps]
 
     def infer_plan(
         self,
@@ -317,6 +364,7 @@ class ConsistencyPolicy(nn.Module):
         noise: npt.NDArray[Any] | None = None,
         *,
         nfe: int | None = None,
+        plan: npt.NDArray[Any] | None = None,
     ) -> npt.NDArray[Any]:
         """Every predicted action from the newest observation on, (B, P, A) with P = T - To + 1.
 
@@ -327,27 +375,27 @@ class ConsistencyPolicy(nn.Module):
             obs: (B, To, ...) per key, env units, oldest first.
             noise: (B, T, A) standard normal; drawn here if not given.
             nfe: network evaluations; None takes the policy's own.
+            plan: (B, T, A) the running plan, for a policy with :attr:`warm_start`: what this method
+                gave for the decision before, through :meth:`PolicySpec.shifted`. Rows of NaN: none.
 
         Raises:
-            SpecError: as :meth:`infer`.
+            SpecError: as :meth:`infer`, or a plan that holds other rows than of numbers or of NaN.
             NonFiniteActionError: the actions are not finite.
         """
-        self.spec.check_obs(obs)
-        here: Any = {"dtype": self.dtype, "device": self.device}
-        tensors = {}
-        for key in self.spec.obs:
-            # a copy of what must not be written to, such as a received message: torch would warn
-            value = np.require(read_observation(self.spec, key, obs[key]), requirements="W")
-            as_it_is = key in self.spec.images or key in self.spec.precise
-            tensors[key] = torch.as_tensor(value, **(here | {"dtype": None} if as_it_is else here))
-        z = None
+        rows = self.spec.check_obs(obs)
+        tensors = obs_tensors(self.spec, obs, self.dtype, self.device)
+        z = before = None
         if noise is not None:
-            z = torch.as_tensor(np.require(noise, requirements="W"), **here)
-        trajectory = self.predict_trajectory(tensors, nfe=nfe, noise=z)
-        plan = trajectory[:, self.spec.n_obs_steps - 1 :]
-        if plan.dtype is torch.bfloat16:  # which numpy does not know
-            plan = plan.float()
-        found: npt.NDArray[Any] = plan.cpu().numpy()
+            z = torch.as_tensor(
+                np.require(noise, requirements="W"), dtype=self.dtype, device=self.device
+            )
+        if plan is not None:
+            before = torch.from_numpy(read_plan(self.spec, plan, rows)).to(self.device)
+        trajectory = self.predict_trajectory(tensors, nfe=nfe, noise=z, plan=before)
+        actions = trajectory[:, self.spec.n_obs_steps - 1 :]
+        if actions.dtype is torch.bfloat16:  # which numpy does not know
+            actions = actions.float()
+        found: npt.NDArray[Any] = actions.cpu().numpy()
         if not np.isfinite(found).all():
             raise NonFiniteActionError(
                 "the policy's actions are not finite: the observation is far outside of what it "
@@ -375,25 +423,7 @@ class ConsistencyPolicy(nn.Module):
             metadata: JSON-ready facts kept in ``config.json`` (command, versions, result).
             weights_dtype: of the stored weights; ``torch.float16`` halves the file.
         """
-        modules = {"net": self.net, "encoder": self.encoder}
-        weights = {
-            f"{name}.{key}": value
-            for name, module in modules.items()
-            for key, value in module.state_dict().items()
-        }
-        bundle = Bundle(
-            spec=self.spec,
-            net=self.net_config,
-            encoder=self.encoder_config,
-            path=self.path_name,
-            sampler=self.sampler,
-            nfe=self.nfe,
-            noise_scale=self.noise_scale,
-            control_hz=self.control_hz,
-            weights=weights,
-            normalizer=self.normalizer.to_arrays(),
-            metadata=dict(metadata or {}),
-        )
+        bundle = pack(self, metadata or {})
         write_bundle(bundle, directory, card=card, weights_dtype=weights_dtype)
 
     @classmethod
@@ -405,28 +435,7 @@ class ConsistencyPolicy(nn.Module):
         Raises:
             BundleError: what is wrong with the bundle, with its path.
         """
-        bundle = read_bundle(name_or_path)
-        with bundle.errors_named():
-            _check_sizes(bundle)  # before anything of that size is allocated
-            policy = cls(
-                bundle.spec,
-                bundle.net,
-                Normalizer.from_arrays(bundle.normalizer),
-                encoder=bundle.encoder,
-                path=bundle.path,
-                sampler=cast(SamplerKind, bundle.sampler),
-                nfe=bundle.nfe,
-            )
-            policy.noise_scale, policy.control_hz = bundle.noise_scale, bundle.control_hz
-            for name, module in {"net": policy.net, "encoder": policy.encoder}.items():
-                start = f"{name}."
-                module.load_state_dict(
-                    {
-                        key.removeprefix(start): value
-                        for key, value in bundle.weights.items()
-                        if key.startswith(start)
-                    }
-                )
+        policy = unpack(read_bundle(name_or_path), cls)
         policy.lay_out_for_inference()
         return policy.to(device).eval().requires_grad_(False)
 
@@ -460,32 +469,3 @@ class ConsistencyPolicy(nn.Module):
                 "objective=build_objective('isd'), or set policy.objective"
             )
         return self.objective
-
-
-def _check_normalizer(spec: PolicySpec, normalizer: Normalizer) -> None:
-    shapes = {**spec.states, "action": (spec.action_dim,)}
-    arrays = normalizer.to_arrays()
-    for key, shape in shapes.items():
-        scale = arrays.get(f"{key}.scale")
-        got = None if scale is None else tuple(scale.shape)
-        if got != shape:
-            raise ValueError(
-                f"normaliser and policy disagree on {key!r}: the policy has shape {shape}, "
-                f"the normaliser {got}"
-            )
-
-
-def _check_sizes(bundle: Bundle) -> None:
-    """Raise ValueError unless the network and the encoder are of the stored tensors' shapes."""
-    with torch.device("meta"):
-        encoder = bundle.encoder.build(bundle.spec)
-        feature_dim = int(cast(Any, encoder).feature_dim)
-        net = bundle.net.build(action_dim=bundle.spec.action_dim, feature_dim=feature_dim)
-    for start, module in (("net.", net), ("encoder.", encoder)):
-        for name, value in module.state_dict().items():
-            stored = bundle.weights.get(start + name)
-            if stored is not None and stored.shape != value.shape:
-                raise ValueError(
-                    f"weight {start + name!r} is of shape {tuple(stored.shape)}, the configuration "
-                    f"asks for {tuple(value.shape)}"
-                )

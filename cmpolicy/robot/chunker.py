@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cmpolicy.robot.history import ObservationHistory
-from cmpolicy.robot.policy import ChunkPolicy, plan_window
+from cmpolicy.robot.policy import ChunkPolicy, plan_window, warm_plan
 from cmpolicy.robot.schedule import SyncPlanner, Window
-from cmpolicy.robot.worker import NoiseSource
+from cmpolicy.robot.worker import NoiseSource, ask
 
 Array = NDArray[Any]
 
@@ -58,6 +58,7 @@ class ActionChunker:
         self._ensemble = None if ensemble is None else TemporalEnsemble(window, ensemble)
         self._window = window
         self._planner = SyncPlanner(window)
+        self._newest: tuple[Array, int] | None = None  # plan of the call before, if ensembling
         self._calls = 0
 
     def reset(self) -> None:
@@ -71,6 +72,7 @@ class ActionChunker:
         if self._ensemble is not None:
             self._ensemble.reset()
         self._planner = SyncPlanner(self._window)
+        self._newest = None
         self._calls = 0
 
     def select_action(self, obs: Mapping[str, Any]) -> Array:
@@ -89,18 +91,25 @@ class ActionChunker:
         self._history.push(obs)
         tick = self._calls
         if self._ensemble is not None:
-            plan = self._policy.infer_plan(self._history.obs, self._noise.draw())[0]
+            plan = self._infer(self._newest)
+            self._newest = plan, 1
             self._calls += 1
             return self._ensemble.add(plan)
         if self._planner.due(tick):
-            chunk = self._policy.infer(self._history.obs, self._noise.draw())[0]
+            plan = self._infer(self._planner.running(tick))
             self._planner.begin(tick)
-            self._planner.arrive(tick, chunk)
+            self._planner.arrive(tick, plan)
         action = self._planner.choose(tick)
         if action is None:
             raise RuntimeError("a chunk without actions")  # Ta >= 1, so never
         self._calls += 1
         return np.array(action, np.float32)
+
+    def _infer(self, running: tuple[Array, int] | None) -> Array:
+        """A new plan (P, A)."""
+        start = warm_plan(self._policy, running)
+        plan: Array = ask(self._policy, self._history.obs, self._noise.draw(), start)[0]
+        return plan
 
 
 class TemporalEnsemble:

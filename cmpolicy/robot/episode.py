@@ -183,8 +183,9 @@ class Episode:
         """Run the policy on the first observation, without moving; False if stopped meanwhile."""
         self._history.reset()
         self._history.push(self._call("get_observation", self._robot.get_observation))
+        running: tuple[Array, int] | None = None
         for call in range(_WARM_UP):
-            self._call("policy", self._worker.submit, self._history.obs)
+            self._call("policy", self._worker.submit, self._history.obs, running)
             outcome = self._worker.poll()
             while outcome is None:
                 if self._is_stopped():
@@ -193,6 +194,7 @@ class Episode:
                 outcome = self._worker.poll()
             if outcome.error is not None:
                 raise outcome.error
+            running = None if outcome.plan is None else (outcome.plan, 0)
             if call > 0:  # the first is not like the others
                 self._planner.measured(outcome.seconds * self._hz)
         self._patience = self._planner.lead + 1
@@ -210,9 +212,10 @@ class Episode:
         fresh = clock() - self._observed_at <= self._limits.max_observation_age
         self._collect(tick)
         if is_new and fresh and self._planner.due(tick):
+            running = self._planner.running(tick)
             self._planner.begin(tick)
             self._begun = tick
-            self._call("policy", self._worker.submit, self._history.obs)
+            self._call("policy", self._worker.submit, self._history.obs, running)
             self._collect(tick)  # there already, if the loop is one that waits
         plan = None if self._on_tick is None else self._planner.upcoming(tick).copy()
         action, source = self._act(tick, fresh)

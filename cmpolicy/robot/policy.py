@@ -27,6 +27,9 @@ class ChunkPolicy(Protocol):
         obs           o      ...  o
         infer                     a    a    ...  a                      (B, Ta, A)
         infer_plan                a    a    ...  a       ...  a         (B, P, A)
+
+    A policy may have an attribute ``warm_start``. Unless that is None, ``infer_plan`` takes
+    ``plan`` (B, T, A) beside the noise: the plan before, see :func:`warm_plan`.
     """
 
     @property
@@ -62,6 +65,21 @@ class ChunkPolicy(Protocol):
     def infer_plan(self, obs: Mapping[str, Array], noise: Array | None = None) -> Array:
         """As :meth:`infer`, but every action from the newest observation on: (B, P, A)."""
         ...
+
+
+def warm_plan(policy: ChunkPolicy, running: tuple[Array, int] | None) -> Array | None:
+    """What a decision starts from: the running plan as a trajectory of now, (1, T, A).
+
+    Args:
+        policy: that decides.
+        running: the newest plan (P, A), and how many of its steps are over; None before one.
+
+    Returns:
+        An array of its own, or None where the policy starts from noise.
+    """
+    if running is None or getattr(policy, "warm_start", None) is None:
+        return None
+    return policy.spec.shifted(*running)[None]
 
 
 def plan_window(policy: ChunkPolicy) -> Window:

@@ -149,6 +149,10 @@ class Planner(Protocol):
         """What is planned from this tick on, (n, A), a view."""
         ...
 
+    def running(self, tick: int) -> tuple[Array, int] | None:
+        """The newest plan (P, A), a view, and how many of its steps are over; None before one."""
+        ...
+
     def taken_at(self, ready: float) -> float:
         """When the loop takes a plan that is there at ``ready``; both in ticks since tick 0."""
         ...
@@ -213,10 +217,11 @@ class SyncPlanner:
     """Executes Ta actions in their order, from whenever the plan arrived."""
 
     def __init__(self, window: Window) -> None:
-        self.stale = 0
-        self.seams = 0
-        self._actions = np.zeros((window.n_action_steps, window.action_dim), np.float32)
+        self.stale = self.seams = 0
+        self._plan = np.zeros((window.n_plan_steps, window.action_dim), np.float32)
+        self._actions = self._plan[: window.n_action_steps]
         self._cursor = len(self._actions)
+        self._is_first = True
         self._busy = False
 
     @property
@@ -237,8 +242,8 @@ class SyncPlanner:
 
     def arrive(self, tick: int, plan: Array) -> None:
         """Start the plan at its first action; what is beyond Ta is left."""
-        self._busy = False
-        self._actions[...] = plan[: len(self._actions)]
+        self._busy = self._is_first = False
+        self._plan[...] = plan
         self._cursor = 0
 
     def fail(self) -> None:
@@ -257,6 +262,10 @@ class SyncPlanner:
         """Actions not sent yet."""
         return self._actions[self._cursor :]
 
+    def running(self, tick: int) -> tuple[Array, int] | None:
+        """Its steps pass when they are sent, not while the loop waits."""
+        return None if self._is_first else (self._plan, self._cursor)
+
     def taken_at(self, ready: float) -> float:
         """At once, also between two ticks."""
         return ready
@@ -270,8 +279,7 @@ class AsyncPlanner:
     """Keeps a timeline of actions by tick, into which plans are merged as they arrive."""
 
     def __init__(self, settings: Asynchronous, window: Window) -> None:
-        self.stale = 0
-        self.seams = 0
+        self.stale = self.seams = 0
         self._every = settings.every or window.n_action_steps
         self._margin = settings.margin
         self._size = window.n_plan_steps
@@ -351,6 +359,10 @@ class AsyncPlanner:
         """Rows from this tick on."""
         start = tick - self._origin if self._reaches(tick) else self._size
         return self._actions[start:]
+
+    def running(self, tick: int) -> tuple[Array, int] | None:
+        """As blended: what the robot really follows."""
+        return None if self._end == 0 else (self._actions, tick - self._origin)
 
     def taken_at(self, ready: float) -> float:
         """On the next tick."""

@@ -8,13 +8,13 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cmpolicy.robot.metronome import clock
-from cmpolicy.robot.policy import ChunkPolicy
+from cmpolicy.robot.policy import ChunkPolicy, warm_plan
 
 Array = NDArray[Any]
 
@@ -74,8 +74,13 @@ class Worker(Protocol):
         """Get ready."""
         ...
 
-    def submit(self, obs: Mapping[str, Array]) -> None:
-        """Begin an inference; the one before must have been polled."""
+    def submit(self, obs: Mapping[str, Array], running: tuple[Array, int] | None = None) -> None:
+        """Begin an inference; the one before must have been polled.
+
+        Args:
+            obs: (1, To, ...) per key.
+            running: the newest plan and its steps that are over (:func:`warm_plan`), if any.
+        """
         ...
 
     def poll(self) -> InferenceResult | None:
@@ -99,9 +104,10 @@ class InlineWorker:
         """Nothing is left of an earlier run."""
         self._outcome = None
 
-    def submit(self, obs: Mapping[str, Array]) -> None:
+    def submit(self, obs: Mapping[str, Array], running: tuple[Array, int] | None = None) -> None:
         """Infer now."""
-        self._outcome = infer(self._policy, obs, self._noise.draw())
+        start = warm_plan(self._policy, running)
+        self._outcome = infer(self._policy, obs, self._noise.draw(), start)
 
     def poll(self) -> InferenceResult | None:
         """See :class:`Worker`."""
@@ -125,6 +131,7 @@ class ThreadedWorker:
         self._policy = policy
         self._noise = noise
         self._obs = policy.spec.zeros()
+        self._start: Array | None = None
         self._busy = False
         self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[InferenceResult] = queue.SimpleQueue()
@@ -153,12 +160,13 @@ class ThreadedWorker:
         )
         self._thread.start()
 
-    def submit(self, obs: Mapping[str, Array]) -> None:
-        """Hand over a copy of ``obs``."""
+    def submit(self, obs: Mapping[str, Array], running: tuple[Array, int] | None = None) -> None:
+        """Hand over copies."""
         if self._busy:
             raise RuntimeError("an inference is still under way")
         for key, buffer in self._obs.items():
             buffer[...] = obs[key]
+        self._start = warm_plan(self._policy, running)
         self._busy = True
         self._requests.put(True)
 
@@ -190,16 +198,25 @@ class ThreadedWorker:
     ) -> None:
         obs = self._obs
         while requests.get():
-            outcomes.put(infer(self._policy, obs, self._noise.draw()))
+            outcomes.put(infer(self._policy, obs, self._noise.draw(), self._start))
 
 
-def infer(policy: ChunkPolicy, obs: Mapping[str, Array], noise: Array) -> InferenceResult:
+def ask(policy: ChunkPolicy, obs: Mapping[str, Array], noise: Array, start: Array | None) -> Array:
+    """A plan (B, P, A) that starts from ``start`` (B, T, A), or from the noise alone."""
+    if start is None:  # a policy without a warm start need not know the word
+        return np.asarray(policy.infer_plan(obs, noise))
+    return np.asarray(cast(Any, policy).infer_plan(obs, noise, plan=start))
+
+
+def infer(
+    policy: ChunkPolicy, obs: Mapping[str, Array], noise: Array, start: Array | None = None
+) -> InferenceResult:
     """One call of the policy, timed; what it raises is in the outcome."""
     spec = policy.spec
     expected = (1, spec.n_plan_steps, spec.action_dim)
     begin = clock()
     try:
-        plan = np.asarray(policy.infer_plan(obs, noise))
+        plan = ask(policy, obs, noise, start)
         if plan.shape != expected:
             raise ValueError(
                 f"{type(policy).__name__}.infer_plan returned shape {plan.shape}, expected "

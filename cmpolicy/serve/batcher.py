@@ -20,6 +20,7 @@ import numpy as np
 
 from cmpolicy.observation import NonFiniteActionError
 from cmpolicy.robot.policy import Array, ChunkPolicy
+from cmpolicy.robot.worker import ask
 from cmpolicy.serve.requests import Answer, Request
 
 _logger = logging.getLogger(__name__)
@@ -180,7 +181,7 @@ class Batcher:
                 for key in requests[0].obs
             }
             noise = np.concatenate([request.noise for request in requests])
-        plan = np.asarray(self._policy.infer_plan(obs, noise))
+        plan = ask(self._policy, obs, noise, _starts(requests))
         spec = self._policy.spec
         expected = (len(noise), spec.n_plan_steps, spec.action_dim)
         if plan.shape != expected or plan.dtype.kind != "f":
@@ -189,3 +190,14 @@ class Batcher:
                 f"specification says {expected} (batch, n_plan_steps, action_dim)"
             )
         return plan
+
+
+def _starts(requests: Sequence[Request]) -> Array | None:
+    """What the rows start from, NaN where from noise; None where all do."""
+    if all(request.plan is None for request in requests):
+        return None
+    plans = [
+        np.full_like(request.noise, np.nan) if request.plan is None else request.plan
+        for request in requests
+    ]
+    return plans[0] if len(plans) == 1 else np.concatenate(plans)

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from cmpolicy.observation import encode_jpeg, read_numbers, read_observation
+from cmpolicy.observation import encode_jpeg, read_numbers, read_observation, read_plan
 from cmpolicy.robot.policy import Array
 from cmpolicy.serve.wire import WireError, pack, unpack
 from cmpolicy.spec import PolicySpec, SpecError
@@ -156,11 +156,21 @@ class RemotePolicy:
         rate = self.metadata.get("control_hz")
         return float(rate) if isinstance(rate, int | float) else None
 
-    def infer(self, obs: Mapping[str, Array], noise: Array | None = None) -> Array:
-        """The actions to execute now, (B, Ta, A); see :meth:`infer_plan`."""
-        return self.infer_plan(obs, noise)[:, : self.spec.n_action_steps]
+    @property
+    def warm_start(self) -> float | None:
+        """Time at which decisions start that have a ``plan``; None: the server takes none."""
+        time_ = self.metadata.get("warm_start")
+        return float(time_) if isinstance(time_, int | float) else None
 
-    def infer_plan(self, obs: Mapping[str, Array], noise: Array | None = None) -> Array:
+    def infer(
+        self, obs: Mapping[str, Array], noise: Array | None = None, *, plan: Array | None = None
+    ) -> Array:
+        """The actions to execute now, (B, Ta, A); see :meth:`infer_plan`."""
+        return self.infer_plan(obs, noise, plan=plan)[:, : self.spec.n_action_steps]
+
+    def infer_plan(
+        self, obs: Mapping[str, Array], noise: Array | None = None, *, plan: Array | None = None
+    ) -> Array:
         """Every action from the newest observation on, (B, P, A), P = T - To + 1.
 
         Batches larger than the server's are sent in parts. Safe to call from several threads, which
@@ -169,9 +179,11 @@ class RemotePolicy:
         Args:
             obs: (B, To, ...) per key, oldest first.
             noise: (B, *spec.noise_shape) standard normal; the server draws it if it is not given.
+            plan: (B, T, A) that decisions of a policy with :attr:`warm_start` start from, NaN in
+                rows without one.
 
         Raises:
-            SpecError: an observation or noise that does not fit; nothing was sent.
+            SpecError: an observation, noise or plan that does not fit; nothing was sent.
             PolicyUnavailableError: the server is gone, or took too long.
             RemotePolicyError: it refuses, or serves another policy now.
         """
@@ -185,6 +197,8 @@ class RemotePolicy:
                     f"noise has shape {arrays['noise'].shape}, expected {expected} "
                     "(batch, *spec.noise_shape)"
                 )
+        if plan is not None:
+            arrays["plan"] = read_plan(self.spec, plan, rows)
         size = int(self.metadata.get("max_batch", rows))
         parts = []
         for start in range(0, rows, size):

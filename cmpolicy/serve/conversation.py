@@ -102,6 +102,8 @@ class Conversation:
                 raise RequestError("messages are binary frames of msgpack, got a text frame")
             request = self._session.read(unpack(data, max_bytes=self._max_bytes))
             answer = None if request is None else await self._batcher.infer(request)
+            if request is not None and answer is not None:
+                self._session.answered(request, answer)
         except (WireError, RequestError, InferenceError) as error:
             return str(error)
         return reply(request, answer, self._session.spec, previous_ms)

@@ -13,6 +13,8 @@ and beside them, each optional:
     seed   a whole number: the session's noise starts again from this seed
     noise  (T, A), or (B, T, A) for a batch: standard normal, instead of the session's own;
            (K, T, A) and (B, K, T, A) where the policy's sampler takes K > 1 draws
+    plan   (T, A), or (B, T, A) for a batch: the plan that a policy with a warm start starts from
+           (PolicySpec.shifted), instead of the session's own; a row of NaN is none
 
 Other keys (a prompt, images that this policy does not use) are ignored; the server logs them once
 per session. Lists of numbers and plain numbers are accepted where an array is meant.
@@ -23,6 +25,10 @@ episode begins as in training: its first observation is repeated. A smaller ``st
 begins a new episode. One step without ``step`` stands for the whole history, because its age is
 unknown (openpi's ActionChunkBroker asks once per chunk: its last observation is a whole chunk old,
 and a policy that takes it for the step before would see a speed that never was).
+
+Of a policy with a warm start the session keeps the plan that answered the last ``step``, too, and
+the next one starts from it, by as many steps as passed. A new episode begins without one, and so
+does whatever has no ``step``.
 """
 
 from __future__ import annotations
@@ -36,14 +42,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cmpolicy.observation import ObservationError, read_numbers, read_observation
+from cmpolicy.observation import ObservationError, read_numbers, read_observation, read_plan
 from cmpolicy.serve.wire import MAX_BYTES, pack
 from cmpolicy.spec import PolicySpec
 
 _logger = logging.getLogger(__name__)
 
 #: Keys of a message that are not observations.
-RESERVED = ("step", "reset", "seed", "noise")
+RESERVED = ("step", "reset", "seed", "noise", "plan")
 
 _OVERHEAD = 65_536  # bytes for keys and fields
 
@@ -63,11 +69,15 @@ class Request:
         obs: (B, To, ...) per key, float32 or uint8 (frames).
         noise: (B, T, A) float32.
         is_batch: whether the client sent a batch, and gets a batch back.
+        plan: (B, T, A) to start from, NaN in rows without one; None where no row has one.
+        step: of the one observed step, if the client counts them.
     """
 
     obs: dict[str, NDArray[Any]]
     noise: NDArray[np.float32]
     is_batch: bool
+    plan: NDArray[Any] | None = None
+    step: int | None = None
 
     @property
     def rows(self) -> int:
@@ -146,12 +156,20 @@ class Session:
         spec: of the policy.
         max_batch: largest batch of histories in one message.
         seed: of the noise; None takes one from the operating system.
+        is_warm: whether the policy has a warm start.
     """
 
     def __init__(
-        self, spec: PolicySpec, *, max_batch: int, seed: np.random.SeedSequence | None = None
+        self,
+        spec: PolicySpec,
+        *,
+        max_batch: int,
+        seed: np.random.SeedSequence | None = None,
+        is_warm: bool = False,
     ) -> None:
         self.spec = spec
+        self._is_warm = is_warm
+        self._answered: tuple[int, NDArray[Any]] | None = None  # step and its plan (P, A)
         self._max_batch = max_batch
         self._rng = np.random.default_rng(seed)
         self._seen: list[_Seen] = []  # within the last To steps, oldest first
@@ -174,7 +192,8 @@ class Session:
         reset, rng = _flag(message, "reset"), _generator(message)
         controls = message.keys() & {"reset", "seed"}
         if controls and message.keys() == controls:
-            self._seen = [] if reset else self._seen
+            if reset:
+                self._begin_episode()
             self._rng = rng or self._rng
             return None
         self._check_keys(message)
@@ -183,26 +202,38 @@ class Session:
             noise = (
                 None if message.get("noise") is None else read_numbers("noise", message["noise"])
             )
+            rows = len(next(iter(steps.values()))) if form == "batch" else 1
+            plan = self._given_plan(message, form, rows)
         except ObservationError as error:
             raise RequestError(str(error)) from error
         number = _whole(message, "step")
         if number is not None and form != "step":
             raise RequestError(f"step={number} belongs to one observation step, this is a {form}")
-        rows = len(next(iter(steps.values()))) if form == "batch" else 1
         if noise is not None:
             noise = self._shaped_noise(noise, rows, is_batch=form == "batch")
         # everything is in order: from here on the session changes
         if rng is not None:
             self._rng = rng
         if reset:
-            self._seen = []
+            self._begin_episode()
         if noise is None:
             noise = self._rng.standard_normal((rows, *self.spec.noise_shape), dtype=np.float32)
         if form == "step":
             steps = self._history(number, steps)
         if form != "batch":
             steps = {key: value[None] for key, value in steps.items()}
-        return Request(steps, noise, form == "batch")
+        if plan is None and number is not None and self._answered is not None:
+            before, actions = self._answered
+            plan = self.spec.shifted(actions, number - before)[None]
+        return Request(steps, noise, form == "batch", plan, number)
+
+    def answered(self, request: Request, answer: Answer) -> None:
+        """Keep the plan, if the next request may start from it."""
+        if self._is_warm and request.step is not None:
+            self._answered = request.step, answer.plan[0]
+
+    def _begin_episode(self) -> None:
+        self._seen, self._answered = [], None
 
     def _check_keys(self, message: Mapping[Any, Any]) -> None:
         missing = sorted(self.spec.obs.keys() - message.keys())
@@ -255,6 +286,17 @@ class Session:
         assert form is not None  # a spec has at least one key
         return form, arrays
 
+    def _given_plan(
+        self, message: Mapping[str, Any], form: _Form, rows: int
+    ) -> NDArray[Any] | None:
+        """(B, T, A) of the message, if it brings one."""
+        if message.get("plan") is None:
+            return None
+        if not self._is_warm:
+            raise RequestError("plan: this policy has no warm start, so it takes none")
+        value = message["plan"]
+        return read_plan(self.spec, value if form == "batch" else [value], rows)
+
     def _shaped_noise(
         self, noise: NDArray[np.float32], rows: int, *, is_batch: bool
     ) -> NDArray[np.float32]:
@@ -274,7 +316,7 @@ class Session:
         if number is None:
             return {key: np.repeat(value[None], n, axis=0) for key, value in step.items()}
         if self._seen and number < self._seen[-1].number:
-            self._seen = []
+            self._begin_episode()
         first = number - n + 1
         kept = [seen for seen in self._seen if first <= seen.number < number]
         self._seen = kept = [*kept, _Seen(number, step)]

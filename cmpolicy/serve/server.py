@@ -151,6 +151,7 @@ class PolicyServer:
                 "horizon": spec.horizon,
                 "action_dim": spec.action_dim,
                 "control_hz": getattr(policy, "control_hz", None),
+                "warm_start": getattr(policy, "warm_start", None),
                 "max_batch": max_batch,
                 "max_message_bytes": max_message_bytes,
             }
@@ -347,7 +348,12 @@ class PolicyServer:
             await connection.close(TRY_AGAIN_LATER, "this server has no session left")
             return
         self._admission.sessions += 1
-        session = Session(self.spec, max_batch=self._max_batch, seed=self._seeds.spawn(1)[0])
+        session = Session(
+            self.spec,
+            max_batch=self._max_batch,
+            seed=self._seeds.spawn(1)[0],
+            is_warm=getattr(self._policy, "warm_start", None) is not None,
+        )
         conversation = Conversation(
             session, self._batcher, max_bytes=self._max_bytes, idle_timeout=self._idle_timeout
         )

@@ -16,7 +16,10 @@ class ActionChunkPolicy(Protocol):
     * ``spec`` with ``obs`` (key -> shape) and ``action_dim``: checked against the environment
       before the first step, and only the keys in ``spec.obs`` are handed to ``infer``;
     * ``spec.noise_shape`` (T, A): ``infer`` then takes ``noise`` (B, T, A), standard normal, drawn
-      per episode from its seed, so that an episode does not depend on its neighbours in the batch.
+      per episode from its seed, so that an episode does not depend on its neighbours in the batch;
+    * ``warm_start``, unless it is None: ``infer_plan(obs, noise=noise, plan=plan)`` is called; it
+      gives all actions (B, P, A), of which the first Ta are executed. Rows of ``plan`` (B, T, A)
+      are ``spec.shifted(actions, Ta)`` of the call before, NaN at the first.
     """
 
     @property

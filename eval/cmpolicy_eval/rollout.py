@@ -8,9 +8,10 @@ Environments run in several processes, the policy runs here, on all of them in o
     slot 2    seed c .. seed c .. seed c      (no seed left: the slot stays frozen)
 
 Every call has exactly ``batch_size`` rows (frozen and unused ones are repeated observations), and
-the noise of a row comes from its seed. A network's batched arithmetic rounds by the shape of the
-batch, not by the place of a row in it, so the result of an episode depends on its seed and the
-batch size alone: not on the number of processes, nor on which other seeds run.
+the noise of a row comes from its seed, the plan it starts from (``policy.warm_start``) from its
+episode. A network's batched arithmetic rounds by the shape of the batch, not by the place of a row
+in it, so the result of an episode depends on its seed and the batch size alone: not on the number
+of processes, nor on which other seeds run.
 """
 
 import os
@@ -65,6 +66,7 @@ class _Slot:
     active: bool = True
     infer_ms: list[float] = field(default_factory=list)
     chunks: list[Array] = field(default_factory=list)
+    plan: Array | None = None  # (P, A) of the call before, where the policy starts from it
 
 
 def rollout(
@@ -186,9 +188,18 @@ def _infer(
             if slot.active:
                 row[...] = slot.rng.standard_normal(noise_shape, dtype=np.float32)
         kwargs["noise"] = noise
+    infer: Callable[..., Any] = policy.infer
+    is_warm = getattr(policy, "warm_start", None) is not None
+    if is_warm:
+        infer = cast(Any, policy).infer_plan
+        kwargs["plan"] = _running_plans(policy, slots, batch_size)
     start = time.perf_counter()
-    chunks = np.asarray(policy.infer(obs, **kwargs))
+    chunks = np.asarray(infer(obs, **kwargs))
     elapsed_ms = (time.perf_counter() - start) * 1e3
+    if is_warm:
+        for slot, plan in zip(slots, chunks, strict=False):
+            slot.plan = plan
+        chunks = chunks[:, : policy.n_action_steps]
     if chunks.ndim != 3 or chunks.shape[:2] != (batch_size, policy.n_action_steps):
         raise PolicyMismatchError(
             f"policy.infer returned shape {chunks.shape} for {batch_size} observations; expected "
@@ -201,6 +212,18 @@ def _infer(
                 f"{slot.outcome.length}; the weights or the normaliser are broken"
             )
     return chunks, elapsed_ms
+
+
+def _running_plans(
+    policy: ActionChunkPolicy, slots: Sequence[_Slot], batch_size: int
+) -> NDArray[np.float64]:
+    """(B, T, A): what the call before planned for now; NaN where there was none."""
+    spec: Any = cast(Any, policy).spec
+    plans = np.full((batch_size, *spec.noise_shape), np.nan)
+    for row, slot in zip(plans, slots, strict=False):
+        if slot.active and slot.plan is not None:
+            row[...] = spec.shifted(slot.plan, policy.n_action_steps)
+    return plans
 
 
 def _result(slot: _Slot) -> EpisodeResult:

@@ -222,8 +222,8 @@ def _facts(**changes: object) -> str:
         ({SEAL: BLANK, KEY: "{"}, "was not exported by cmpolicy"),
         ({SEAL: BLANK, KEY: "[1]"}, "was not exported by cmpolicy"),
         (
-            {SEAL: BLANK, KEY: _facts(format_version=2, cmpolicy="9.1")},
-            r"version 2, written by cmpolicy 9\.1; this cmpolicy reads up to 1: upgrade",
+            {SEAL: BLANK, KEY: _facts(format_version=3, cmpolicy="9.1")},
+            r"version 3, written by cmpolicy 9\.1; this cmpolicy reads up to 2: upgrade",
         ),
         ({SEAL: BLANK, KEY: _facts(format_version="new")}, "export format version new"),
         ({SEAL: BLANK, KEY: _facts(spec={"obs": {}})}, "metadata is incomplete"),
@@ -251,7 +251,7 @@ def test_foreign_and_newer_programs(tmp_path: Path, text: str | None) -> None:
     file = tmp_path / "program.pt2"
     program = torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),))
     torch.export.save(program, file, extra_files={} if text is None else {KEY: text})
-    match = "was not exported by cmpolicy" if text is None else "reads up to 1: upgrade"
+    match = "was not exported by cmpolicy" if text is None else "reads up to 2: upgrade"
     with pytest.raises(ExportError, match=match):
         Pt2Policy(file, trust=True)
 

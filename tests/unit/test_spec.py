@@ -35,7 +35,7 @@ def test_images() -> None:
     zeros = spec.zeros(3)
     assert zeros["top"].shape == (3, 2, 96, 96, 3)
     assert (zeros["top"].dtype, zeros["force"].dtype) == (np.uint8, np.float32)
-    assert spec.message_bytes() == 2 * (96 * 96 * 3 + 8) + 8 * 16 * 2
+    assert spec.message_bytes() == 2 * (96 * 96 * 3 + 8) + 2 * 8 * 16 * 2
     assert PolicySpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
     assert "images" not in _spec().to_dict()  # as older versions wrote it
     for obs, images in (({"a": (2,)}, ("a",)), ({"a": (2,)}, ("b",)), ({"a": (3, 8, 8)}, ("a",))):

@@ -1,8 +1,8 @@
 """Times of a training step and of a chunk, in LeRobot and without, in turn in one process.
 
 ``python speed.py DATA OUT.json [ROUNDS]`` in LeRobot's environment; DATA is what pusht_data.py
-writes. Milliseconds of the processor, one thread, since other work shares the machine (on an idle one
-they are those of the clock, which are noted, too); medians, and ratios taken round by round.
+writes. Milliseconds of the processor, one thread, since other work shares the machine (on an idle
+one they are those of the clock, which are noted, too); medians, and ratios taken round by round.
 """
 
 from __future__ import annotations

@@ -1,0 +1,49 @@
+"""A policy's parts, whether they fit together; and the arrays it is asked with, as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cmpolicy.normalize import Normalizer
+from cmpolicy.observation import read_observation
+from cmpolicy.spec import PolicySpec
+
+
+def check_normalizer(spec: PolicySpec, normalizer: Normalizer) -> None:
+    """Raise ValueError unless the normaliser knows the action and all numbers, in their shapes."""
+    shapes = {**spec.states, "action": (spec.action_dim,)}
+    arrays = normalizer.to_arrays()
+    for key, shape in shapes.items():
+        scale = arrays.get(f"{key}.scale")
+        got = None if scale is None else tuple(scale.shape)
+        if got != shape:
+            raise ValueError(
+                f"normaliser and policy disagree on {key!r}: the policy has shape {shape}, "
+                f"the normaliser {got}"
+            )
+
+
+def obs_tensors(
+    spec: PolicySpec,
+    obs: Mapping[str, npt.NDArray[Any]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Observations (B, To, ...) per key as tensors there; frames and precise numbers keep theirs.
+
+    Raises:
+        SpecError: not numbers, or NaN or inf (key and count).
+    """
+    tensors = {}
+    for key in spec.obs:
+        # a copy of what must not be written to, such as a received message: torch would warn
+        value = np.require(read_observation(spec, key, obs[key]), requirements="W")
+        kept = key in spec.images or key in spec.precise
+        tensors[key] = torch.as_tensor(value, dtype=None if kept else dtype, device=device)
+    return tensors
