@@ -250,9 +250,7 @@ class TestSeal:
                 file.write_bytes(before[: RNG.integers(len(before))])
             assert f"{file.parent.parent.name}/{file.parent.name}" in messages(path)
             assert "has changed since the store was sealed" in messages(path)
-            with pytest.raises(
-                ReplayBufferError, match=r"since the store was sealed|cannot be|has no key"
-            ):
+            with pytest.raises(ReplayBufferError):  # of whatever is wrong with it first
                 ReplayBuffer.open(path).load(file.parent.name.replace("episode_ends", "action"))
             file.write_bytes(before)
         assert messages(path) == ""
