@@ -183,7 +183,7 @@ def test_a_run_goes_on(run: Run, trained: Path):
     ("setting", "message"),
     [
         ("horizon=15", "horizon=15 is not divisible by 2"),
-        ("isd.sd_share=3", "isd: sd_share=3.0 must lie in (0, 1]"),
+        ("isd.sd_share=3", "sd_share=3.0 must lie in (0, 1]"),
     ],
 )
 def test_wrong_settings_say_what_is_wrong(
