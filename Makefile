@@ -70,10 +70,11 @@ attack: install  ## attack server, robot loop, stores and bundles at full counts
 
 # lerobot wants another numpy, torch and diffusers than robosuite and we do: never in one environment.
 LEROBOT := .venv-lerobot
-test-lerobot: install  ## data sets and the plug-in with lerobot 0.4.4, in .venv-lerobot (3 GB)
+LEROBOT_WANTS := 'lerobot[async,pusht]==0.4.4' 'zarr>=3.1.5,<4'
+test-lerobot: install  ## data sets and the plug-in with lerobot 0.4.4, in .venv-lerobot (9 GB with CUDA's packages)
 	@[ -x $(LEROBOT)/bin/python ] || $(PYTHON) -m venv $(LEROBOT)
-	@$(LEROBOT)/bin/pip install --quiet --disable-pip-version-check 'lerobot[async,pusht]==0.4.4' 'zarr>=3.1.5,<4'
-	OMP_NUM_THREADS=1 CMPOLICY_LEROBOT_PYTHON=$(CURDIR)/$(LEROBOT)/bin/python \
+	@$(LEROBOT)/bin/pip install --quiet --disable-pip-version-check $(LEROBOT_WANTS)
+	OMP_NUM_THREADS=1 CMPOLICY_LEROBOT_PYTHON=$(abspath $(LEROBOT))/bin/python \
 		$(BIN)/pytest tests/integration/test_real_lerobot.py tests/integration/test_lerobot_plugin.py
 
 gpu: install  ## figures of a GPU, its tests, and ten minutes of training on it

@@ -28,14 +28,15 @@ def download(repo_id: str, files: Sequence[str]) -> Path:
     wanted: dict[str, Any] = {"allow_patterns": list(files)}
     try:
         # asked first, since snapshot_download's own question has no time limit
-        revision = HfApi().repo_info(repo_id, timeout=_TIMEOUT).sha
+        HfApi().repo_info(repo_id, timeout=_TIMEOUT)
     except Exception as error:  # the hub's own and the HTTP library's errors share no other base
         try:
             return Path(snapshot_download(repo_id, local_files_only=True, **wanted))
         except (OSError, ValueError):
             raise _not_fetched(repo_id, error) from error
     try:
-        return Path(snapshot_download(repo_id, revision=revision, etag_timeout=_TIMEOUT, **wanted))
+        # by the branch's name, under which it is looked for where there is no network
+        return Path(snapshot_download(repo_id, etag_timeout=_TIMEOUT, **wanted))
     except (OSError, ValueError) as error:
         raise _not_fetched(repo_id, error) from error
 

@@ -79,6 +79,7 @@ class ToLeRobotSettings:
         codec: of videos: av1 (as lerobot records), h264 or hevc.
         crf: quality of videos, smaller is better.
         robot_type: a name; null: the store's attribute.
+        license: of the data, for its card on the hub, such as mit or cc-by-4.0.
     """
 
     out: str | None = None
@@ -89,6 +90,7 @@ class ToLeRobotSettings:
     codec: Literal["av1", "h264", "hevc"] = "av1"
     crf: int = 30
     robot_type: str | None = None
+    license: str | None = None
 
 
 def _robomimic(settings: RobomimicSettings, source: str) -> int:
@@ -187,6 +189,7 @@ def _to_lerobot(settings: ToLeRobotSettings, source: str) -> int:
             codec=settings.codec,
             crf=settings.crf,
             robot_type=settings.robot_type,
+            license=settings.license,
             progress=show,
         )
     print(

@@ -52,7 +52,10 @@ class Composition:
     config_name: str = "train"
     package: str = PACKAGE
     extra: Mapping[str, Any] = field(default_factory=lambda: {"out": None})
-    text: Sequence[str] = ("out", "resume", "init", "data.path", "dataset.path", "task.name")
+    text: Sequence[str] = (
+        *("out", "resume", "init", "data.path", "data.repo_id", "data.revision"),
+        *("dataset.path", "task.name"),
+    )
     open_groups: Sequence[str] = ("data.obs", "data.normalize")
 
     @property

@@ -62,11 +62,14 @@ class DataConfig:
         name: ``pusht_scripted`` (comes with cmpolicy), ``pusht_human``, ``custom``, ...
         path: Zarr store, or folder of a LeRobot data set, which is converted into the cache once;
             null where ``name`` alone says which.
+        repo_id: of a LeRobot data set, in place of ``path``: looked for in LeRobot's cache, then in
+            the hub's, then fetched.
+        revision: of ``repo_id``: commit, tag or branch on the hub.
         obs: selector by observation key of the policy, e.g. ``{agent_pos: "state[:2]"}``. A plain
             list means that keys and selectors are the same. In the place of a selector may stand
             ``{key: selector, kind: image|state, layout: hwc|chw}``; a key is an image where its
             shape is (H, W, 3) and its values are whole numbers in [0, 255], unless ``kind`` says
-            otherwise.
+            otherwise. Of a LeRobot data set it may be left out: every ``observation.*``.
         action: selector of the actions.
         episodes: which of them are used: a list of numbers, or what the store says of episodes: the
             name of ``meta/<name>`` (E,), such as ``success``, or of a mask; null uses all.
@@ -100,6 +103,8 @@ class DataConfig:
 
     name: str = "custom"
     path: str | None = None
+    repo_id: str | None = None
+    revision: str | None = None
     obs: Mapping[str, Any]
     action: str = "action"
     episodes: Any = None
@@ -117,7 +122,13 @@ class DataConfig:
     image_memory: float = 4.0
 
     def __post_init__(self) -> None:
-        if not self.obs:
+        if self.repo_id is not None and self.path is not None:
+            raise ConfigError(
+                f"data.path={self.path} and data.repo_id={self.repo_id} are both set; give one"
+            )
+        if self.revision is not None and self.repo_id is None:
+            raise ConfigError("data.revision is of data.repo_id, which is not set")
+        if not self.obs and not self.is_lerobot:
             raise ConfigError("data.obs is empty: name at least one key, e.g. data.obs=[state]")
         if "action" in self.obs:
             raise ConfigError(
@@ -126,7 +137,8 @@ class DataConfig:
             )
         known = {"default", "action", *self.obs}
         for key, method in self.normalize.items():
-            choose(dict.fromkeys(known), key, "key of data.normalize")
+            if self.obs:  # else the data set's own keys, which are not known yet
+                choose(dict.fromkeys(known), key, "key of data.normalize")
             choose(dict.fromkeys(get_args(NormalizeMethod)), method, f"data.normalize.{key}")
         for text in self.action_rotations or ():
             parse_rotation(text)
@@ -144,11 +156,19 @@ class DataConfig:
         if not 0 <= self.val_fraction < 1:
             raise ConfigError(f"data.val_fraction={self.val_fraction} must be in [0, 1)")
 
+    @property
+    def is_lerobot(self) -> bool:
+        """Whether a LeRobot data set was asked for, whose keys need not be named."""
+        return self.name == "lerobot" or self.repo_id is not None
+
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any], *, where: str = "data") -> DataConfig:
         """As any settings, and ``obs`` may be a plain list of keys."""
         obs = data.get("obs") if isinstance(data, Mapping) else None
         if isinstance(data, Mapping) and obs is None:
+            data = {**data, "obs": {}}
+            is_lerobot = data.get("name") == "lerobot" or data.get("repo_id") is not None
+        if isinstance(data, Mapping) and obs is None and not is_lerobot:
             raise ConfigError(
                 f"{where}.obs is not set: name the keys of the store that the policy sees, e.g. "
                 f"{where}.obs=[state]"

@@ -16,8 +16,9 @@ import torch
 
 from cmpolicy.experiment.config import DataConfig, PolicyConfig, TrainConfig, parse_rotation
 from cmpolicy.experiment.protocols import Simulator
+from cmpolicy.experiment.sources import find_source
 from cmpolicy.normalize import Normalizer
-from cmpolicy.schema import ConfigError
+from cmpolicy.schema import ConfigError, choose
 from cmpolicy.spec import PolicySpec, Rotation
 from cmpolicy.training.loader import DeviceLoader
 from cmpolicy_data import (
@@ -27,8 +28,6 @@ from cmpolicy_data import (
     split_episodes,
     window_index,
 )
-from cmpolicy_data.catalog import resolve
-from cmpolicy_data.convert.lerobot.cached import as_store
 from cmpolicy_data.demonstrations import Demonstrations, load_demonstrations
 from cmpolicy_data.report import decision_steps, examine
 from cmpolicy_data.statistics import KeyStatistics
@@ -169,21 +168,17 @@ def load_training_data(config: TrainConfig) -> TrainingData:
         ValueError, FileNotFoundError: what is wrong with the store or with the keys asked of it.
     """
     data = config.data
-    if data.path is None and data.name == "custom":
-        raise ConfigError(
-            "data.path is not set: give the store to train on, data.path=my.zarr; its layout is "
-            "data/<key> (N, ...) and meta/episode_ends (E,)"
-        )
-    given = resolve(data.name, data.path)
-    path = as_store(given)
+    path, source, obs = find_source(data)
     arrays = load_demonstrations(
         path,
-        data.obs,
+        obs,
         data.action,
         data.augment,
         image_memory=data.image_memory,
         missing_chunks=data.missing_chunks,
     )
+    for key in data.normalize:
+        choose({"default": 0, ACTION: 0, **arrays.obs}, key, "key of data.normalize")
     for key, values in arrays.obs.items():
         if key not in arrays.images:
             _check_state(key, values, path)
@@ -203,7 +198,6 @@ def load_training_data(config: TrainConfig) -> TrainingData:
     chosen = chosen_episodes(buffer, data.episodes)
     parts = split_episodes(len(chosen), data.val_fraction, config.seed)
     split = arrays.expand(EpisodeSplit(chosen[parts.train_ids], chosen[parts.val_ids]))
-    named = data.path is None or data.name == "pusht_human"  # else a store of the user's own
     attrs = buffer.attrs
     simulator = Simulator.from_mapping(attrs)
     lengths = np.diff(arrays.episode_ends, prepend=0)
@@ -211,7 +205,7 @@ def load_training_data(config: TrainConfig) -> TrainingData:
         arrays,
         windows,
         split,
-        data.name if named else given.name,
+        source,
         simulator,
         control_hz=_control_hz(config, attrs),
         pad_loss=simulator.actions != "delta" if data.pad_loss is None else data.pad_loss,

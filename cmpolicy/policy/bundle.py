@@ -25,6 +25,7 @@ from torch import Tensor
 from cmpolicy.files import WriteError, replace_directory, space_note
 from cmpolicy.hub import HubError, download
 from cmpolicy.nn.registry import EncoderConfig, NetConfig, encoder_config, net_config, to_mapping
+from cmpolicy.policy.card import with_header
 from cmpolicy.spec import PolicySpec, check_warm_start
 
 FORMAT = "cmpolicy-policy"
@@ -173,6 +174,7 @@ def _contents(
     except (TypeError, ValueError) as error:
         raise BundleError(f"cannot write {target}: metadata must be JSON-ready: {error}") from error
     card = card or f"# {target.name}\n\nA cmpolicy policy bundle.\n"
+    card = with_header(card, bundle.metadata)
     return {CONFIG: text.encode(), **tensors, CARD: card.encode()}
 
 

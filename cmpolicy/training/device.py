@@ -63,7 +63,8 @@ def use_bf16(config: LoopConfig, device: torch.device) -> bool:
         return config.precision == "bf16"
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
-    capabilities = torch.cpu.get_capabilities()
+    ask = getattr(torch.cpu, "get_capabilities", None)  # from torch 2.11 on; lerobot has older ones
+    capabilities = {} if ask is None else ask()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 

@@ -10,6 +10,31 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+MAX_CHUNK_STEPS = 2048
+_CHUNK_BYTES = 1 << 22
+_PART_BYTES = 16 << 20
+
+
+def rows_per_chunk(row_bytes: int) -> int:
+    """Rows of ``row_bytes`` bytes each in a chunk of a store whose rows come in parts."""
+    return min(MAX_CHUNK_STEPS, max(1, _CHUNK_BYTES // max(1, row_bytes)))
+
+
+def part_sizes(first_row: int, length: int, row_bytes: int) -> Iterator[int]:
+    """Sizes of parts that end where chunks do, so that none is read back and written twice.
+
+    Args:
+        first_row: row of the store at which the episode begins. length: its rows.
+        row_bytes: size of a row.
+    """
+    chunk = rows_per_chunk(row_bytes)
+    step = chunk * max(1, _PART_BYTES // (chunk * max(1, row_bytes)))
+    row, end = first_row, first_row + length
+    while row < end:
+        size = min(step - row % step, end - row)
+        yield size
+        row += size
+
 
 @dataclass(frozen=True)
 class Parts:

@@ -2,7 +2,9 @@
 
 ``python lerobot_plugin_side.py act CHECKPOINT OUT.npz`` writes what the plug-in does for some
 observations and noise; ``wrap BUNDLE OUT`` makes a checkpoint of a bundle; ``serve CHECKPOINT
-OUT.npz`` runs lerobot's asynchronous server and client with a robot that notes what it is told.
+OUT.npz`` runs lerobot's asynchronous server and client with a robot that notes what it is told;
+``drive CHECKPOINT OUT.npz`` runs that robot in cmpolicy's loop; ``refuse CHECKPOINT OUT.txt`` asks
+for real-time chunking in lerobot's ways.
 """
 
 import sys
@@ -54,6 +56,55 @@ def wrap(bundle: Path, out: Path) -> None:
     CmpolicyPolicy.from_pretrained(bundle).save_pretrained(out.with_name("again"))
 
 
+def drive(checkpoint: Path, out: Path) -> None:
+    """Three seconds of a robot that lerobot made, in cmpolicy's loop."""
+    from lerobot.robots.utils import make_robot_from_config
+    from lerobot_robot_dummy import DummyRobotConfig
+
+    from cmpolicy.policy.policy import ConsistencyPolicy
+    from cmpolicy.robot import ControlLoop, LeRobotAdapter, SafetyLimits
+
+    robot = make_robot_from_config(DummyRobotConfig())
+    joints = list(robot.action_features)
+    adapted = LeRobotAdapter(robot, observation={"state": joints})
+    limits = SafetyLimits(low=-0.5, high=0.5)
+    policy = ConsistencyPolicy.from_pretrained(checkpoint / "cmpolicy")
+    with ControlLoop(policy, adapted, safety=limits, seed=0) as loop:
+        report = loop.run(seconds=3)
+        connected = robot.is_connected
+    np.savez(
+        out,
+        actions=robot.told,
+        ticks=report.ticks,
+        hz=policy.control_hz,
+        connected=[connected, robot.is_connected],
+    )
+
+
+def refuse(checkpoint: Path, out: Path) -> None:
+    """What is said where a deployment script of lerobot switches real-time chunking on."""
+    from lerobot.policies.rtc.configuration_rtc import RTCConfig
+    from lerobot_policy_cmpolicy import CmpolicyPolicy
+
+    policy = CmpolicyPolicy.from_pretrained(checkpoint)
+    seen = {"observation.state": torch.zeros(1, 2)}
+    said = []
+    for chunking in (
+        lambda: policy.predict_action_chunk(seen, inference_delay=2),
+        lambda: policy.predict_action_chunk(seen, prev_chunk_left_over=torch.zeros(8, 2)),
+        policy.init_rtc_processor,
+    ):
+        policy.config.rtc_config = RTCConfig(enabled=True)
+        try:
+            chunking()
+        except ValueError as error:
+            said.append(str(error))
+    policy.config.rtc_config = RTCConfig(enabled=False)
+    policy.init_rtc_processor()
+    policy.predict_action_chunk(seen, inference_delay=None, prev_chunk_left_over=None)
+    out.write_text("\n".join(said))
+
+
 def serve(checkpoint: Path, out: Path) -> None:
     """Thirty actions, or as many as two minutes give."""
     import socket
@@ -63,7 +114,7 @@ def serve(checkpoint: Path, out: Path) -> None:
 
     from lerobot.async_inference.configs import RobotClientConfig
     from lerobot.async_inference.robot_client import RobotClient
-    from lerobot_dummy_robot import DummyRobotConfig
+    from lerobot_robot_dummy import DummyRobotConfig
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -103,4 +154,5 @@ def serve(checkpoint: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"act": act, "wrap": wrap, "serve": serve}[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))
+    done = {"act": act, "wrap": wrap, "serve": serve, "drive": drive, "refuse": refuse}
+    done[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))

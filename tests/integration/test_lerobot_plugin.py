@@ -14,6 +14,7 @@ import pytest
 
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy_data import ReplayBuffer
+from cmpolicy_data.convert.lerobot.reading import read
 from cmpolicy_data.convert.lerobot.writing import write
 
 PYTHON = os.environ.get("CMPOLICY_LEROBOT_PYTHON", "")
@@ -49,16 +50,31 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     plugin = ROOT / "plugins" / "lerobot_policy_cmpolicy"
     install = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]
     subprocess.run([sys.executable, "-m", "pip", *install, home / "site", plugin], check=True)
-    roots = [home / "site", ROOT, *(ROOT / name for name in ("envs", "data", "eval", "conf"))]
+    for name, version in (("lerobot_robot_dummy", "1.0"), ("lerobot", "0.6.1")):
+        metadata = home / name / f"{name}-{version}.dist-info" / "METADATA"
+        metadata.parent.mkdir(parents=True)
+        metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    robot = [home / "lerobot_robot_dummy", SIDE.parent]
+    roots = [
+        home / "site",
+        *robot,
+        ROOT,
+        *(ROOT / name for name in ("envs", "data", "eval", "conf")),
+    ]
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     env |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "hf"), "MUJOCO_GL": "egl"}
     env |= {"PYTHONPATH": os.pathsep.join(map(str, roots)), "SDL_VIDEODRIVER": "dummy"}
 
-    def run(command: str, *words: object, fails: bool = False) -> str:
+    def run(command: str, *words: object, fails: bool = False, first: str = "") -> str:
         tool = Path(PYTHON).with_name(command)
         start = [PYTHON, str(SIDE)] if command == "side" else [PYTHON, str(tool)]
+        path = os.pathsep.join([*([str(home / first)] if first else []), env["PYTHONPATH"]])
         done = subprocess.run(
-            [*start, *map(str, words)], env=env, cwd=home, capture_output=True, text=True
+            [*start, *map(str, words)],
+            env=env | {"PYTHONPATH": path},
+            cwd=home,
+            capture_output=True,
+            text=True,
         )
         assert (done.returncode != 0) == fails, done.stderr[-4000:]
         return done.stdout + done.stderr
@@ -167,7 +183,7 @@ def test_a_run_goes_on(run: Run, trained: Path):
     ("setting", "message"),
     [
         ("horizon=15", "horizon=15 is not divisible by 2"),
-        ("isd.sd_share=3", "isd: sd_share=3.0 must lie in (0, 1]"),
+        ("isd.sd_share=3", "sd_share=3.0 must lie in (0, 1]"),
     ],
 )
 def test_wrong_settings_say_what_is_wrong(
@@ -212,6 +228,58 @@ def test_lerobot_asynchronous_inference(run: Run, from_state: Path, tmp_path: Pa
     assert len(actions) >= 12  # more than one chunk
     assert np.ptp(actions, axis=0).min() > 0
     assert np.abs(actions).max() <= 1
+
+
+def test_our_loop_drives_a_robot_of_lerobots(run: Run, from_state: Path, tmp_path: Path):
+    """At the data's rate, within the limits, connected while it runs and not after."""
+    run("side", "drive", from_state / "last/pretrained_model", tmp_path / "x.npz")
+    found = np.load(tmp_path / "x.npz")
+    assert found["hz"] == 10
+    assert 20 <= int(found["ticks"]) <= 32
+    assert len(found["actions"]) >= 10
+    assert np.abs(found["actions"]).max() <= 0.5
+    assert np.ptp(found["actions"], axis=0).min() > 0
+    assert found["connected"].tolist() == [True, False]
+
+
+def test_lerobot_record_with_the_policy(run: Run, from_state: Path, tmp_path: Path):
+    """lerobot finds robot and policy by their names; what it records is read back."""
+    run(
+        "lerobot-record",
+        "--robot.type=dummy",
+        f"--policy.path={from_state / 'last/pretrained_model'}",
+        "--policy.device=cpu",
+        "--dataset.repo_id=me/eval_dummy",
+        f"--dataset.root={tmp_path / 'recorded'}",
+        "--dataset.single_task=reach",
+        "--dataset.num_episodes=1",
+        "--dataset.episode_time_s=3",
+        "--dataset.reset_time_s=0",
+        "--dataset.fps=10",
+        "--dataset.push_to_hub=false",
+        "--play_sounds=false",
+    )
+    read(tmp_path / "recorded", tmp_path / "x.zarr")
+    buffer = ReplayBuffer.open(tmp_path / "x.zarr")
+    state, action = (np.asarray(buffer[key][:]) for key in ("state", "action"))
+    assert len(action) >= 11  # more than one chunk
+    assert np.ptp(action, axis=0).min() > 0
+    np.testing.assert_array_equal(state[1:], action[:-1])
+
+
+def test_real_time_chunking_is_refused(run: Run, from_state: Path, tmp_path: Path):
+    run("side", "refuse", from_state / "last/pretrained_model", tmp_path / "said.txt")
+    delay, prefix, processor = (tmp_path / "said.txt").read_text().splitlines()
+    assert "cmpolicy has no real-time chunking, so ['inference_delay'] cannot be used" in delay
+    assert "['prev_chunk_left_over'] cannot be used" in prefix
+    assert "['rtc_config'] cannot be used: switch it off (rtc.enabled=false" in processor
+
+
+def test_another_lerobot_is_named(run: Run):
+    """With the versions that are known, in every command."""
+    said = run("lerobot-train", "--help", first="lerobot")
+    assert "does not know lerobot 0.6.1; it is tested with 0.4.4." in said
+    assert "does not know" not in run("lerobot-train", "--help")
 
 
 def test_lerobot_eval(run: Run, trained: Path, tmp_path: Path):

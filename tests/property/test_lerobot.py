@@ -16,7 +16,7 @@ from cmpolicy_data.convert.lerobot import rows, stats, writing
 from cmpolicy_data.convert.lerobot.layout import read_layout
 from cmpolicy_data.convert.lerobot.reading import read
 from cmpolicy_data.convert.lerobot.writing import write
-from cmpolicy_data.parts import Parts, in_parts
+from cmpolicy_data.parts import Parts, in_parts, part_sizes, rows_per_chunk
 
 pytest.importorskip("pyarrow")
 
@@ -119,3 +119,15 @@ def test_merged_statistics_are_those_of_all_rows(lengths: list[int], seed: int):
     whole = stats.of_rows(values)
     for name in ("min", "max", "mean", "std", "count"):
         np.testing.assert_allclose(merged[name], whole[name], atol=1e-12)
+
+
+@given(
+    first=st.integers(0, 5000), length=st.integers(1, 5000), row_bytes=st.integers(1, 40_000_000)
+)
+def test_parts_end_where_chunks_do(first: int, length: int, row_bytes: int):
+    """So that every chunk but an episode's first and last is written once, whole."""
+    ends = np.cumsum([first, *part_sizes(first, length, row_bytes)])
+    assert ends[-1] == first + length
+    assert (np.diff(ends) > 0).all()
+    assert (ends[1:-1] % rows_per_chunk(row_bytes) == 0).all()
+    assert np.diff(ends).max() * row_bytes <= max(16 << 20, row_bytes)

@@ -86,7 +86,7 @@ def test_round_trip_is_bit_equal(tmp_path: Path, options: dict[str, Any]) -> Non
     assert (loaded.path_name, loaded.sampler) == (policy.path_name, policy.sampler)
     _is_still(tmp_path / "policy", policy)
     torch.testing.assert_close(_chunk(loaded), _chunk(policy), rtol=0, atol=1e-3)  # of 500 px
-    assert (tmp_path / "policy" / CARD).read_text() == "# Mine\n"
+    assert (tmp_path / "policy" / CARD).read_text().endswith("\n---\n# Mine\n")
     assert read_metadata(tmp_path / "policy") == {"result": {"score": 0.9}}
 
 

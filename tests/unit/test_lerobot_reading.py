@@ -68,11 +68,11 @@ def test_arrays_and_attributes(write_lerobot: Write, tmp_path: Path, version: st
 def test_frames_that_come_in_several_parts(
     write_lerobot: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Parts that do not end with an episode or a chunk give the same frames."""
+    """Parts that do not end with an episode give the same frames."""
     made = write_lerobot(tmp_path / "data", lengths=(5, 13, 1), per_file=3)
     frame = 64 * 80 * 3
-    monkeypatch.setattr("cmpolicy_data.convert.lerobot.video._PART_BYTES", 3 * frame)
-    monkeypatch.setattr("cmpolicy_data.replay_buffer._PARTS_CHUNK_BYTES", 4 * frame)
+    monkeypatch.setattr("cmpolicy_data.parts._PART_BYTES", 9 * frame)
+    monkeypatch.setattr("cmpolicy_data.parts._CHUNK_BYTES", 4 * frame)
     read(tmp_path / "data", tmp_path / "x.zarr")
     frames = np.asarray(ReplayBuffer.open(tmp_path / "x.zarr")["images.top"][:])
     np.testing.assert_allclose(frames.mean(axis=(1, 2, 3)), made["levels"], atol=2)

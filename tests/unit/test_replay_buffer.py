@@ -489,3 +489,18 @@ def test_parts_that_are_not_the_rows_promised(tmp_path: Path, sizes: tuple[int, 
     again = ReplayBuffer.open(tmp_path / "s.zarr")
     assert again.episode_ends.tolist() == [4, 8]
     assert np.asarray(again["top"][:]).tolist() == np.concatenate([frames, frames]).tolist()
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_parts_are_compressed_where_that_makes_them_smaller(tmp_path: Path, flat: bool):
+    """What a camera sees does not get smaller, and is stored as it is, with its checksum."""
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (9, 64, 64, 3), dtype=np.uint8)
+    if flat:
+        frames[:] = frames[:, :1, :1]
+    buffer = ReplayBuffer.create(tmp_path / "x.zarr")
+    action = np.zeros((9, 2), np.float32)
+    buffer.append_episode({"action": action, "top": Parts(frames.shape, frames.dtype, [frames])})
+    np.testing.assert_array_equal(ReplayBuffer.open(buffer.path)["top"][:], frames)
+    size = sum(f.stat().st_size for f in (buffer.path / "data/top/c").rglob("*") if f.is_file())
+    assert (size < frames.nbytes / 2) == flat

@@ -101,7 +101,8 @@ class CompactEncoderConfig(ImageEncoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.width < 8 or self.width % 8:
+        # No percent sign here: LeRobot's parser takes this for help text and formats it.
+        if self.width < 8 or self.width & 7:
             raise ValueError(f"width={self.width} must be a multiple of 8")
         if self.blocks < 1:
             raise ValueError(f"blocks={self.blocks} must be at least 1")

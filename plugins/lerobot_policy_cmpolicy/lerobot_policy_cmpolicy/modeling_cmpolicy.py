@@ -204,11 +204,9 @@ class CmpolicyPolicy(PreTrainedPolicy):
         Raises:
             ValueError: real-time chunking was asked for.
         """
-        if any(value is not None for value in others.values()):
-            raise ValueError(
-                f"cmpolicy has no real-time chunking, so {sorted(others)} cannot be used: switch "
-                "it off (rtc.enabled=false). One chunk takes one network evaluation"
-            )
+        given = sorted(name for name, value in others.items() if value is not None)
+        if given:
+            raise ValueError(_no_chunking(given))
         name = next(iter(self._names))
         size = len(self.config.input_features[name].shape)
         whole = name not in batch or batch[name].ndim == size + 2
@@ -217,6 +215,15 @@ class CmpolicyPolicy(PreTrainedPolicy):
             steps = self.policy.n_obs_steps
             obs = {k: torch.stack([value] * steps, dim=1) for k, value in obs.items()}
         return self._predict(obs, noise)
+
+    def init_rtc_processor(self) -> None:
+        """Called by LeRobot where real-time chunking is switched on, or off.
+
+        Raises:
+            ValueError: on.
+        """
+        if getattr(getattr(self.config, "rtc_config", None), "enabled", False):
+            raise ValueError(_no_chunking(["rtc_config"]))
 
     def _predict(self, obs: dict[str, Tensor], noise: Tensor | None) -> Tensor:
         # a clone is no tensor of inference mode, so LeRobot may change it
@@ -322,6 +329,14 @@ class CmpolicyPolicy(PreTrainedPolicy):
         super().train(mode)
         self.averaged.eval()
         return self
+
+
+def _no_chunking(names: list[str]) -> str:
+    return (
+        f"cmpolicy has no real-time chunking, so {names} cannot be used: switch it off "
+        "(rtc.enabled=false, inference.type=sync). One chunk takes one network evaluation, and "
+        "cmpolicy's own ControlLoop bridges delays"
+    )
 
 
 def to_frames(value: Tensor) -> Tensor:

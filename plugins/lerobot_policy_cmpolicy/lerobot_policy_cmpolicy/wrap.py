@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lerobot.configs.types import FeatureType, PolicyFeature
 
 from cmpolicy.nn.unet1d import UNet1DConfig
-from cmpolicy.policy.bundle import BundleError, bundled_names
+from cmpolicy.policy.bundle import BundleError, bundled_names, read_metadata
+from cmpolicy.policy.card import with_header
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.spec import PolicySpec
 from cmpolicy_data.convert.lerobot.columns import feature_name
@@ -142,6 +143,8 @@ def to_lerobot(
     policy.save_pretrained(folder)
     for pipeline in make_cmpolicy_pre_post_processors(policy.config):
         pipeline.save_pretrained(folder)
+    card = f"# {folder.name}\n\nA policy of cmpolicy as a LeRobot checkpoint.\n"
+    (folder / "README.md").write_text(with_header(card, read_metadata(bundle), "lerobot"))
     return folder
 
 

@@ -16,8 +16,10 @@ from cmpolicy_data.convert.lerobot.reading import VERSION, read
 _CONTENT = ("meta", "data", "videos")
 
 
-def as_store(path: Path) -> Path:
+def as_store(path: Path, name: str | None = None, commit: str | None = None) -> Path:
     """A store as it is; of a LeRobot data set, its store in the cache, made at the first use.
+
+    ``name`` and ``commit`` are noted in a store that is made.
 
     Raises:
         LeRobotError, ImportError: see :func:`read`.
@@ -30,13 +32,14 @@ def as_store(path: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     # other processes of the run may convert at the same time: the first that is ready counts
     own = target.with_name(f"{target.stem}.{os.getpid()}.zarr")
-    with tqdm(desc=f"converting {path.name}", unit="episode", disable=None, leave=False) as bar:
+    what = f"converting {name or path.name}"
+    with tqdm(desc=what, unit="episode", disable=None, leave=False) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        read(path, own, progress=show)
+        read(path, own, name=name, commit=commit, progress=show)
     try:
         own.rename(target)
     except OSError:

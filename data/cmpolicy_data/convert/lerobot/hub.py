@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from cmpolicy_data.convert.lerobot.errors import LeRobotError
-from cmpolicy_data.convert.lerobot.layout import is_lerobot
+from cmpolicy_data.convert.lerobot.layout import check_version, is_lerobot
 
 _TIMEOUT = 10.0
 """Seconds that the hub, or a proxy before it, may take to answer a request."""
-_FILES = ("meta/*", "data/*", "videos/*")
+_META = ("meta/*", "meta_data/info.json")
+_FILES = (*_META, "data/*", "videos/*")
 
 
 @dataclass(frozen=True)
@@ -64,25 +65,64 @@ def _fetch(repo_id: str, revision: str | None, own: Path) -> Found:
     wanted: dict[str, Any] = {"repo_type": "dataset", "allow_patterns": list(_FILES)}
     try:
         # asked first, since snapshot_download's own question has no time limit
-        info = HfApi().repo_info(repo_id, repo_type="dataset", revision=revision, timeout=_TIMEOUT)
-        commit = info.sha
+        HfApi().repo_info(repo_id, repo_type="dataset", revision=revision, timeout=_TIMEOUT)
     except Exception as error:  # the hub's own and the HTTP library's errors share no other base
-        try:
-            folder = snapshot_download(repo_id, revision=revision, local_files_only=True, **wanted)
-        except (OSError, ValueError):
-            raise _not_fetched(repo_id, own, error) from error
-        return Found(Path(folder), repo_id, Path(folder).name)
+        cached = _cached(repo_id, revision)
+        if cached is None:
+            raise _not_fetched(repo_id, revision, own, error) from error
+        return Found(cached, repo_id, cached.name)
+    # by the branch's name, under which it is looked for where there is no network
+    wanted |= {"revision": revision, "etag_timeout": _TIMEOUT}
     try:
-        folder = snapshot_download(repo_id, revision=commit, etag_timeout=_TIMEOUT, **wanted)
+        first = snapshot_download(repo_id, **(wanted | {"allow_patterns": list(_META)}))
+        check_version(Path(first))  # before the bulk of it
+        folder = Path(snapshot_download(repo_id, **wanted))
+    except LeRobotError:
+        raise
     except Exception as error:
-        raise _not_fetched(repo_id, own, error) from error
-    return Found(Path(folder), repo_id, commit)
+        raise _not_fetched(repo_id, revision, own, error) from error
+    return Found(folder, repo_id, folder.name)
 
 
-def _not_fetched(repo_id: str, own: Path, error: Exception) -> LeRobotError:
+def _cached(repo_id: str, revision: str | None) -> Path | None:
+    """A data set that the hub's library, or lerobot 0.5 or later, has fetched before."""
+    from huggingface_hub import snapshot_download
+
+    for cache in (None, lerobot_home() / "hub"):
+        try:
+            folder = snapshot_download(
+                repo_id,
+                repo_type="dataset",
+                revision=revision,
+                allow_patterns=list(_FILES),  # the library misses others that were not fetched
+                local_files_only=True,
+                cache_dir=cache,
+            )
+        except (OSError, ValueError):
+            continue
+        if is_lerobot(Path(folder)):
+            return Path(folder)
+    return None
+
+
+def _not_fetched(repo_id: str, revision: str | None, own: Path, error: Exception) -> LeRobotError:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
     reason = " ".join(str(error).split())
+    caches = f"{constants.HF_HUB_CACHE} and {own.parents[1] / 'hub'}"
+    if isinstance(error, RepositoryNotFoundError | GatedRepoError):
+        how = (
+            "The hub shows no such data set to you: the id is wrong, or it is private or gated. "
+            "For those log in (`hf auth login`, or HF_TOKEN) with an account that may read it."
+        )
+    else:
+        version = "" if revision is None else f" --revision {revision}"
+        how = (
+            "Without a network, fetch it on a machine that has one and copy the folder there: "
+            f"hf download {repo_id} --repo-type dataset{version} --local-dir {own}"
+        )
     return LeRobotError(
-        f"There is no LeRobot data set at {Path(repo_id).absolute()} nor at {own}, and {repo_id!r} "
-        f"could not be fetched from the hub: {reason}. For a private one log in (`hf auth login`, "
-        "or HF_TOKEN). Without a network, fetch its folder by other means and give its path."
+        f"There is no LeRobot data set at {Path(repo_id).absolute()}, at {own}, nor in the hub's "
+        f"caches {caches}, and {repo_id!r} could not be fetched from the hub: {reason}. {how}"
     )

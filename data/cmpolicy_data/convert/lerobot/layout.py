@@ -106,14 +106,8 @@ def read_layout(root: Path) -> Layout:
         LeRobotError: no LeRobot data set, another version, metadata that contradicts itself, or
             files that are missing.
     """
-    if not is_lerobot(root):
-        raise LeRobotError(f"{root} is no LeRobot data set: it has no meta/info.json.")
-    if not (root / "meta" / "info.json").is_file():
-        raise _outdated(root, "v1")
-    info = Info(root / "meta" / "info.json")
+    info = check_version(root)
     version = info.text("codebase_version")
-    if version not in (V3, V2):
-        raise _outdated(root, version)
     fps = info.number("fps")
     features, left_out = _features(info)
     episodes = (_v3 if version == V3 else _v2)(root, info, fps, features)
@@ -138,6 +132,23 @@ def read_layout(root: Path) -> Layout:
         tuple(episodes),
         tasks,
     )
+
+
+def check_version(root: Path) -> Info:
+    """``meta/info.json`` of a data set in a layout that is read.
+
+    Raises:
+        LeRobotError: no LeRobot data set, or another version; says how to upgrade it.
+    """
+    if not is_lerobot(root):
+        raise LeRobotError(f"{root} is no LeRobot data set: it has no meta/info.json.")
+    if not (root / "meta" / "info.json").is_file():
+        raise _outdated(root, "v1")
+    info = Info(root / "meta" / "info.json")
+    version = info.text("codebase_version")
+    if version not in (V3, V2):
+        raise _outdated(root, version)
+    return info
 
 
 def store_key(name: str) -> str:

@@ -94,7 +94,7 @@ class _Reader:
                         span = episode.videos[feature.name]
                         times = arrays["timestamp"]
                         source = partial(
-                            frames_of, span, feature, times, layout.fps, episode.number, threads
+                            frames_of, span, feature, times, layout.fps, episode, threads
                         )
                         frames = ahead.start(source)
                     shape = (episode.length, *feature.shape, 3)

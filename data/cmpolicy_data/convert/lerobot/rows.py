@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from cmpolicy_data.convert.lerobot.errors import LeRobotError, import_parquet
 from cmpolicy_data.convert.lerobot.layout import Episode, Feature, Layout
 from cmpolicy_data.frames import Frames
+from cmpolicy_data.parts import part_sizes
 
 TOLERANCE = 0.25
 """Share of a frame's duration that times may be off; lerobot itself tolerates 0.1 ms."""
@@ -109,12 +110,14 @@ def pictures(layout: Layout, feature: Feature) -> Iterator[Frames]:
     Raises:
         LeRobotError: a picture that is missing, damaged or of another size.
     """
+    row_bytes = feature.shape[0] * feature.shape[1] * 3
     for file, episodes in groupby(layout.episodes, key=lambda episode: episode.file):
         rows = Rows(file, [feature.name], _IMAGES)
         for episode in episodes:
             where = f"{file}, episode {episode.number}, {feature.name}"
-            for first in range(0, episode.length, _IMAGES):
-                batches = rows.take(min(_IMAGES, episode.length - first))[feature.name]
+            first = 0
+            for size in part_sizes(episode.first_row, episode.length, row_bytes):
+                batches = rows.take(size)[feature.name]
                 cells = [cell for batch in batches for cell in batch.to_pylist()]
                 yield np.stack(
                     [
@@ -122,6 +125,7 @@ def pictures(layout: Layout, feature: Feature) -> Iterator[Frames]:
                         for i, cell in enumerate(cells)
                     ]
                 )
+                first += size
 
 
 def _picture(cell: object, feature: Feature, where: str) -> Frames:

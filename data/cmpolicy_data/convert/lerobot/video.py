@@ -9,11 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cmpolicy_data.convert.lerobot.errors import LeRobotError, import_av
-from cmpolicy_data.convert.lerobot.layout import Feature, Span
+from cmpolicy_data.convert.lerobot.layout import Episode, Feature, Span
 from cmpolicy_data.convert.lerobot.rows import TOLERANCE, check_size
 from cmpolicy_data.frames import Frames
-
-_PART_BYTES = 16 << 20
+from cmpolicy_data.parts import part_sizes
 
 
 def frames_of(
@@ -21,7 +20,7 @@ def frames_of(
     feature: Feature,
     times: npt.NDArray[Any],
     fps: float,
-    episode: int,
+    episode: Episode,
     threads: int = 1,
 ) -> Iterator[Frames]:
     """The frames at these times of an episode, (l, H, W, 3) at a time.
@@ -32,34 +31,30 @@ def frames_of(
     Raises:
         LeRobotError: no video, another size, frames that are missing or at other times.
     """
-    where = f"{span.file}, episode {episode}"
+    where = f"{span.file}, episode {episode.number}"
     height, width = feature.shape
-    step = max(1, _PART_BYTES // (height * width * 3))
-    part = np.empty((min(step, len(times)), height, width, 3), np.uint8)
-    filled = 0
     frames = _decoded(span, fps, where, threads)
-    for number, time in enumerate(np.asarray(times, np.float64) + span.start):
-        found = next(frames, None)
-        if found is None:
-            raise LeRobotError(
-                f"{where}: the video is cut short, its frame {number} of {len(times)} (at "
-                f"{time:.4f} s) is missing."
-            )
-        moment, frame = found
-        if not abs(moment - time) * fps <= TOLERANCE:
-            raise LeRobotError(
-                f"{where}: frame {number} should be at {time:.4f} s, but the next one in the video "
-                f"is at {moment:.4f} s. Frames are missing, or it is the video of another episode."
-            )
-        picture = frame.to_ndarray(format="rgb24")
-        check_size(picture, feature, where)
-        part[filled] = picture
-        filled += 1
-        if filled == len(part):
-            yield part
-            part, filled = np.empty_like(part), 0
-    if filled:
-        yield part[:filled]
+    moments = iter(enumerate(np.asarray(times, np.float64) + span.start))
+    for size in part_sizes(episode.first_row, len(times), height * width * 3):
+        part = np.empty((size, height, width, 3), np.uint8)
+        for row, (number, time) in zip(part, moments, strict=False):
+            found = next(frames, None)
+            if found is None:
+                raise LeRobotError(
+                    f"{where}: the video is cut short, its frame {number} of {len(times)} (at "
+                    f"{time:.4f} s) is missing."
+                )
+            moment, frame = found
+            if not abs(moment - time) * fps <= TOLERANCE:
+                raise LeRobotError(
+                    f"{where}: frame {number} should be at {time:.4f} s, but the next one in the "
+                    f"video is at {moment:.4f} s. Frames are missing, or it is the video of "
+                    "another episode."
+                )
+            picture = frame.to_ndarray(format="rgb24")
+            check_size(picture, feature, where)
+            row[:] = picture
+        yield part
     extra = next(frames, None) if span.whole else None
     if extra is not None:
         raise LeRobotError(

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from cmpolicy_data.chunks import read_rows
 from cmpolicy_data.convert.lerobot import stats
+from cmpolicy_data.convert.lerobot.card import data_card
 from cmpolicy_data.convert.lerobot.columns import IMAGES, Column, arrow_table, columns_of
 from cmpolicy_data.convert.lerobot.encoding import ENCODERS, VideoFiles
 from cmpolicy_data.convert.lerobot.errors import LeRobotError, import_av, import_parquet
@@ -64,6 +65,7 @@ def write(
     codec: str = "av1",
     crf: int = 30,
     robot_type: str | None = None,
+    license: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> WritingReport:
     """Write a store as the LeRobot data set ``out``, which appears whole or not at all.
@@ -74,7 +76,7 @@ def write(
         fps: steps per second; default the store's attribute ``control_hz``.
         keys: to write; default all. images: ``"video"`` or ``"image"``, see the module.
         codec: of videos: av1, h264 or hevc. crf: its quality, smaller is better.
-        robot_type: default the store's attribute.
+        robot_type: default the store's attribute. license: for the card, such as ``mit``.
         progress: called with (done, all) after each episode.
 
     Raises:
@@ -105,7 +107,9 @@ def write(
         new = scratch / "dataset"
         writer = _Writer(new, buffer, columns, tasks, rate, codec, crf)
         writer.write(progress)
-        writer.write_metadata(robot if isinstance(robot, str) else None)
+        info = writer.write_metadata(robot if isinstance(robot, str) else None)
+        card = data_card(info, tuple(dict.fromkeys(tasks)), license)
+        (new / "README.md").write_text(card, encoding="utf-8")
         put_in_place(new, out, aside=scratch / "old")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -246,8 +250,8 @@ class _Writer:
             self._data.close()
             self._data = None
 
-    def write_metadata(self, robot_type: str | None) -> None:
-        """Everything in meta/, after the episodes."""
+    def write_metadata(self, robot_type: str | None) -> dict[str, Any]:
+        """Everything in meta/, after the episodes; what is in ``meta/info.json``."""
         import pyarrow
 
         parquet = import_parquet()
@@ -300,6 +304,7 @@ class _Writer:
         }
         tasks = tasks.replace_schema_metadata({"pandas": json.dumps(pandas)})
         parquet.write_table(tasks, self._root / "meta" / "tasks.parquet")
+        return info
 
 
 def _tasks(buffer: ReplayBuffer, task: str | None) -> list[str]:
