@@ -7,11 +7,12 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from cmpolicy.cli.parse import Composition, describe, split
+from cmpolicy.cli.parse import Composition, describe, read, split
 from cmpolicy.experiment.config import TrainConfig
 from cmpolicy.schema import ConfigError, choose
 from cmpolicy.study.objectives import STUDY_FILE, ObjectivesSettings, study_objectives
 from cmpolicy.study.objectives_report import write_report
+from cmpolicy.study.stability import StabilitySettings, run_stability
 
 _HEADER = """\
 usage: cmpolicy study COMMAND [key=value ...]
@@ -20,12 +21,14 @@ Train small networks on problems whose solution is known, and see which claims h
 policies by every objective, alike in all else.
 
 commands:
+  stability   small networks in one and two dimensions by every objective of a flow map, against
+              the true flow: errors, gradients, degenerate solutions; claims and a page of figures
   objectives  policies by every objective on the same network, data, examples and seeds: success by
               number of evaluations, gradient norms, time, memory. Takes every setting of
               `cmpolicy train` as well: task=lift preset=standard net=tiny
 
 `cmpolicy study COMMAND --help` lists its settings."""
-_SETTINGS = {"objectives": ObjectivesSettings}
+_SETTINGS = {"stability": StabilitySettings, "objectives": ObjectivesSettings}
 _TRAINING = Composition(TrainConfig, extra={})
 
 
@@ -42,7 +45,11 @@ def run(words: Sequence[str]) -> int:
         raise ConfigError(f"which study? Choose one of {', '.join(_SETTINGS)}")
     name, *rest = words
     choose(_SETTINGS, name, "study")
-    _objectives(rest, shlex.join(["cmpolicy", "study", *words]))
+    command = shlex.join(["cmpolicy", "study", *words])
+    if name == "stability":
+        print(f"written to {run_stability(read(StabilitySettings, rest), command)}")
+    else:
+        _objectives(rest, command)
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cmpolicy.experiment.config import TrainConfig
 from cmpolicy.experiment.data import TrainingData
 from cmpolicy.experiment.protocols import open_protocol
+from cmpolicy.flow.alarm import health_alarm
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.schema import ConfigError
 from cmpolicy.training.trainer import Scores
@@ -92,7 +93,8 @@ class PolicyScorer:
             ).result
             rank = (self.result.success_rate, self.result.score_mean)
             metrics |= {"success": rank[0], "score": rank[1]}
-        return Scores(metrics, (*rank, float(examples)))
+        alarm = health_alarm(metrics, policy.sampler)
+        return Scores(metrics, (*rank, float(examples)), alarm)
 
 
 def check_tuning_seeds(seeds: range, protocol: EvalProtocol) -> None:

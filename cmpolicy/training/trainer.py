@@ -8,6 +8,7 @@ process does with an R times larger batch: each takes its slice of the same glob
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from cmpolicy.flow.alarm import alarm_counts
 from cmpolicy.flow.objectives import Draws
 from cmpolicy.training.checkpoint import TrainingState, load_state, save_state, select
 from cmpolicy.training.config import LoopConfig
@@ -31,10 +33,14 @@ from cmpolicy.training.trackers import Kind, Tracker
 
 @dataclass(frozen=True)
 class Scores:
-    """Result of one evaluation: numbers to log, and ``rank``, of which a larger one is better."""
+    """Result of one evaluation: numbers to log, and ``rank``, of which a larger one is better.
+
+    ``alarm`` says what is wrong with the model, if anything; see :mod:`cmpolicy.flow.alarm`.
+    """
 
     metrics: Mapping[str, float]
     rank: tuple[float, ...]
+    alarm: str | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,7 @@ class Trainer:
         self._scores: Scores | None = None  # the latest of this process
         self.saved_at = 0
         self._agreed_signum: int | None = None
+        self._warned = False
         self._metrics: dict[str, float] = {}
 
     @property
@@ -218,12 +225,20 @@ class Trainer:
             self._log("eval", scores.metrics)
             self._metrics.update(scores.metrics)
             self._scores = scores
+            self._warn(scores.alarm)
             if self.best is None or scores.rank > self.best:
                 self.best = scores.rank
                 self._keep_policy("best", scores)
         self._evaluated_at = self.examples
         self.accelerator.wait_for_everyone()
         self._window.resume_clock()
+
+    def _warn(self, alarm: str | None) -> None:
+        """Pass on the first alarm that comes late enough to mean something."""
+        late = alarm_counts(self.examples, self.config.examples)
+        if alarm is not None and late and not self._warned:
+            self._warned = True
+            warnings.warn(f"after {self.examples} examples, {alarm}", stacklevel=2)
 
     def _keep_policy(self, kind: Literal["best", "last"], scores: Scores | None) -> None:
         if self._keep is not None and self.accelerator.is_main_process:

@@ -21,7 +21,16 @@ READMES = [
     "eval/README.md",
     *(
         f"cmpolicy/{name}/README.md"
-        for name in ("training", "pretrained", "robot", "serve", "export", "image", "bench")
+        for name in (
+            "training",
+            "pretrained",
+            "robot",
+            "serve",
+            "export",
+            "image",
+            "bench",
+            "study",
+        )
     ),
 ]
 
@@ -71,7 +80,14 @@ SHORT = {
     "cmpolicy bench rollout": ["episodes=2", "workers=1"],
 }
 #: Tested elsewhere: by the demo's own test, as this suite, against a local server, as a process.
-ELSEWHERE = ("make demo", "make test", "make help", "cmpolicy data download", "cmpolicy serve")
+ELSEWHERE = (
+    "make demo",
+    "make test",
+    "make help",
+    "cmpolicy data download",
+    "cmpolicy serve",
+    "cmpolicy study stability",
+)
 
 
 def _text(readme: str) -> str:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cmpolicy.flow import alarm
 from cmpolicy.flow.objectives import build_objective
 from cmpolicy.nn.encoders.state import StateEncoderConfig
 from cmpolicy.nn.unet1d import UNet1DConfig
@@ -243,6 +244,23 @@ def test_best_policy_is_the_highest_ranked_not_the_last(tmp_path: Path) -> None:
     ]
     assert trainer.best == (0.5, 0.3)
     assert load_state(tmp_path).values["best"] == [0.5, 0.3]
+
+
+def test_an_alarm_is_passed_on_once_and_not_before_half_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alarm, "ALARM_EXAMPLES", 0)
+    seen: list[int] = []
+
+    def bad(policy: ConsistencyPolicy, examples: int) -> Scores:
+        seen.append(examples)
+        return Scores({}, (0.0,), alarm=f"bad at {examples}")
+
+    with pytest.warns(UserWarning, match="bad at") as caught:
+        train(tmp_path, loop_config(), score=bad)
+    assert seen == [BATCH * 4, BATCH * 8, BATCH * 12]
+    (warning,) = caught
+    assert f"bad at {BATCH * 8}" in str(warning.message)
 
 
 def test_the_last_policy_of_a_run_that_was_cut_has_no_numbers_of_others(tmp_path: Path) -> None:

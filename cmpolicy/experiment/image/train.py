@@ -18,6 +18,7 @@ from cmpolicy.experiment.run import (
     resumed_settings,
     run_training,
 )
+from cmpolicy.flow.alarm import health_alarm
 from cmpolicy.image.datasets import ImageBatch, ImageData, load_images
 from cmpolicy.image.model import ImageFlowModel
 from cmpolicy.image.net import build_net
@@ -150,7 +151,8 @@ class HeldOutScorer:
             losses.add(model(batch, draws=draws, progress=1.0, ema=model), len(batch["labels"]))
         health = model.health(self._batch(self._rows[:HEALTH_IMAGES], model.device), generator)
         self._draw_samples(model, examples)
-        return Scores(losses.read() | health_metrics(health), (float(examples),))
+        metrics = losses.read() | health_metrics(health)
+        return Scores(metrics, (float(examples),), health_alarm(metrics, model.sampler))
 
     def _batch(self, rows: np.ndarray[Any, Any], device: torch.device) -> ImageBatch:
         images = as_input(self._data.test.images[rows]).to(device)
