@@ -86,7 +86,8 @@ def load_state(run_dir: Path) -> TrainingState:
         raise CheckpointError(
             f"training state {path} is damaged or not one of cmpolicy's: {error}"
         ) from error
-    if metadata.get("digest", "") not in ("", _digest(tensors, metadata["values"])):
+    # required: a damaged name of the entry would otherwise hide what it is there to show
+    if metadata.get("digest") != _digest(tensors, metadata["values"]):
         raise CheckpointError(
             f"training state {path} is damaged: its checksum is not that of its content. The "
             f"policies in {run_dir} are files of their own; go on from one of them with init=..."
