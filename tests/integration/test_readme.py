@@ -77,6 +77,13 @@ SHORT = {
     "cmpolicy bench delay": ["seeds=500000", "delays_ms=[0,100]", "workers=1"],
     "cmpolicy export": [],
     "cmpolicy robot-demo": ["seconds=1"],
+    "cmpolicy study objectives": [
+        *TRAIN,
+        "objectives=[isd]",
+        "seeds=[0]",
+        "nfe=[1]",
+        "eval_seeds=500000",
+    ],
     "cmpolicy bench rollout": ["episodes=2", "workers=1"],
 }
 #: Tested elsewhere: by the demo's own test, as this suite, against a local server, as a process.
