@@ -79,6 +79,8 @@ class DataConfig:
         augment: what is done to the demonstrations, in this order; of Push-T: ``recentre`` (each
             episode moved so that its block comes to rest on the goal), ``mirror`` (every episode's
             mirror image is added).
+        max_pause: where nothing moves for longer, the further steps are left out; null keeps all.
+            A policy stands still where its demonstrations do.
         normalize: how keys are scaled, all (``data.normalize=gaussian``) or one of the policy's
             (``data.normalize.action=quantile``): ``auto`` takes the range of the values, but for a
             few that are out of all bounds; ``quantile`` the percentiles 1 and 99; ``gaussian`` mean
@@ -111,6 +113,7 @@ class DataConfig:
     weights: str | None = None
     val_fraction: float = 0.02
     augment: tuple[str, ...] = ()
+    max_pause: int | None = None
     normalize: Mapping[str, str] = field(default_factory=lambda: {"default": "auto"})
     clamp_actions: bool = True
     strict: bool = False
@@ -126,6 +129,8 @@ class DataConfig:
             raise ConfigError(
                 f"data.path={self.path} and data.repo_id={self.repo_id} are both set; give one"
             )
+        if self.max_pause is not None:
+            at_least("data.max_pause", self.max_pause, 1)
         if self.revision is not None and self.repo_id is None:
             raise ConfigError("data.revision is of data.repo_id, which is not set")
         if not self.obs and not self.is_lerobot:

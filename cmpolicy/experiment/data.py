@@ -177,6 +177,8 @@ def load_training_data(config: TrainConfig) -> TrainingData:
         image_memory=data.image_memory,
         missing_chunks=data.missing_chunks,
     )
+    if data.max_pause is not None:
+        arrays = arrays.without_pauses(data.max_pause)
     for key in data.normalize:
         choose({"default": 0, ACTION: 0, **arrays.obs}, key, "key of data.normalize")
     for key, values in arrays.obs.items():

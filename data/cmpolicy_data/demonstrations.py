@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from cmpolicy_data.frames import load_frames, looks_like_frames
 from cmpolicy_data.replay_buffer import ReplayBuffer
 from cmpolicy_data.selector import Selector
 from cmpolicy_data.windows import EpisodeSplit
+
+#: What a number may change in a pause, as a share of its range: a hand at rest trembles.
+STILL = 1e-3
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,31 @@ class Demonstrations:
         """All that is no image: observation keys, and ``action``."""
         states = {key: value for key, value in self.obs.items() if key not in self.images}
         return {**states, "action": self.action}
+
+    def without_pauses(self, longest: int) -> Demonstrations:
+        """Without the steps of each pause beyond its first ``longest``.
+
+        A pause lasts while no number, the action included, is farther than :data:`STILL` of its
+        range from where it was when the pause began. Nothing is lost between the steps that are
+        left.
+        """
+        flat = [v.reshape(len(v), -1).astype(np.float64) for v in self.numbers.values()]
+        rows = np.concatenate(flat, axis=1)
+        reach = np.maximum(STILL * np.ptp(rows, axis=0), np.finfo(np.float64).tiny)
+        rows, starts = rows / reach, {0, *self.episode_ends.tolist()}
+        keep = np.ones(len(rows), bool)
+        began = 0
+        for step in range(len(rows)):
+            if step in starts or np.abs(rows[step] - rows[began]).max() > 1:
+                began = step
+            keep[step] = step - began <= longest
+        kept = np.r_[0, np.cumsum(keep)]
+        return replace(
+            self,
+            obs={key: value[keep] for key, value in self.obs.items()},
+            action=self.action[keep],
+            episode_ends=kept[self.episode_ends].astype(np.int64),
+        )
 
     def expand(self, split: EpisodeSplit) -> EpisodeSplit:
         """A split of the stored episodes as one of these: mirror images stay with their source."""

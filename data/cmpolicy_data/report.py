@@ -339,7 +339,7 @@ def _pauses(values: Mapping[str, npt.NDArray[Any]], ends: Int64Array) -> Iterato
         f"{share:.0%} of the steps repeat the one before in every key, the longest run is "
         f"{stops[longest] - starts[longest] + 2} steps in episode {episode} from step {step}: a "
         "pause, or a sensor slower than the recording. A policy stands still where its data does; "
-        "cut pauses, or record at the rate of the sensor",
+        "leave most of each pause out with data.max_pause=3, or record at the rate of the sensor",
     )
 
 

@@ -1,0 +1,64 @@
+"""``data.max_pause``: what is left of pauses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cmpolicy
+from cmpolicy.experiment.data import load_training_data
+from cmpolicy.schema import ConfigError
+from cmpolicy_data import ReplayBuffer
+from cmpolicy_data.demonstrations import Demonstrations
+
+
+def _moves(position: list[float], ends: list[int]) -> Demonstrations:
+    x = np.asarray(position, np.float32)[:, None]
+    return Demonstrations(
+        {"x": x, "seen": np.arange(len(x), dtype=np.uint8)[:, None]},
+        x + 1,
+        np.asarray(ends),
+        np.arange(len(ends)),
+        images=("seen",),
+    )
+
+
+@pytest.mark.parametrize(
+    ("longest", "left"), [(1, [0, 1, 4, 5, 8, 9]), (2, [0, 1, 2, 4, 5, 6, 8, 9]), (9, None)]
+)
+def test_steps_beyond_the_first_of_a_pause_go(longest: int, left: list[int] | None) -> None:
+    """Two episodes; the second begins where the first one rests, which is no pause of it."""
+    data = _moves([0, 0, 0, 0, 5, 5, 5, 5, 5, 7], [8, 10])
+    found = data.without_pauses(longest)
+    steps = list(range(10)) if left is None else left
+    assert found.obs["seen"][:, 0].tolist() == steps
+    assert found.action[:, 0].tolist() == data.action[steps, 0].tolist()
+    assert found.episode_ends.tolist() == [sum(s < 8 for s in steps), len(steps)]
+    assert np.array_equal(found.source_episode, data.source_episode)
+
+
+def test_slow_motion_is_no_pause() -> None:
+    """Steps too small to count add up; only those within reach of where it stood still go."""
+    creeping = [*np.linspace(0, 0.01, 101), 1.0]
+    found = _moves(creeping, [102]).without_pauses(1)
+    left = found.obs["x"][:, 0]
+    assert np.diff(left[:-1]).max() < 0.0012
+    assert 20 <= len(left) <= 30
+
+
+def test_training_data_without_pauses(tmp_path: Path) -> None:
+    buffer = ReplayBuffer.create(tmp_path / "a.zarr")
+    moving = np.arange(40, dtype=np.float32)[:, None]
+    resting = np.r_[moving[:20], np.repeat(moving[20:21], 30, axis=0), moving[20:]]
+    for _ in range(2):
+        buffer.append_episode({"state": resting, "action": resting})
+    words = ["task=custom", f"data.path={buffer.path}", "data.obs=[state]", "control_hz=10"]
+    ends = {
+        pause: load_training_data(cmpolicy.compose(*words, *more)).arrays.episode_ends.tolist()
+        for pause, more in ((None, []), (3, ["data.max_pause=3"]))
+    }
+    assert ends == {None: [70, 140], 3: [43, 86]}
+    with pytest.raises(ConfigError, match=r"data.max_pause=0 must be at least 1"):
+        cmpolicy.compose(*words, "data.max_pause=0")
