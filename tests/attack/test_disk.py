@@ -80,6 +80,7 @@ def test_a_bundle_that_is_replaced_is_never_absent(
     for _ in range(150 * min(attack_scale, 100)):
         ConsistencyPolicy.from_pretrained(target)
         identities.add(target.stat().st_ino)
+    print(f"{150 * min(attack_scale, 100)} reads of a bundle that was replaced meanwhile")
     assert len(identities) > 2, "nobody wrote meanwhile"
     assert all(writer.poll() is None for writer in writers), "writers do not race"
 
@@ -104,6 +105,7 @@ def test_killed_writers_leave_a_whole_bundle_and_all_other_files(
         assert (target / "notes.txt").read_text() == "mine"
         assert (target / "runs" / "a.txt").read_text() == "also mine"
         assert (target / "elsewhere").readlink() == tmp_path
+    print(f"{4 * min(attack_scale, 125)} writers of a bundle killed")
     policy.save_pretrained(target)
     assert [p.name for p in target.parent.iterdir()] == ["policy"], "leftovers are cleared"
 

@@ -253,6 +253,7 @@ class TestSeal:
             with pytest.raises(ReplayBufferError):  # of whatever is wrong with it first
                 ReplayBuffer.open(path).load(file.parent.name.replace("episode_ends", "action"))
             file.write_bytes(before)
+        print(f"{40 * min(attack_scale, 250)} changes of a sealed store, all noticed")
         assert messages(path) == ""
 
     def test_a_packed_store_keeps_its_seal(self, tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def test_two_appenders_lose_no_episode(tmp_path: Path, attack_scale: int) -> Non
     expected = {-1, *(1000 * n + k for n in (1, 2) for k in range(count))}
     assert set(found[:, 0].astype(int)) == expected
     assert buffer.n_episodes == len(expected)
+    print(f"{2 * count} episodes by two appenders, none lost")
 
 
 def test_a_store_that_is_being_written_names_the_writer(tmp_path: Path) -> None:
@@ -124,6 +125,7 @@ def test_a_flipped_bit_in_the_training_state_is_found(tmp_path: Path, attack_sca
         file.write_bytes(broken)
         with pytest.raises(CheckpointError):
             load_state(tmp_path)
+    print(f"{len(header) + len(others)} flipped bits of a training state, all found")
     file.write_bytes(whole)
     load_state(tmp_path)
 
