@@ -10,13 +10,15 @@ import dataclasses
 import json
 import multiprocessing
 import resource
+import signal
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from tqdm import tqdm
 
 from cmpolicy.experiment.config import ObjectiveConfig, TrainConfig
 from cmpolicy.experiment.evaluate import EvalSettings, score
@@ -34,6 +36,12 @@ from cmpolicy_eval.seeds import parse_seeds
 VERSION = 1
 #: What a study folder was made with.
 STUDY_FILE = "study.json"
+
+
+class StudyError(RuntimeError):
+    """A run of a study failed."""
+
+    exit_status = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,18 +177,41 @@ def study_objectives(
 
 
 def _run_all(jobs: Sequence[_Job], workers: int) -> None:
-    """Each job in a process of its own, so that its memory and time are its own."""
-    from tqdm import tqdm
+    """Each job in a process of its own, so that its memory and time are its own.
 
+    Raises:
+        StudyError: a run failed; those beside it are stopped, to go on with later.
+    """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
-        running = {pool.submit(_run_job, job): job for job in jobs}
-        try:
-            for done in tqdm(as_completed(running), total=len(jobs), desc="runs"):
-                done.result()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    waiting, running = list(jobs), dict[int, tuple[Any, _Job]]()
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        with tqdm(total=len(jobs), desc="runs") as bar:
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    job = waiting.pop(0)
+                    process = context.Process(target=_run_job, args=(job,))
+                    process.start()
+                    running[process.sentinel] = process, job
+                for done in wait(list(running)):
+                    process, job = running.pop(cast(int, done))
+                    process.join()
+                    if process.exitcode:
+                        raise StudyError(
+                            f"the run {job.folder} ended with exit status {process.exitcode}; what "
+                            "is done is kept, and the same command goes on"
+                        )
+                    bar.update()
+    finally:  # after Ctrl-C, SIGTERM or a run that failed: a training saves its state and ends
+        for process, _ in running.values():
+            process.terminate()
+        for process, _ in running.values():
+            process.join()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(signum: int, frame: Any) -> None:
+    raise SystemExit(128 + signum)
 
 
 def _run_job(job: _Job) -> None:
@@ -193,7 +224,7 @@ def _run_job(job: _Job) -> None:
         else:
             result = train(job.config, job.folder, command=f"cmpolicy study: {job.name}")
         if not result.finished:
-            raise KeyboardInterrupt  # its own signal handling has saved it
+            raise SystemExit(130)  # stopped by a signal, and saved
     except NonFiniteError as error:
         diverged = error.examples
     end = resource.getrusage(resource.RUSAGE_SELF)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cmpolicy.cli.main import main
@@ -39,6 +44,29 @@ def test_a_study_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFix
     message = capsys.readouterr().err
     assert "another training: optim.lr is" in message
     assert "0.01 here" in message
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_study_that_is_stopped_goes_on(tmp_path: Path, number: signal.Signals) -> None:
+    out = tmp_path / "study"
+    words = [*SHORT, *STUDY, f"out={out}", "objectives=[fm,isd]", "examples=6400", "save_every=64"]
+    command = [sys.executable, "-m", "cmpolicy", "study", "objectives", *words]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    state = out / "runs" / "fm-0" / "training_state" / "state.safetensors"
+    while not state.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 128 + number
+    assert not list((out / "runs").glob("isd-0")), "nothing else was begun"
+    assert state.exists()
+    assert not (out / "results").exists()
+    assert psutil.wait_procs(children, timeout=10)[1] == [], "nothing is left running"
+    log = out / "runs" / "fm-0" / "log.jsonl"
+    assert main(["study", "objectives", *words]) == 0
+    assert json.loads(log.read_text().splitlines()[-1])["examples"] == 6400
+    assert len(list((out / "results").iterdir())) == 2
 
 
 @pytest.mark.parametrize(
