@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
 
 from cmpolicy.flow.objectives import OBJECTIVES, Objective, build_objective
-from cmpolicy.flow.sampler import SamplerKind, get_sampler
+from cmpolicy.flow.sampler import SamplerKind, check_sampler, get_sampler
 from cmpolicy.nn.encoders.state import StateEncoderConfig
 from cmpolicy.nn.registry import (
     ENCODERS,
@@ -246,7 +246,7 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         try:
             self.build()
-            get_sampler(self.sampler_kind)
+            check_sampler(self.sampler_kind, choose(OBJECTIVES, self.name, "objective").sampler)
         except (ValueError, TypeError) as error:
             raise ConfigError(str(error)) from error
 

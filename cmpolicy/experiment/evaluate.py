@@ -15,7 +15,7 @@ from cmpolicy.experiment.protocols import (
     require_protocol,
 )
 from cmpolicy.export.runtime import is_exported, open_exported
-from cmpolicy.flow.sampler import SamplerKind, get_sampler
+from cmpolicy.flow.sampler import SamplerKind, check_sampler, get_sampler
 from cmpolicy.schema import ConfigError
 from cmpolicy.spec import check_warm_start
 from cmpolicy_eval import evaluate as scoring
@@ -41,7 +41,8 @@ class EvalSettings:
         env_args: of Robomimic: a data set whose environment to build; null: the policy's own.
         seeds: a range (both ends included), a number, or [a,b,c]; null: all of the protocol's.
         nfe: network evaluations per action chunk, one result each; null: the policy's own.
-        sampler: flow_map or diagonal; null: the policy's own.
+        sampler: flow_map, diagonal or restart, of a policy trained by ddpm ddpm or ddim; null: the
+            policy's own.
         noise_scale: the noise is multiplied by it; null: the policy's own. Tune it on other seeds.
         time_floor: the last of several evaluations starts at this time; null: evenly spaced times.
         warm_start: decisions after the first start from the plan before, at this time in (0, 1];
@@ -331,6 +332,7 @@ def _open_bundle(settings: EvalSettings) -> _Scored:
     policy = ConsistencyPolicy.from_pretrained(settings.policy, device).eval()
     label = settings.name or settings.policy
     if settings.sampler is not None and settings.sampler != policy.sampler:
+        check_sampler(settings.sampler, policy.sampler)
         label += f" [{settings.sampler}]"
         policy.sampler = settings.sampler
     for name, word in (("noise_scale", "noise"), ("warm_start", "warm")):

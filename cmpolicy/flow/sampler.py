@@ -29,6 +29,8 @@ class Sampler:
 
     #: Whether the network has a velocity F(x, t, t) and jumps F(x, t, s), whose health can be told.
     is_flow_map = True
+    #: What the network's output stands for: ``velocity``, ``data`` or ``noise``.
+    predicts = "velocity"
     #: Whether noise takes part; else samples begin at zero.
     is_random = True
 
@@ -44,6 +46,15 @@ class Sampler:
         Raises:
             ValueError: a number of evaluations that the sampler cannot do, or a bad floor.
         """
+        if floor and not self.is_flow_map:
+            raise ValueError(
+                f"time_floor={floor}: only flow_map and diagonal samplers have a floor"
+            )
+        return self._grid(nfe, device, dtype, floor)
+
+    def _grid(
+        self, nfe: int, device: torch.device | None, dtype: torch.dtype | None, floor: float
+    ) -> Tensor:
         return time_grid(nfe, device, dtype, floor=floor)
 
     def n_noises(self, nfe: int) -> int:
@@ -81,16 +92,6 @@ class _Restart(Sampler):
 
     is_flow_map = False
 
-    def grid(
-        self,
-        nfe: int,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        floor: float = 0.0,
-    ) -> Tensor:
-        _refuse_floor(floor)
-        return time_grid(nfe, device, dtype)
-
     def n_noises(self, nfe: int) -> int:
         return nfe
 
@@ -111,16 +112,12 @@ class _Regression(Sampler):
     times: tuple[float, ...]
 
     is_flow_map = False
+    predicts = "data"
     is_random = False
 
-    def grid(
-        self,
-        nfe: int,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        floor: float = 0.0,
+    def _grid(
+        self, nfe: int, device: torch.device | None, dtype: torch.dtype | None, floor: float
     ) -> Tensor:
-        _refuse_floor(floor)
         if nfe != len(self.times) - 1:
             raise ValueError(
                 f"nfe={nfe}: a policy of this kind makes exactly {len(self.times) - 1} network "
@@ -144,15 +141,11 @@ class _Diffusion(Sampler):
     fresh_noise: bool
 
     is_flow_map = False
+    predicts = "noise"
 
-    def grid(
-        self,
-        nfe: int,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        floor: float = 0.0,
+    def _grid(
+        self, nfe: int, device: torch.device | None, dtype: torch.dtype | None, floor: float
     ) -> Tensor:
-        _refuse_floor(floor)
         if not 1 <= nfe <= STEPS:
             raise ValueError(f"nfe={nfe}: a diffusion of {STEPS} steps makes 1 to {STEPS}")
         steps = torch.arange(nfe - 1, -2, -1, device=device) * (STEPS // nfe)
@@ -197,6 +190,21 @@ def get_sampler(kind: str) -> Sampler:
     return SAMPLERS[kind]
 
 
+def check_sampler(kind: str, own: str) -> None:
+    """Whether a network made for the sampler ``own`` can be sampled by ``kind``.
+
+    Raises:
+        ValueError: an unknown name, or one for networks that predict something else.
+    """
+    predicts = get_sampler(own).predicts
+    fitting = [name for name, sampler in SAMPLERS.items() if sampler.predicts == predicts]
+    if get_sampler(kind).predicts != predicts:
+        raise ValueError(
+            f"sampler={kind} is for networks that predict the {get_sampler(kind).predicts}, and "
+            f"this one predicts the {predicts}; choose one of {fitting}"
+        )
+
+
 def time_grid(
     nfe: int,
     device: torch.device | None = None,
@@ -222,11 +230,6 @@ def time_grid(
         )
     above = torch.linspace(1.0, floor, nfe, device=device, dtype=dtype)
     return torch.cat([above, above.new_zeros(1)])
-
-
-def _refuse_floor(floor: float) -> None:
-    if floor:
-        raise ValueError(f"time_floor={floor}: only flow_map and diagonal samplers have a floor")
 
 
 def start_between(path: Path, x: Tensor, z: Tensor, start: Tensor) -> Tensor:

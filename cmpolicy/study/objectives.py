@@ -172,7 +172,7 @@ def study_objectives(
     if waiting:
         _run_all(waiting, settings.workers)
     order = {name: i for i, name in enumerate(settings.names)}
-    done = [RunScores.load(job.result) for job in jobs if job.result.exists()]
+    done = [RunScores.load(job.result) for job in jobs]
     return sorted(done, key=lambda run: (order[run.objective], run.seed))
 
 
@@ -326,7 +326,11 @@ def _check_folder(
     )
     path = out / STUDY_FILE
     if path.exists():
-        there = json.loads(path.read_text())
+        try:
+            there = json.loads(path.read_text())
+            there["objectives"].items()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path} is damaged ({error!r}); choose another out=...") from error
         for key in ("version", "nfe", "eval_seeds", "training"):
             if there.get(key) != facts[key]:
                 raise ConfigError(

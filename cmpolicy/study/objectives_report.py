@@ -13,9 +13,7 @@ from matplotlib.figure import Figure
 from cmpolicy.files import write_atomically
 from cmpolicy.study.objectives import RunScores, Scores
 from cmpolicy_eval.metrics import Interval, nested_bootstrap_interval
-
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_MARKERS = "osD^vPX"
+from cmpolicy_eval.report import COLOURS, MARKERS, aligned
 
 
 @dataclass(frozen=True)
@@ -90,9 +88,11 @@ def markdown(runs: Sequence[RunScores]) -> str:
     second += ["peak MB", "map error", "variance ratio"]
     return (
         "Success / score, 95 % intervals of the success over training seeds and episodes:\n\n"
-        + _align(head, lines)
+        + aligned(head, lines, left=1)
         + "\n\nHow the runs went, medians over training seeds:\n\n"
-        + _align(second, [_facts(n, runs) for n in dict.fromkeys(r.objective for r in runs)])
+        + aligned(
+            second, [_facts(n, runs) for n in dict.fromkeys(r.objective for r in runs)], left=1
+        )
         + "\n"
     )
 
@@ -126,16 +126,6 @@ def _facts(name: str, runs: Sequence[RunScores]) -> list[str]:
     ]
 
 
-def _align(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
-    text = [
-        "| " + " | ".join(v.ljust(w) for v, w in zip(line, widths, strict=True)) + " |"
-        for line in (head, *lines)
-    ]
-    text.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(text)
-
-
 def plot(runs: Sequence[RunScores], path: Path) -> Path:
     """Success at one evaluation, best first, and success against the number of evaluations."""
     table = rows(runs)
@@ -148,7 +138,7 @@ def plot(runs: Sequence[RunScores], path: Path) -> Path:
         low, high = row.success_ci95
         left.plot([low, high], [i, i], color="#555555", lw=2, zorder=1)
         left.scatter(row.by_seed, [i] * len(row.by_seed), s=14, color="#999999", zorder=2)
-        left.scatter([row.success], [i], s=40, color=_COLOURS[0], zorder=3)
+        left.scatter([row.success], [i], s=40, color=COLOURS[0], zorder=3)
     labels = [r.objective + (f" ({r.nfe} evaluations)" if r.nfe > 1 else "") for r in first]
     left.set_yticks(range(len(first)), labels)
     left.set_xlabel("success at the fewest evaluations (grey: training seeds; line: 95 %)")
@@ -160,8 +150,8 @@ def plot(runs: Sequence[RunScores], path: Path) -> Path:
         right.plot(
             [r.nfe for r in line],
             [r.success for r in line],
-            marker=_MARKERS[i // len(_COLOURS)],
-            color=_COLOURS[i % len(_COLOURS)],
+            marker=MARKERS[i // len(COLOURS)],
+            color=COLOURS[i % len(COLOURS)],
             label=name,
         )
     right.set_xscale("log")

@@ -13,8 +13,8 @@ from cmpolicy_eval.seeds import format_seeds
 
 _HEAD = ("policy", "protocol", "episodes", "evaluations", "score", "success", "ms per call")
 # Okabe and Ito's colours: told apart by colour-blind readers, too.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_MARKERS = "osD^vPX"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = "osD^vPX"
 
 
 def table(results: Sequence[Result]) -> str:
@@ -32,7 +32,7 @@ def table(results: Sequence[Result]) -> str:
         )
         for name, result in zip(names, results, strict=True)
     ]
-    return _align(_HEAD, rows, left=2)
+    return aligned(_HEAD, rows, left=2)
 
 
 def difference_table(results: Sequence[Result]) -> str:
@@ -51,7 +51,7 @@ def difference_table(results: Sequence[Result]) -> str:
                 _signed(difference.success, difference.success_ci95),
             )
         )
-    return _align(("minus the first", "score", "success"), rows, left=1) if rows else ""
+    return aligned(("minus the first", "score", "success"), rows, left=1) if rows else ""
 
 
 def markdown(results: Sequence[Result], figure: str | None = None) -> str:
@@ -99,8 +99,8 @@ def plot(results: Sequence[Result], path: str | Path) -> Path:
         nudge = 1.04 ** (index - (len(groups) - 1) / 2)
         x = [result.nfe * nudge for result in group]
         style = {
-            "color": _COLOURS[index % len(_COLOURS)],
-            "marker": _MARKERS[index % len(_MARKERS)],
+            "color": COLOURS[index % len(COLOURS)],
+            "marker": MARKERS[index % len(MARKERS)],
             "label": name,
         }
         _curve(left, x, [(r.score_mean, r.score_ci95) for r in group], style)
@@ -192,7 +192,7 @@ def _signed(value: float, interval: Interval) -> str:
     return f"{value:+.3f} [{interval[0]:+.3f}, {interval[1]:+.3f}]"
 
 
-def _align(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> str:
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> str:
     """Markdown table with padded cells; the first ``left`` columns left-aligned."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from cmpolicy.flow.flow_map import FlowMap
 from cmpolicy.flow.path import PATHS
-from cmpolicy.flow.sampler import MIP_TIME, SamplerKind, get_sampler, sample, time_grid, trajectory
+from cmpolicy.flow.sampler import (
+    MIP_TIME,
+    SamplerKind,
+    check_sampler,
+    get_sampler,
+    sample,
+    time_grid,
+    trajectory,
+)
 
 
 class Recorder:
@@ -187,3 +195,11 @@ def test_evaluations_that_a_sampler_cannot_do(kind: SamplerKind, nfe: int, words
     if kind != "restart":
         with pytest.raises(ValueError, match=r"time_floor=0.1.*only"):
             get_sampler(kind).grid(2, floor=0.1)
+
+
+def test_a_sampler_goes_with_what_the_network_predicts() -> None:
+    check_sampler("restart", "flow_map")
+    check_sampler("ddim", "ddpm")
+    for kind, own in (("ddim", "flow_map"), ("flow_map", "mip"), ("regression", "ddpm")):
+        with pytest.raises(ValueError, match=f"sampler={kind}.*predicts the .*choose one of"):
+            check_sampler(kind, own)

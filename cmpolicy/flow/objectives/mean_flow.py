@@ -72,8 +72,7 @@ class _MeanFlowFamily(Eulerian):
         error = mean_over((f - target).square(), examples.mask)
         scale = self.scale(examples.progress)
         weight = (error.detach() / scale**2 + 0.01).pow(-self.weight_power)
-        loss = error.detach().mean() / scale**2
-        return LossOutput(error / scale * weight, {"loss_jump": loss})
+        return LossOutput(error / scale * weight, {"loss_jump": error.detach().mean()})
 
     def eulerian(
         self, flow_map: FlowMap, examples: Examples, point: PathSample, f: Tensor, tangent: Tensor
