@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from cmpolicy.nn.encoders.image import (
+    Backbone,
     CompactEncoderConfig,
     ImageEncoder,
     ImageEncoderConfig,
@@ -45,12 +46,12 @@ def _obs(batch: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
 
 def test_crop_of_every_window_is_where_its_numbers_say() -> None:
     frames = _obs(64)["top"]
-    place = torch.rand(64, 2)
-    place[0], place[1] = 0, 1 - 2**-24  # the very corners
-    found = crop_windows(frames, place, 28, 35)
+    corner = torch.stack([torch.randint(5, (64,)), torch.randint(6, (64,))], dim=-1)
+    corner[0], corner[1] = 0, torch.tensor([4, 5])  # the very corners
+    found = crop_windows(frames, corner, 28, 35)
     assert found.shape == (64, 2, 28, 35, 3)
     for b in range(64):
-        top, left = int(place[b, 0] * 5), int(place[b, 1] * 6)
+        top, left = corner[b].tolist()
         assert torch.equal(found[b], frames[b, :, top : top + 28, left : left + 35])
     assert torch.equal(found[1], frames[1, :, 4:, 5:])
 
@@ -64,28 +65,60 @@ def test_centre_crop() -> None:
 def test_view_in_inference_and_training() -> None:
     encoder = CompactEncoderConfig(crop=0.75, jitter=0.4).build(SPEC)
     frames = _obs()["top"]
-    plain = encoder.view(0, frames)
+    plain, middle = encoder.view(0, frames)
     assert torch.equal(plain, centre_crop(frames, 24, 30).float() / 127.5 - 1)
-    middle = torch.full((3, 4), 0.5)  # no change of brightness and contrast
-    torch.testing.assert_close(encoder.view(0, frames, middle), plain, rtol=0, atol=1e-6)
-    brighter = encoder.view(0, frames, torch.tensor([[0.5, 0.5, 1.0, 0.5]] * 3))
+    assert torch.equal(middle, torch.zeros(1, 2))
+    same = torch.full((3, 4), 0.5)  # no change of brightness and contrast
+    found, middle = encoder.view(0, frames, same)
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-6)
+    assert torch.equal(middle, torch.zeros(3, 2))
+    brighter, _ = encoder.view(0, frames, torch.tensor([[0.5, 0.5, 1.0, 0.5]] * 3))
     torch.testing.assert_close(brighter, plain + 0.4, rtol=0, atol=1e-6)
-    contrast = encoder.view(0, frames, torch.tensor([[0.5, 0.5, 0.5, 1.0]] * 3))
+    contrast, _ = encoder.view(0, frames, torch.tensor([[0.5, 0.5, 0.5, 1.0]] * 3))
     mean = plain.mean(dim=(1, 2, 3, 4), keepdim=True)
     torch.testing.assert_close(contrast, (plain - mean) * 1.4 + mean, rtol=0, atol=1e-5)
 
 
+def test_random_crops_say_where_they_are() -> None:
+    encoder = CompactEncoderConfig(crop=0.75).build(SPEC)
+    frames = _obs()["top"]  # 32 x 40, seen 24 x 30
+    place = torch.tensor([[0.0, 0.0], [0.5, 0.5], [1 - 2**-24, 1 - 2**-24]])
+    augment = torch.cat([place, torch.full((3, 2), 0.5)], dim=1)
+    found, middle = encoder.view(0, frames, augment)
+    assert torch.equal(found[2], frames[2, :, 8:, 10:].float() / 127.5 - 1)
+    expected = torch.tensor([[-4 / 16, -5 / 20], [0, 0], [4 / 16, 5 / 20]])
+    torch.testing.assert_close(middle, expected)
+
+
 def test_spatial_softmax_finds_a_peak() -> None:
-    layer = SpatialSoftmax(1, 1, 2)
+    layer = SpatialSoftmax(1, 2, stride=8)
     with torch.no_grad():
-        layer.maps.weight.fill_(100.0)
+        layer.maps.weight.copy_(torch.tensor([100.0, 0]).view(2, 1, 1, 1))
         layer.maps.bias.zero_()  # type: ignore[union-attr]
-        layer.out.weight.copy_(torch.tensor([[1.0, 0, 0], [0, 1, 0]]))
-        layer.out.bias.zero_()
     x = torch.zeros(3, 1, 5, 9)
     for n, (row, column) in enumerate([(0, 8), (2, 4), (4, 0)]):
         x[n, 0, row, column] = 1
-    torch.testing.assert_close(layer(x), torch.tensor([[-1.0, 1], [0, 0], [1, -1]]))
+    found = layer(x, (64, 128))  # in halves of the frame: 32 and 64 pixels
+    expected = torch.tensor([[-16 / 32, 32 / 64], [0, 0], [16 / 32, -32 / 64]])
+    torch.testing.assert_close(found[:, 0], expected)
+    torch.testing.assert_close(found[:, 1], torch.zeros(3, 2))  # active all over: the middle
+
+
+def test_features_do_not_depend_on_where_the_crop_was() -> None:
+    """A dot on plain ground; moves of the crop by whole cells, so the network sees the same."""
+    spec = PolicySpec({"top": (64, 64, 3)}, 2, 8, 1, 4, images=("top",))
+    torch.manual_seed(0)
+    encoder = CompactEncoderConfig(width=8, crop=0.75).build(spec)
+    encoder.cameras[0].backbone = nn.MaxPool2d(8)
+    encoder.cameras[0].softmax.maps = nn.Conv2d(3, 32, 1)
+    encoder.cameras[0].softmax.maps.weight.data.fill_(30)  # sharp: the dot alone counts
+    encoder.cameras[0].out = nn.Linear(64 + 3, 64)
+    frames = torch.full((2, 1, 64, 64, 3), 99, dtype=torch.uint8)
+    frames[:, 0, 24:32, 32:40] = 255
+    augment = torch.tensor([[0.01, 0.01, 0.5, 0.5], [0.5, 0.99, 0.5, 0.5]])  # by (0, 0) and (8, 16)
+    features = encoder({"top": frames}, augment)
+    torch.testing.assert_close(features[0], features[1])
+    assert features[0].abs().max() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -141,8 +174,8 @@ def test_a_backbone_of_ones_own_is_a_class() -> None:
     class Mean(ImageEncoderConfig):
         kind: ClassVar[str] = "mean"
 
-        def backbone(self) -> nn.Module:
-            return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 64))
+        def backbone(self) -> Backbone:
+            return Backbone(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 64, 1)), 64, 1)
 
     assert Mean().build(SPEC)(_obs()).shape == (3, 4 * 64 + 64)
 

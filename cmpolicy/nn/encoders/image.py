@@ -5,16 +5,17 @@ its crop, K keypoints, D features.
 
 Frames come as (B, To, H, W, 3) uint8 and stay so until they are cropped on the device. The crop is
 random while training, the same for all frames of one window and camera, and in the centre otherwise
-(Diffusion Policy, Chi et al., RSS 2023). To add a backbone, derive a settings class from
+(Diffusion Policy, Chi et al., RSS 2023). Places in the features count from the middle of the whole
+frame, so they do not depend on where the crop was. To add a backbone, derive a settings class from
 :class:`ImageEncoderConfig` with ``backbone`` and register it.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,14 @@ _PER_CAMERA = 4
 _LEAST_CROP = 0.6
 
 
+class Backbone(NamedTuple):
+    """A network (N, 3, h, w) in about [-1, 1] -> (N, channels, h / stride, w / stride), rounded."""
+
+    network: nn.Module
+    channels: int
+    stride: int
+
+
 @dataclass(frozen=True)
 class ImageEncoderConfig(ABC):
     """Settings that all encoders of frames share.
@@ -36,6 +45,7 @@ class ImageEncoderConfig(ABC):
     Args:
         dim: size of the features of all numbers (not frames) together.
         camera_dim: size of the features of one frame.
+        keypoints: places per frame that the spatial softmax finds.
         crop: share of the height and of the width that the network sees, in (0, 1].
         small_crop: allow a crop below 0.6, which rarely is what one wants.
         jitter: largest relative change of brightness and of contrast in training, in [0, 1).
@@ -47,13 +57,14 @@ class ImageEncoderConfig(ABC):
 
     dim: int = 64
     camera_dim: int = 64
+    keypoints: int = 32
     crop: float = 0.875
     small_crop: bool = False
     jitter: float = 0.0
     shared: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("dim", "camera_dim"):
+        for name in ("dim", "camera_dim", "keypoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 < self.crop <= 1:
@@ -67,8 +78,8 @@ class ImageEncoderConfig(ABC):
             raise ValueError(f"jitter={self.jitter} must be in [0, 1)")
 
     @abstractmethod
-    def backbone(self) -> nn.Module:
-        """A fresh network: (N, 3, h, w) in [-1, 1] -> (N, camera_dim), for any h and w."""
+    def backbone(self) -> Backbone:
+        """A fresh network for frames of any size."""
 
     def build(self, spec: PolicySpec) -> ImageEncoder:
         """A fresh encoder of a policy's observations.
@@ -107,10 +118,10 @@ class CompactEncoderConfig(ImageEncoderConfig):
         if self.blocks < 1:
             raise ValueError(f"blocks={self.blocks} must be at least 1")
 
-    def backbone(self) -> nn.Module:
+    def backbone(self) -> Backbone:
         """See the class; about 0.1M parameters at width 32."""
         first, second = self.width, 2 * self.width
-        return nn.Sequential(
+        network = nn.Sequential(
             nn.Conv2d(3, first, 8, stride=4, padding=2),
             *(_Residual(first) for _ in range(self.blocks)),
             _norm(first),
@@ -119,8 +130,8 @@ class CompactEncoderConfig(ImageEncoderConfig):
             *(_Residual(second) for _ in range(self.blocks)),
             _norm(second),
             nn.ReLU(inplace=True),
-            SpatialSoftmax(second, second // 2, self.camera_dim),
         )
+        return Backbone(network, second, stride=8)
 
 
 @register_encoder
@@ -130,15 +141,13 @@ class ResNet18EncoderConfig(ImageEncoderConfig):
 
     Args:
         pretrained: start from ImageNet weights, which torchvision downloads once.
-        keypoints: of the spatial softmax.
     """
 
     kind: ClassVar[str] = "resnet18"
 
     pretrained: bool = False
-    keypoints: int = 32
 
-    def backbone(self) -> nn.Module:
+    def backbone(self) -> Backbone:
         """See the class.
 
         Raises:
@@ -166,7 +175,7 @@ class ResNet18EncoderConfig(ImageEncoderConfig):
             own = network.state_dict()
             network.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
         layers = [child for name, child in network.named_children() if name not in _HEAD]
-        return nn.Sequential(*layers, SpatialSoftmax(512, self.keypoints, self.camera_dim))
+        return Backbone(nn.Sequential(*layers), 512, stride=32)
 
 
 _HEAD = ("avgpool", "fc")
@@ -184,7 +193,7 @@ class ImageEncoder(nn.Module):
         self.crops = [_crop_size(spec.obs[key], config.crop) for key in self.keys]
         self.jitter = config.jitter
         self.n_augment = _PER_CAMERA * len(self.keys)
-        networks = [config.backbone() for _ in self.keys[: 1 if config.shared else None]]
+        networks = [_Camera(config) for _ in self.keys[: 1 if config.shared else None]]
         self.cameras = nn.ModuleList(networks)
         self.state = (
             StateEncoder(config.dim, spec.states, spec.n_obs_steps) if spec.states else None
@@ -203,58 +212,97 @@ class ImageEncoder(nn.Module):
         parts = [] if self.state is None else [self.state(obs)]
         for i, key in enumerate(self.keys):
             own = None if augment is None else augment[:, _PER_CAMERA * i : _PER_CAMERA * (i + 1)]
-            x = self.view(i, obs[key], own)  # (B, To, h, w, 3)
+            x, middle = self.view(i, obs[key], own)
             network = self.cameras[min(i, len(self.cameras) - 1)]
-            frames = x.flatten(0, 1).permute(0, 3, 1, 2)  # channels last in memory
-            parts.append(network(frames).view(x.shape[0], -1).to(torch.float32))
+            features = network(x, middle, obs[key].shape[2:4])
+            parts.append(features.view(x.shape[0], -1).to(torch.float32))
         return parts[0] if len(parts) == 1 else torch.cat([p.to(parts[-1]) for p in parts], dim=-1)
 
-    def view(self, camera: int, frames: Tensor, augment: Tensor | None = None) -> Tensor:
-        """What the network of a camera sees, (B, To, h, w, 3) in about [-1, 1].
+    def view(
+        self, camera: int, frames: Tensor, augment: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the network of a camera sees, (B, To, h, w, 3) in about [-1, 1], and where.
+
+        The second is the middle of each window's crop, (B, 2) or (1, 2): down and right of the
+        middle of the frame, whose edges are at -1 and 1.
 
         Args:
             camera: its number.
             frames: (B, To, H, W, 3) uint8.
             augment: (B, 4) as in :meth:`forward`.
         """
-        height, width = self.crops[camera]
+        size = self.crops[camera]
+        free = [whole - seen for whole, seen in zip(frames.shape[2:4], size, strict=True)]
         if augment is None:
-            cut = centre_crop(frames, height, width)
-            return cut.to(self._dtype) / 127.5 - 1
-        cut = crop_windows(frames, augment[:, :2], height, width)
+            cut = centre_crop(frames, *size)
+            corners = [torch.full((1,), n // 2, device=frames.device) for n in free]
+        else:
+            corners = [(augment[:, i] * (n + 1)).long() for i, n in enumerate(free)]
+            cut = crop_windows(frames, torch.stack(corners, dim=-1), *size)
+        away = [
+            (corner - n / 2) * (2 / whole)
+            for corner, n, whole in zip(corners, free, frames.shape[2:4], strict=True)
+        ]
         x = cut.to(self._dtype) / 127.5 - 1
-        if self.jitter:
+        if augment is not None and self.jitter:
             change = (2 * augment[:, 2:, None, None, None, None] - 1) * self.jitter
             mean = x.mean(dim=(1, 2, 3, 4), keepdim=True)
             x = (x - mean) * (1 + change[:, 1]) + mean + change[:, 0]
-        return x
+        return x, torch.stack(away, dim=-1)
 
     @property
     def _dtype(self) -> torch.dtype:
         return next(self.cameras.parameters()).dtype
 
 
-class SpatialSoftmax(nn.Module):
-    """Where in the frame each of K maps is active (Finn et al., 2016), and how much, to features.
+class _Camera(nn.Module):
+    """The network of a camera: crops (B, To, h, w, 3) to features (B To, camera_dim)."""
 
-    (N, channels, h, w) -> (N, features). The places are in [-1, 1].
+    def __init__(self, config: ImageEncoderConfig) -> None:
+        super().__init__()
+        backbone = config.backbone()
+        self.backbone = backbone.network
+        self.softmax = SpatialSoftmax(backbone.channels, config.keypoints, backbone.stride)
+        self.out = nn.Linear(2 * config.keypoints + backbone.channels, config.camera_dim)
+
+    def forward(self, x: Tensor, middle: Tensor, size: Sequence[int]) -> Tensor:
+        """See the class; ``middle`` as of :meth:`ImageEncoder.view`, ``size`` of the whole frame.
+
+        Beside the places come the means of all channels: what is there, wherever it is.
+        """
+        frames = x.flatten(0, 1).permute(0, 3, 1, 2)  # channels last in memory
+        maps = self.backbone(frames)
+        places = self.softmax(maps, size).unflatten(0, x.shape[:2]) + middle[:, None, None]
+        means = maps.mean(dim=(2, 3))
+        features: Tensor = self.out(
+            torch.cat([places.flatten(0, 1).flatten(1).to(means), means], dim=-1)
+        )
+        return features
+
+
+class SpatialSoftmax(nn.Module):
+    """Where each of K maps is active (Finn et al., 2016).
+
+    (N, channels, h, w) -> (N, K, 2): down and right of the middle of the maps, in units of half the
+    frame. A cell is ``stride`` pixels of the frame.
     """
 
-    def __init__(self, channels: int, keypoints: int, features: int) -> None:
+    def __init__(self, channels: int, keypoints: int, stride: int) -> None:
         super().__init__()
         self.maps = nn.Conv2d(channels, keypoints, 1)
-        self.out = nn.Linear(2 * keypoints + channels, features)
+        self.stride = stride
 
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
-        maps = self.maps(x).flatten(2).float()  # (N, K, h w)
-        weights = maps.softmax(dim=-1)
-        rows = torch.linspace(-1, 1, x.shape[2], device=x.device)
-        columns = torch.linspace(-1, 1, x.shape[3], device=x.device)
-        y = weights @ rows.repeat_interleave(x.shape[3])
-        z = weights @ columns.repeat(x.shape[2])
-        features: Tensor = self.out(torch.cat([y, z, x.mean(dim=(2, 3)).float()], dim=-1).to(x))
-        return features
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """See the class; ``size`` is (H, W) of the frame."""
+        height, width = x.shape[2:]
+        weights = self.maps(x).flatten(2).float().softmax(dim=-1)  # (N, K, h w)
+        rows, columns = (
+            (torch.arange(n, device=x.device) - (n - 1) / 2) * (2 * self.stride / whole)
+            for n, whole in zip((height, width), size, strict=True)
+        )
+        cells = torch.stack([rows.repeat_interleave(width), columns.repeat(height)], dim=-1)
+        places: Tensor = weights @ cells
+        return places
 
 
 class _Residual(nn.Module):
@@ -292,22 +340,18 @@ def centre_crop(frames: Tensor, height: int, width: int) -> Tensor:
     return frames[..., top : top + height, left : left + width, :]
 
 
-def crop_windows(frames: Tensor, place: Tensor, height: int, width: int) -> Tensor:
+def crop_windows(frames: Tensor, corner: Tensor, height: int, width: int) -> Tensor:
     """A crop (B, To, height, width, 3) of frames (B, To, H, W, 3), one place per window.
 
     Args:
         frames: uint8.
-        place: (B, 2) uniform in [0, 1): from top and left to bottom and right.
+        corner: (B, 2) int64, its first row and column.
         height, width: of the crop.
     """
     batch, steps = frames.shape[:2]
-    free = torch.tensor(
-        [frames.shape[2] - height + 1, frames.shape[3] - width + 1], device=place.device
-    )
-    corner = (place * free).long()  # (B, 2)
-    rows = corner[:, :1] + torch.arange(height, device=place.device)  # (B, h)
-    b = torch.arange(batch, device=place.device)[:, None, None]
-    t = torch.arange(steps, device=place.device)[None, :, None]
+    rows = corner[:, :1] + torch.arange(height, device=corner.device)  # (B, h)
+    b = torch.arange(batch, device=corner.device)[:, None, None]
+    t = torch.arange(steps, device=corner.device)[None, :, None]
     # every row of a crop is one run of bytes: windows of 3 width numbers, 3 apart
     runs = frames.flatten(3).unfold(3, 3 * width, 3)
     cut = runs[b, t, rows[:, None, :], corner[:, 1, None, None]]
