@@ -71,6 +71,10 @@ class DataConfig:
             shape is (H, W, 3) and its values are whole numbers in [0, 255], unless ``kind`` says
             otherwise. Of a LeRobot data set it may be left out: every ``observation.*``.
         action: selector of the actions.
+        targets: as ``obs``, numbers that the demonstrations hold and the policy will not see, such
+            as the pose of an object that a simulator or motion capture knows. The features are
+            trained to tell them beside the objective (``target_weight``), so a camera's learn from
+            fewer examples what to look at. Nothing of it is left in the trained policy.
         episodes: which of them are used: a list of numbers, or what the store says of episodes: the
             name of ``meta/<name>`` (E,), such as ``success``, or of a mask; null uses all.
         weights: name of ``meta/<name>`` (E,), whole numbers: how often the windows of an episode
@@ -109,6 +113,7 @@ class DataConfig:
     revision: str | None = None
     obs: Mapping[str, Any]
     action: str = "action"
+    targets: Mapping[str, Any] = field(default_factory=dict)
     episodes: Any = None
     weights: str | None = None
     val_fraction: float = 0.02
@@ -148,7 +153,9 @@ class DataConfig:
         for text in self.action_rotations or ():
             parse_rotation(text)
         for key, source in self.obs.items():
-            _check_source(key, source)
+            _check_source(f"data.obs.{key}", source)
+        for key, source in self.targets.items():
+            _check_source(f"data.targets.{key}", source)
         numbers = isinstance(self.episodes, list | tuple) and all(
             isinstance(e, int) and not isinstance(e, bool) for e in self.episodes
         )
@@ -178,12 +185,14 @@ class DataConfig:
                 f"{where}.obs is not set: name the keys of the store that the policy sees, e.g. "
                 f"{where}.obs=[state]"
             )
-        if isinstance(obs, str):
-            raise ConfigError(f"{where}.obs={obs} must be a list: {where}.obs=[{obs}]")
-        if isinstance(obs, list | tuple):
-            data = {**data, "obs": {str(key): str(key) for key in obs}}
-        elif isinstance(obs, Mapping):  # null takes a key away that a YAML file named
-            data = {**data, "obs": {k: v for k, v in obs.items() if v is not None}}
+        for name in ("obs", "targets"):
+            keys = data.get(name) if isinstance(data, Mapping) else None
+            if isinstance(keys, str):
+                raise ConfigError(f"{where}.{name}={keys} must be a list: {where}.{name}=[{keys}]")
+            if isinstance(keys, list | tuple):
+                data = {**data, name: {str(key): str(key) for key in keys}}
+            elif isinstance(keys, Mapping):  # null takes a key away that a YAML file named
+                data = {**data, name: {k: v for k, v in keys.items() if v is not None}}
         if isinstance(data, Mapping):
             augment = data.get("augment") or ()
             data = {**data, "augment": [augment] if isinstance(augment, str) else augment}
@@ -290,6 +299,7 @@ class TrainConfig(LoopConfig):
         data: the demonstrations.
         control_hz: actions per second of the demonstrations, above 0. It travels with the policy,
             and a control loop at another rate refuses it. null takes what the store says.
+        target_weight: of the loss of ``data.targets``, above 0.
         init: a policy (bundle, bundled name or hub id) whose weights and normaliser the run starts
             from; null starts from scratch.
     """
@@ -302,6 +312,7 @@ class TrainConfig(LoopConfig):
     encoder: EncoderConfig = field(default_factory=StateEncoderConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    target_weight: float = 1.0
     init: str | None = None
 
     def __post_init__(self) -> None:
@@ -313,6 +324,7 @@ class TrainConfig(LoopConfig):
         self.objective.check_evaluations(self.eval.nfe)
         if self.control_hz is not None:
             positive("control_hz", self.control_hz)
+        positive("target_weight", self.target_weight)
 
     @property
     def nfe(self) -> int:
@@ -350,19 +362,17 @@ class TrainConfig(LoopConfig):
 _SOURCE = {"kind": ("image", "state"), "layout": ("hwc", "chw")}
 
 
-def _check_source(key: str, source: str | Mapping[str, str]) -> None:
+def _check_source(where: str, source: str | Mapping[str, str]) -> None:
     if isinstance(source, str):
         return
     if not isinstance(source, Mapping) or not {"key"} <= set(source) <= {"key", *_SOURCE}:
         raise ConfigError(
-            f"data.obs.{key}={source!r} must be a selector such as 'state[:7]', or a group with "
+            f"{where}={source!r} must be a selector such as 'state[:7]', or a group with "
             "the setting key and perhaps kind (image, state) and layout (hwc, chw)"
         )
     for name, choices in _SOURCE.items():
         if source.get(name, choices[0]) not in choices:
-            raise ConfigError(
-                f"data.obs.{key}.{name}={source[name]!r} must be one of {list(choices)}"
-            )
+            raise ConfigError(f"{where}.{name}={source[name]!r} must be one of {list(choices)}")
 
 
 def parse_rotation(text: str) -> Rotation:

@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,13 @@ class TrainingData:
             device=device,
             n_augment=n_augment,
             precise=self.precise,
+            targets=self.targets,
         )
+
+    @cached_property
+    def targets(self) -> npt.NDArray[np.float32] | None:
+        """All of ``data.targets``, scaled; see :meth:`Demonstrations.scaled_targets`."""
+        return self.arrays.scaled_targets(self.windows.select(self.split.train_ids).obs)
 
     @property
     def fingerprint_digest(self) -> str:
@@ -174,6 +181,7 @@ def load_training_data(config: TrainConfig) -> TrainingData:
         obs,
         data.action,
         data.augment,
+        targets=data.targets,
         image_memory=data.image_memory,
         missing_chunks=data.missing_chunks,
     )
@@ -185,6 +193,9 @@ def load_training_data(config: TrainConfig) -> TrainingData:
         if key not in arrays.images:
             _check_state(key, values, path)
             _check_finite(key, values, path)
+    for key, values in arrays.targets.items():
+        _check_state(key, values, path)
+        _check_finite(key, values, path)
     _check_finite(data.action, arrays.action, path)
     _report(arrays, path, strict=data.strict)
     sizes = {
@@ -254,7 +265,7 @@ def _times(buffer: ReplayBuffer, name: str, arrays: Demonstrations) -> npt.NDArr
 
 def fingerprint(arrays: Demonstrations) -> dict[str, Any]:
     """Shapes of the arrays and a hash of every episode's content."""
-    named = {**arrays.obs, ACTION: arrays.action}
+    named = {**arrays.obs, **arrays.targets, ACTION: arrays.action}
     ends = arrays.episode_ends
     hashes = []
     for start, end in zip(ends - np.diff(ends, prepend=0), ends, strict=True):

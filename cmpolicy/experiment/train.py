@@ -23,6 +23,7 @@ from cmpolicy.experiment.run import (
     run_training,
 )
 from cmpolicy.experiment.scoring import PolicyScorer
+from cmpolicy.nn.target_head import TargetHead
 from cmpolicy.policy.bundle import read_metadata
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.schema import ConfigError
@@ -184,6 +185,10 @@ def new_policy(config: TrainConfig, data: TrainingData) -> ConsistencyPolicy:
     )
     policy.control_hz = data.control_hz
     policy.pad_loss = data.pad_loss
+    if data.targets is not None:
+        policy.target_head = TargetHead(
+            policy.feature_dim, (policy.n_obs_steps, data.targets.shape[1]), config.target_weight
+        )
     return policy
 
 

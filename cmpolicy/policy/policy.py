@@ -25,6 +25,7 @@ from cmpolicy.flow.sampler import SamplerKind, get_sampler, sample, start_betwee
 from cmpolicy.hub import HubError, upload
 from cmpolicy.nn.encoders.state import StateEncoderConfig
 from cmpolicy.nn.registry import EncoderConfig, NetConfig
+from cmpolicy.nn.target_head import TargetHead
 from cmpolicy.normalize import Normalizer
 from cmpolicy.observation import NonFiniteActionError, read_plan
 from cmpolicy.policy.bundle import BundleError, read_bundle, write_bundle
@@ -40,6 +41,7 @@ class Batch(TypedDict):
     action: Tensor  # (B, T, A)
     action_is_pad: Tensor  # (B, T), true where an edge was repeated
     augment: NotRequired[Tensor]  # (B, n) in [0, 1), where frames are augmented
+    targets: NotRequired[Tensor]  # (B, To, D), what the features are to tell
 
 
 class ConsistencyPolicy(nn.Module):
@@ -91,12 +93,13 @@ class ConsistencyPolicy(nn.Module):
         self._warm_start: float | None = None
         self.control_hz: float | None = None  # rate of the actions it was trained on, if known
         self.objective = objective
+        self.target_head: TargetHead | None = None  # in training; not part of a saved policy
         self.pad_loss = True  # whether repeated actions beyond an episode's ends are trained on
         self.normalizer = normalizer
         self.encoder = encoder.build(spec)
-        feature_dim = int(cast(Any, self.encoder).feature_dim)
+        self.feature_dim = int(cast(Any, self.encoder).feature_dim)
         self.flow_map = FlowMap(
-            net.build(action_dim=spec.action_dim, feature_dim=feature_dim), get_path(path)
+            net.build(action_dim=spec.action_dim, feature_dim=self.feature_dim), get_path(path)
         )
 
     # -- what eval, robot and server read -------------------------------------------------------
@@ -208,7 +211,7 @@ class ConsistencyPolicy(nn.Module):
         teacher = ema if objective.needs_ema else None
         with torch.no_grad():
             ema_features = None if teacher is None else teacher.encode(batch["obs"], augment)
-        return objective(
+        output = objective(
             self.flow_map,
             action,
             features,
@@ -218,6 +221,10 @@ class ConsistencyPolicy(nn.Module):
             ema=None if teacher is None else teacher.flow_map,
             ema_features=ema_features,
         )
+        if self.target_head is None:
+            return output
+        loss, error = self.target_head(features, batch["targets"])
+        return LossOutput(output.per_example + loss, {**output.metrics, "target_error": error})
 
     def forward(self, batch: Batch, **kwargs: Any) -> LossOutput:
         """:meth:`compute_loss`, so that wrappers such as DDP see every training pass."""

@@ -46,6 +46,7 @@ class DeviceLoader:
         device: of the batches.
         n_augment: uniform numbers per example that augment its frames, 0 for none.
         precise: keys of ``obs`` that become float64 instead.
+        targets: (N, D) float32, what the features of each step are to tell, or None.
 
     Raises:
         ValueError: lengths that differ, rows outside the data, no windows, or a bad batch size.
@@ -62,6 +63,7 @@ class DeviceLoader:
         device: torch.device | str = "cpu",
         n_augment: int = 0,
         precise: Collection[str] = (),
+        targets: npt.NDArray[np.float32] | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
@@ -89,6 +91,7 @@ class DeviceLoader:
         self.n_augment = n_augment
         self._obs = {key: self._placed(value, key in precise) for key, value in obs.items()}
         self._action = self._placed(action)
+        self._targets = None if targets is None else self._placed(targets)
         self._obs_rows = torch.from_numpy(np.ascontiguousarray(windows.obs)).to(self.device)
         self._action_rows = torch.from_numpy(np.ascontiguousarray(windows.action)).to(self.device)
         self._is_pad = torch.from_numpy(np.ascontiguousarray(windows.action_is_pad)).to(self.device)
@@ -115,11 +118,14 @@ class DeviceLoader:
         """The batch of the given windows ((B,) int64 on the device)."""
         obs_rows = self._obs_rows.index_select(0, window_numbers)
         action_rows = self._action_rows.index_select(0, window_numbers)
-        return {
+        batch: Batch = {
             "obs": {key: _take(value, obs_rows) for key, value in self._obs.items()},
             "action": _take(self._action, action_rows),
             "action_is_pad": self._is_pad.index_select(0, window_numbers),
         }
+        if self._targets is not None:
+            batch["targets"] = _take(self._targets, obs_rows)
+        return batch
 
     def _placed(self, value: npt.NDArray[np.generic], precise: bool = False) -> Tensor:
         """A key's values where they stay during training."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Demonstrations:
         episode_ends: (E,) int64.
         source_episode: (E,) int64, the stored episode that each one is or mirrors.
         images: keys of ``obs`` that hold frames, (N, H, W, 3) uint8.
+        targets: (N, ...) by key, numbers that a policy learns to tell but does not see.
     """
 
     obs: dict[str, npt.NDArray[Any]]
@@ -37,6 +38,7 @@ class Demonstrations:
     episode_ends: npt.NDArray[np.int64]
     source_episode: npt.NDArray[np.int64]
     images: tuple[str, ...] = ()
+    targets: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
 
     @property
     def numbers(self) -> dict[str, npt.NDArray[Any]]:
@@ -65,9 +67,21 @@ class Demonstrations:
         return replace(
             self,
             obs={key: value[keep] for key, value in self.obs.items()},
+            targets={key: value[keep] for key, value in self.targets.items()},
             action=self.action[keep],
             episode_ends=kept[self.episode_ends].astype(np.int64),
         )
+
+    def scaled_targets(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32] | None:
+        """All targets side by side, (N, D), each from -1 to 1 over the given rows; None of none."""
+        if not self.targets:
+            return None
+        flat = [v.reshape(len(v), -1).astype(np.float64) for v in self.targets.values()]
+        values = np.concatenate(flat, axis=1)
+        seen = values[np.unique(rows)]
+        low, high = seen.min(axis=0), seen.max(axis=0)
+        half = np.where(high > low, (high - low) / 2, 1.0)
+        return np.asarray((values - (low + high) / 2) / half, dtype=np.float32)
 
     def expand(self, split: EpisodeSplit) -> EpisodeSplit:
         """A split of the stored episodes as one of these: mirror images stay with their source."""
@@ -115,6 +129,7 @@ def load_demonstrations(
     action: str = "action",
     augment: Sequence[str] = (),
     *,
+    targets: Mapping[str, str | Mapping[str, str]] | Sequence[str] = (),
     image_memory: float = 4.0,
     missing_chunks: MissingChunks = "auto",
 ) -> Demonstrations:
@@ -128,13 +143,15 @@ def load_demonstrations(
         augment: transformations of the demonstrations, applied in this order: names of
             :data:`~cmpolicy_data.augment.AUGMENTATIONS` (Push-T only; they need the key ``state``).
             Push-T's frames are then rendered from the transformed states.
+        targets: as ``obs``, numbers alone, under keys of their own.
         image_memory: GiB of frames that are kept in memory, see ``frames``.
         missing_chunks: what a chunk that is not there means, see ``ReplayBuffer.open``.
 
     Raises:
         FileNotFoundError, ReplayBufferError, SelectorError: see ``ReplayBuffer``.
         AugmentError: an unknown name, or data that is not Push-T's.
-        ValueError: no observations, or actions that are no vectors.
+        ValueError: no observations, actions that are no vectors, or targets that are frames or
+            observations as well.
     """
     if isinstance(obs, str) or not obs:
         raise ValueError(
@@ -142,9 +159,15 @@ def load_demonstrations(
             f"selector ({{agent_pos: 'state[:2]'}}); got {obs!r}."
         )
     named = obs if isinstance(obs, Mapping) else {key: key for key in obs}
+    told = targets if isinstance(targets, Mapping) else {key: key for key in targets}
     buffer = ReplayBuffer.open(path, missing_chunks=missing_chunks)
-    sources = {key: _Source.read(given) for key, given in named.items()}
+    sources = {key: _Source.read(given) for key, given in {**named, **told}.items()}
     images = {key for key, source in sources.items() if source.is_image(buffer)}
+    if unfit := [key for key in told if key in images or key in named]:
+        raise ValueError(
+            f"data.targets={unfit}: targets are numbers that the policy does not see; frames and "
+            "keys of data.obs cannot be among them"
+        )
     chosen = {key: s.selector for key, s in sources.items() if key not in images}
     chosen_action = Selector.parse(action)
     number = np.arange(buffer.n_episodes, dtype=np.int64)
@@ -188,4 +211,5 @@ def load_demonstrations(
         ends,
         number,
         images=tuple(key for key in named if key in images),
+        targets={key: arrays[key] for key in told},
     )
