@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 import cmpolicy
 from cmpolicy import ConsistencyPolicy, ControlLoop, PolicyServer, RemotePolicy
 from cmpolicy.cli.main import main
 from cmpolicy.observation import ObservationError, encode_jpeg, read_observation
 from cmpolicy.robot import SafetyLimits
+from cmpolicy.training.trackers import read_log
 from cmpolicy_data import ReplayBuffer, bundled_path
 
 NET = ["net.down_dims=[8,16]", "net.n_groups=4", "net.time_dim=8", "net.kernel_size=3"]
@@ -42,6 +44,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _words(store: Path, *more: str) -> list[str]:
     obs = "data.obs={top: camera_top, wrist: camera_wrist, arm: 'state[:7]'}"
     mine = ["task=custom", f"data.path={store}", obs, "control_hz=20", "encoder=compact"]
+    mine.append("data.targets={pose: 'state[7:]'}")
     return [*mine, *NET, *EYES, *RUN, "encoder.jitter=0.1", "data.val_fraction=0.34", *more]
 
 
@@ -96,6 +99,19 @@ def test_the_bundle_knows_its_frames(policy: ConsistencyPolicy, run: Path) -> No
     assert "top.scale" not in policy.normalizer.to_arrays()
     card = (run / "policy_last/README.md").read_text()
     assert "`top` (24, 32, 3)" in card
+
+
+def test_what_the_features_told_in_training_is_logged_and_not_kept(
+    policy: ConsistencyPolicy, run: Path
+) -> None:
+    entries = read_log(run)
+    assert all("target_error" in e for e in entries if e["kind"] == "train")
+    assert all("val_target_error" in e for e in entries if e["kind"] == "eval")
+    assert {e["kind"] for e in entries} == {"train", "eval"}
+    assert policy.target_head is None
+    with safe_open(run / "policy_last/model.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if "target" in name]  # noqa: SIM118
+    assert set(policy.spec.obs) == {"top", "wrist", "arm"}
 
 
 def test_every_frame_matters(policy: ConsistencyPolicy) -> None:
