@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 SOURCES := cmpolicy envs data eval conf tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-numpy2 lint types imports unit attack gpu bench test-lerobot clean
+.PHONY: help install demo test test-numpy2 lint types imports unit attack gpu bench install-lerobot test-lerobot clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,9 +71,11 @@ attack: install  ## attack server, robot loop, stores and bundles at full counts
 # lerobot wants another numpy, torch and diffusers than robosuite and we do: never in one environment.
 LEROBOT := .venv-lerobot
 LEROBOT_WANTS := 'lerobot[async,pusht]==0.4.4' 'zarr>=3.1.5,<4'
-test-lerobot: install  ## data sets and the plug-in with lerobot 0.4.4, in .venv-lerobot (9 GB with CUDA's packages)
+install-lerobot:  ## create .venv-lerobot with lerobot 0.4.4 (9 GB with CUDA's packages)
 	@[ -x $(LEROBOT)/bin/python ] || $(PYTHON) -m venv $(LEROBOT)
 	@$(LEROBOT)/bin/pip install --quiet --disable-pip-version-check $(LEROBOT_WANTS)
+
+test-lerobot: install install-lerobot  ## data sets and the plug-in with lerobot 0.4.4, in .venv-lerobot
 	OMP_NUM_THREADS=1 CMPOLICY_LEROBOT_PYTHON=$(abspath $(LEROBOT))/bin/python \
 		$(BIN)/pytest tests/integration/test_real_lerobot.py tests/integration/test_lerobot_plugin.py
 
