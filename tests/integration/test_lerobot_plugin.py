@@ -150,6 +150,17 @@ def test_flow_matching_from_the_state_alone(from_state: Path):
     assert policy.infer(policy.spec.zeros()).shape == (1, 10, 2)
 
 
+def test_any_objective(run: Run, from_state: Path, tmp_path: Path):
+    """Discrete consistency training: its own schedule, EMA targets, a sampler with new noise."""
+    words = ("--policy.objective=dct", "--policy.objective_settings={weights: ema, steps_end: 20}")
+    data = from_state.parents[1] / "set"
+    folder = train(run, data, tmp_path / "run", *words, "--policy.nfe=2")
+    policy = ConsistencyPolicy.from_pretrained(folder / "last/pretrained_model/cmpolicy")
+    assert (policy.sampler, policy.nfe) == ("restart", 2)
+    assert policy.spec.noise_shape == (2, 16, 2)
+    assert policy.infer(policy.spec.zeros()).shape == (1, 8, 2)
+
+
 def test_plugin_and_bundle_act_alike(run: Run, trained: Path, tmp_path: Path):
     checkpoint = trained / "last/pretrained_model"
     run("side", "act", checkpoint, tmp_path / "x.npz")
@@ -184,6 +195,8 @@ def test_a_run_goes_on(run: Run, trained: Path):
     [
         ("horizon=15", "horizon=15 is not divisible by 2"),
         ("isd.sd_share=3", "sd_share=3.0 must lie in (0, 1]"),
+        ("objective=psi", "did you mean 'psd'"),
+        ("objective_settings={time_a: 1}", "those of isd are a group"),
     ],
 )
 def test_wrong_settings_say_what_is_wrong(

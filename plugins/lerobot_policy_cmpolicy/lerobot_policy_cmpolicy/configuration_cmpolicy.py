@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from cmpolicy.experiment.config import parse_rotation
-from cmpolicy.flow.objectives import FlowMatching, Isd, Objective
+from cmpolicy.flow.objectives import FlowMatching, Isd, Objective, build_objective
 from cmpolicy.flow.path import get_path
 from cmpolicy.flow.sampler import SAMPLERS, SamplerKind
 from cmpolicy.nn.encoders.image import CompactEncoderConfig, ResNet18EncoderConfig
@@ -71,10 +71,11 @@ class CmpolicyConfig(PreTrainedConfig):
         n_obs_steps: observations a decision looks at.
         horizon: predicted actions; the first is at the oldest observation.
         n_action_steps: actions executed before the next decision.
-        objective: ``isd`` (one-step) or ``fm`` (flow matching); its settings are the group of that
-            name, such as ``isd.derivative``.
+        objective: ``isd`` (one-step), ``fm`` (flow matching), or another one of cmpolicy's. The
+            settings of these two are the groups of that name, such as ``isd.derivative``.
+        objective_settings: of another objective, such as ``{derivative: jvp}`` of ``meanflow``.
         path: ``linear`` or ``trigonometric``.
-        sampler: ``flow_map`` or ``diagonal``; null takes the objective's own.
+        sampler: such as ``flow_map`` or ``diagonal``; null takes the objective's own.
         nfe: network evaluations per decision; null takes the objective's own: 1, for ``fm`` 10.
         noise_scale: factor on the noise at inference; below 1 actions are more typical.
         net: size of the network: tiny, small, base or large.
@@ -101,6 +102,7 @@ class CmpolicyConfig(PreTrainedConfig):
     objective: str = "isd"
     isd: Isd = field(default_factory=Isd)
     fm: FlowMatching = field(default_factory=FlowMatching)
+    objective_settings: dict[str, str] = field(default_factory=dict)
     path: str = "linear"
     sampler: str | None = None
     nfe: int | None = None
@@ -243,7 +245,16 @@ class CmpolicyConfig(PreTrainedConfig):
 
     def build_objective(self) -> Objective:
         """What is trained."""
-        return choose({"isd": self.isd, "fm": self.fm}, self.objective, "objective")
+        groups: dict[str, Objective] = {"isd": self.isd, "fm": self.fm}
+        if self.objective not in groups:
+            given = {k: yaml.safe_load(str(v)) for k, v in self.objective_settings.items()}
+            return build_objective(self.objective, **given)
+        if self.objective_settings:
+            raise ConfigError(
+                f"objective_settings={self.objective_settings} are of other objectives; those of "
+                f"{self.objective} are a group, such as --policy.{self.objective}.time_a=1"
+            )
+        return groups[self.objective]
 
     def build_net(self) -> NetConfig:
         """Settings of the network."""

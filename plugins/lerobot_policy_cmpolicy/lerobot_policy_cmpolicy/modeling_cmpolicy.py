@@ -150,13 +150,16 @@ class CmpolicyPolicy(PreTrainedPolicy):
 
     @property
     def progress(self) -> float:
-        """Share of the run that is done, which the schedule of ``isd`` goes by."""
+        """Share of the run that is done, which the schedules of objectives go by."""
         total = self._group.get(TOTAL_STEPS)
         if total is None:
-            if self.config.objective == "isd" and self.config.isd.sd_begin > 0 and self._group:
+            scheduled = self.config.objective != "fm"
+            scheduled &= getattr(self.policy.objective, "sd_begin", 1) > 0
+            if scheduled and self._group:
                 warnings.warn(
                     "the length of the run is not known, since its schedule is not the one of "
-                    "cmpolicy (scheduler.type=cmpolicy); isd.sd_begin is taken to be over",
+                    "cmpolicy (scheduler.type=cmpolicy); the objective is taken to be at its end, "
+                    "as after isd.sd_begin",
                     stacklevel=2,
                 )
                 self._group[TOTAL_STEPS] = 0
