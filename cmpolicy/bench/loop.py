@@ -21,6 +21,7 @@ from cmpolicy.robot.schedule import Asynchronous, Schedule, Synchronous
 from cmpolicy.schema import ConfigError, at_least
 from cmpolicy.training.device import choose_device, describe_device
 
+_FRAMES = 4
 _SETTLED = 5
 """Seconds after which memory is compared: until then libraries fill their caches."""
 
@@ -35,6 +36,8 @@ class LoopSettings:
         seconds: of the run.
         mode: schedule of the loop, with its default settings.
         nfe: network evaluations per plan; null: the policy's own.
+        frames: [height, width] of the frames that the cameras deliver; null: as the policy sees
+            them. Other sizes are resized in the loop.
         threads: of torch on the CPU.
         device: where the policy runs.
         out: JSON file.
@@ -45,6 +48,7 @@ class LoopSettings:
     seconds: float = 60.0
     mode: Literal["sync", "async"] = "async"
     nfe: int | None = None
+    frames: tuple[int, int] | None = None
     threads: int = 1
     device: str = "cpu"
     out: str = "outputs/bench/loop.json"
@@ -54,23 +58,35 @@ class LoopSettings:
         for name in ("hz", "seconds"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
-        for name in ("threads",):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        at_least("threads", self.threads, 1)
+        if self.frames is not None and not (len(self.frames) == 2 and min(self.frames) >= 1):
+            raise ConfigError(f"frames={list(self.frames)} must be [height, width] in pixels")
 
 
 class StillRobot:
-    """A robot that costs nothing: the same observation every time, actions go nowhere."""
+    """A robot that costs nothing: the same numbers every time, actions go nowhere.
+
+    Its cameras hand over a new array of noise each time, of a few that take turns.
+    """
 
     def __init__(self, observation: Mapping[str, NDArray[Any]]) -> None:
+        rng = np.random.default_rng(0)
         self._observation = observation
+        self._frames = {
+            key: rng.integers(0, 256, (_FRAMES, *value.shape), dtype=np.uint8)
+            for key, value in observation.items()
+            if value.dtype == np.uint8
+        }
+        self._count = 0
 
     def connect(self) -> None:
         """Nothing to connect."""
 
     def get_observation(self) -> Mapping[str, NDArray[Any]]:
         """The observation."""
-        return self._observation
+        self._count = (self._count + 1) % _FRAMES
+        frames = {key: frames[self._count].copy() for key, frames in self._frames.items()}
+        return {**self._observation, **frames}
 
     def send_action(self, action: NDArray[Any]) -> None:
         """Ignore the action."""
@@ -115,11 +131,20 @@ def _open(settings: LoopSettings, device: torch.device) -> ChunkPolicy:
                 f"{settings.policy} makes {exported.facts.nfe} evaluation(s) on the CPU, got "
                 f"nfe={settings.nfe} and device={settings.device}"
             )
+        if settings.frames is not None:
+            raise ConfigError(f"frames={list(settings.frames)} needs a policy that is not exported")
         exported.facts = replace(exported.facts, control_hz=None)
         return exported
     policy = ConsistencyPolicy.from_pretrained(settings.policy, device=device).eval()
     policy.nfe = settings.nfe or policy.nfe
     policy.control_hz = None
+    if settings.frames is not None:
+        if not policy.spec.images:
+            raise ConfigError(
+                f"frames={list(settings.frames)}, but {settings.policy} has no cameras: "
+                f"{sorted(policy.spec.obs)}"
+            )
+        policy.spec = replace(policy.spec, resize=True)
     return policy
 
 
@@ -133,7 +158,11 @@ def measure_loop(settings: LoopSettings) -> Report:
     device = choose_device(settings.device)
     policy = _open(settings, device)
     schedule: Schedule = Asynchronous() if settings.mode == "async" else Synchronous()
-    robot = StillRobot({k: v[0, 0] for k, v in policy.spec.zeros().items()})
+    observation = {k: v[0, 0] for k, v in policy.spec.zeros().items()}
+    if settings.frames is not None:
+        frame = np.zeros((*settings.frames, 3), np.uint8)
+        observation |= dict.fromkeys(policy.spec.images, frame)
+    robot = StillRobot(observation)
     memory = MemoryLog(settings.hz, settings.seconds)
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads)

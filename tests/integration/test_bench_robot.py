@@ -176,6 +176,8 @@ def test_loop_of_an_exported_policy(
         (["delay", "policy=x", "seeds=5-3"], "ends before it begins"),
         (["delay", "policy=x", "workers=0"], "workers=0 must be at least 1"),
         (["loop", "policy=x", "hz=0"], "hz=0.0 must be above 0"),
+        (["loop", "policy=x", "frames=[480]"], "frames=[480] must be [height, width]"),
+        (["loop", "policy=pusht", "frames=[48,64]"], "pusht has no cameras: ['agent_pos'"),
         (["loop", "policy=x", "mode=fast"], "'fast' is not one of sync, async"),
         (["loop", "policy=x", "second=3"], "did you mean 'seconds'?"),
         (["loop", "policy=nowhere/at/all"], "nowhere/at/all"),

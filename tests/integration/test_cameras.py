@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -289,3 +290,12 @@ def test_frames_need_an_encoder_of_frames(
     words = [w for w in _words(store) if not w.startswith("encoder")]
     assert main(["train", *words, f"out={tmp_path / 'x'}"]) == 2
     assert "encoder.kind=mlp takes no camera frames" in capsys.readouterr().err
+
+
+def test_bench_of_a_loop_with_large_frames(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "loop.json"
+    words = [f"policy={run / 'policy_last'}", "hz=10", "seconds=1", f"out={out}"]
+    assert main(["bench", "loop", *words, "frames=[48,80]"]) == 0
+    report = json.loads(out.read_text())["settings"]["report"]
+    assert (report["ticks"], report["stopped_by"]) == (10, "completed")
+    assert not report.get("frozen")
