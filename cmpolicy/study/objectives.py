@@ -309,26 +309,22 @@ def _check_folder(
 
     Objectives and seeds may be added later; what is shared may not change.
     """
-    shared = next(iter(configs.values())).to_dict()
-    for own in ("objective", "seed"):
-        shared.pop(own)
-    # Whatever reads back from JSON: tuples have become lists.
-    facts = json.loads(
-        json.dumps(
-            {
-                "version": VERSION,
-                "nfe": settings.nfe,
-                "eval_seeds": settings.eval_seeds,
-                "training": shared,
-                "objectives": {name: c.to_dict()["objective"] for name, c in configs.items()},
-            }
-        )
+    facts = _plain(
+        {
+            "version": VERSION,
+            "nfe": settings.nfe,
+            "eval_seeds": settings.eval_seeds,
+            "training": _shared(next(iter(configs.values())).to_dict()),
+            "objectives": {name: c.to_dict()["objective"] for name, c in configs.items()},
+        }
     )
     path = out / STUDY_FILE
     if path.exists():
         try:
             there = json.loads(path.read_text())
             there["objectives"].items()
+            # settings that a newer version added had their defaults then
+            there["training"] = _plain(_shared(TrainConfig.complete(there["training"])))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} is damaged ({error!r}); choose another out=...") from error
         for key in ("version", "nfe", "eval_seeds", "training"):
@@ -350,6 +346,16 @@ def _check_folder(
         facts["commands"] = [command]
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def _shared(training: dict[str, Any]) -> dict[str, Any]:
+    """What all runs of a study have in common."""
+    return {key: value for key, value in training.items() if key not in ("objective", "seed")}
+
+
+def _plain(values: dict[str, Any]) -> Any:
+    """As it reads back from JSON: tuples have become lists."""
+    return json.loads(json.dumps(values))
 
 
 def _difference(there: Any, here: Any, prefix: str = "") -> str:
