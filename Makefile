@@ -47,7 +47,7 @@ test-numpy2:  ## the unit tests with numpy 2, without robosuite (PYTHON=python3.
 	@[ -x $(NUMPY2)/bin/pip ] || $(PYTHON) -m venv $(NUMPY2)
 	@sed -E '/^(numpy|openpi-client)==/d' constraints.txt > $(NUMPY2)/constraints.txt
 	@$(NUMPY2)/bin/pip install --quiet --disable-pip-version-check -c $(NUMPY2)/constraints.txt \
-		-e '.[serve,export,image,codecs,sweep,wandb]' 'numpy>=2' h5py hatchling hypothesis pytest pytest-xdist
+		-e '.[serve,export,image,codecs,view,sweep,wandb]' 'numpy>=2' h5py hatchling hypothesis pytest pytest-xdist
 	OMP_NUM_THREADS=1 $(NUMPY2)/bin/python -m pytest -n $(JOBS) --dist loadfile tests/unit $(PYTEST_ARGS)
 
 lint: install  ## ruff: rules and format

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 from cmpolicy.cli import data_convert, data_sources
@@ -55,16 +56,22 @@ class ViewSettings:
     """Of ``view``.
 
     Args:
-        episode: number, from 0.
+        episodes: numbers, from 0.
         keys: to show; empty: all images, and all keys of at most 16 numbers per step.
-        fps: frames per second; null: the rate that the store says, else 10.
-        out: video to write, .mp4.
+        fps: steps per second; null: the rate that the store says, else 10 in a video.
+        out: file to write instead of opening Rerun's viewer: .rrd for Rerun, .mp4 for a video.
     """
 
-    episode: int = 0
+    episodes: tuple[int, ...] = (0,)
     keys: tuple[str, ...] = ()
     fps: float | None = None
-    out: str = "outputs/episode.mp4"
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.episodes:
+            raise ConfigError("episodes=[] names no episode; give episodes=[0]")
+        if self.out is not None and Path(self.out).suffix not in (".rrd", ".mp4"):
+            raise ConfigError(f"out={self.out} must end in .rrd (for Rerun) or .mp4 (a video)")
 
 
 class _Command(NamedTuple):
@@ -145,14 +152,26 @@ def _inspect(_: NoSettings, path: str) -> int:
 def _view(settings: ViewSettings, path: str) -> int:
     from cmpolicy_data import ReplayBuffer
     from cmpolicy_data.catalog import resolve
-    from cmpolicy_data.film import film_episode
 
     buffer = ReplayBuffer.open(resolve(path))
-    rate = settings.fps or buffer.attrs.get("control_hz") or 10
-    if not isinstance(rate, int | float) or not 0 < rate <= 1000:
-        raise ConfigError(f"fps={rate!r} must be a number of frames per second")
-    out = Path(settings.out)
-    print(film_episode(buffer, settings.episode, out, keys=settings.keys, fps=float(rate)))
+    rate = settings.fps or buffer.attrs.get("control_hz")
+    if rate is not None and (not isinstance(rate, int | float) or not 0 < rate <= 1000):
+        raise ConfigError(f"fps={rate!r} must be a number of steps per second")
+    episodes, keys = settings.episodes, settings.keys
+    out = None if settings.out is None else Path(settings.out)
+    if out is not None and out.suffix == ".mp4":
+        from cmpolicy_data.film import film_episodes
+
+        print(film_episodes(buffer, episodes, out, keys=keys, fps=float(rate or 10)))
+        return 0
+    from cmpolicy_data.recording import open_viewer, record_episodes
+
+    if out is not None:
+        print(record_episodes(buffer, episodes, out, keys=keys, hz=rate))
+        return 0
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / f"{buffer.path.name}.rrd"
+        open_viewer(record_episodes(buffer, episodes, file, keys=keys, hz=rate))
     return 0
 
 
@@ -200,9 +219,7 @@ _COMMANDS: dict[str, _Command] = {
     "inspect": _Command(
         (_STORE,), "print keys, shapes, ranges and episodes of a store", NoSettings, _inspect
     ),
-    "view": _Command(
-        (_STORE,), "write a video of an episode: cameras, numbers", ViewSettings, _view
-    ),
+    "view": _Command((_STORE,), "look at episodes in Rerun, or as a video", ViewSettings, _view),
     "validate": _Command(
         (_STORE,), "list everything that is wrong with a store", ValidateSettings, _validate
     ),

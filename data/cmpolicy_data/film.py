@@ -1,4 +1,4 @@
-"""An episode of a store as a video: its cameras side by side, its numbers as curves below."""
+"""Episodes of a store as a video: cameras side by side, numbers as curves below."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from cmpolicy_data.chunks import ReplayBufferError, read_rows
-from cmpolicy_data.frames import as_levels, looks_like_frames
 from cmpolicy_data.replay_buffer import ReplayBuffer
+from cmpolicy_data.shown import curves, episode_bounds, pictures, shown_keys
 
 _HEIGHT = 256  # of a camera's picture, px
 _CURVES = 96  # height of one key's curves, px
@@ -22,52 +21,41 @@ _WIDTH = 256
 _COLOURS = ("#1f6fb4", "#de4220", "#188038", "#8e44ad", "#b8860b", "#555555", "#d81b60", "#00838f")
 
 
-def film_episode(
-    buffer: ReplayBuffer, episode: int, out: Path, *, keys: Sequence[str] = (), fps: float = 10.0
+def film_episodes(
+    buffer: ReplayBuffer,
+    episodes: Sequence[int],
+    out: Path,
+    *,
+    keys: Sequence[str] = (),
+    fps: float = 10.0,
 ) -> Path:
-    """Write an mp4 of one episode, one frame per step.
+    """Write an mp4 of episodes, one after the other, one frame per step.
 
     Args:
         buffer: the store.
-        episode: number, from 0.
+        episodes: numbers, from 0.
         out: the file, ending in .mp4.
-        keys: to show; empty: all images, and all keys of at most 16 numbers per step.
+        keys: to show, see :func:`cmpolicy_data.shown.shown_keys`.
         fps: frames per second.
 
     Raises:
         ReplayBufferError: no such episode or key, or a chunk that cannot be read.
-        ValueError: ``out`` does not end in .mp4.
     """
-    if out.suffix != ".mp4":
-        raise ValueError(f"out={out} must end in .mp4")
-    if not 0 <= episode < buffer.n_episodes:
-        raise ReplayBufferError(
-            f"{buffer.path} has no episode {episode}; it has {buffer.n_episodes}, from 0 on"
-        )
-    start = int(buffer.episode_ends[episode - 1]) if episode else 0
-    end = int(buffer.episode_ends[episode])
-    cameras: dict[str, npt.NDArray[np.uint8]] = {}
-    curves: dict[str, npt.NDArray[Any]] = {}
-    for key in keys or buffer.keys():
-        array = buffer[key]
-        if looks_like_frames(array):
-            rows = read_rows(array, start, end, buffer.path)
-            cameras[key] = as_levels(rows, buffer, key, start)
-        elif array.dtype.kind in "biuf" and int(np.prod(array.shape[1:])) <= 16:
-            rows = read_rows(array, start, end, buffer.path)
-            curves[key] = rows.reshape(len(rows), -1).astype(np.float64)
-        elif keys:
-            raise ReplayBufferError(f"data/{key} cannot be shown: {array.shape[1:]} per step")
-    background = _page(cameras, curves)
+    pictured, curved = shown_keys(buffer, keys)
+    bounds = {episode: episode_bounds(buffer, episode) for episode in episodes}
     out.parent.mkdir(parents=True, exist_ok=True)
     writer: Any = imageio.get_writer(
         out, fps=fps, codec="libx264", quality=7, pixelformat="yuv420p", macro_block_size=16
     )
     with closing(writer):
-        for step in range(end - start):
-            page = background.copy()
-            _draw_step(page, cameras, curves, step, f"episode {episode}, step {step}")
-            writer.append_data(np.asarray(page))
+        for episode, (start, end) in bounds.items():
+            cameras = {key: pictures(buffer, key, start, end) for key in pictured}
+            numbers = {key: curves(buffer, key, start, end) for key in curved}
+            background = _page(cameras, numbers)
+            for step in range(end - start):
+                page = background.copy()
+                _draw_step(page, cameras, numbers, step, f"episode {episode}, step {step}")
+                writer.append_data(np.asarray(page))
     return out
 
 

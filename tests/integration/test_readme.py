@@ -56,6 +56,7 @@ SHORT = {
     "cmpolicy data edit": [],
     "cmpolicy data convert aloha": [],
     "cmpolicy data view": [],
+    "cmpolicy data view my.zarr episodes=[0,1]": ["out=outputs/episodes.rrd"],  # not a window
     "cmpolicy data generate": ["episodes=1", "workers=1"],
     "cmpolicy data generate robomimic": ["episodes=2", "workers=1"],
     "cmpolicy data convert robomimic": [],

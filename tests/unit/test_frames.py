@@ -7,12 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import imageio.v2 as imageio
 import numpy as np
 import pytest
 import zarr
 
-from cmpolicy.cli.main import main
 from cmpolicy_data import ReplayBuffer
 from cmpolicy_data.chunks import ReplayBufferError
 from cmpolicy_data.convert.pusht_frames import render_pusht_frames
@@ -216,15 +214,3 @@ def test_camera_does_not_change_the_physics() -> None:
         _, other, *_, same = seen.step(action)
         assert reward == other
         assert np.array_equal(info["state"], same["state"])
-
-
-def test_a_film_of_an_episode(tmp_path: Path) -> None:
-    path = _store(tmp_path, top=FRAMES, wrist=FRAMES[:, :8, :8], arm=FRAMES[:, 0, :5, 0]).path
-    out = tmp_path / "films/episode.mp4"
-    assert main(["data", "view", str(path), "episode=1", "fps=25", f"out={out}"]) == 0
-    film = [np.asarray(frame) for frame in imageio.get_reader(out)]
-    assert len(film) == N - 15
-    left = film[3][60:70, 100:110].mean(axis=(0, 1))  # inside of one enlarged pixel of the camera
-    assert np.abs(left - FRAMES[18, int(33 / 12.8), int(105 / 12.8)]).max() < 40
-    assert main(["data", "view", str(path), "episode=2", f"out={out}"]) == 2
-    assert main(["data", "view", str(path), "out=film.gif"]) == 2

@@ -14,6 +14,7 @@ from PIL import Image
 from cmpolicy_data.convert.lerobot.errors import LeRobotError
 from cmpolicy_data.frames import Frames, looks_like_frames
 from cmpolicy_data.replay_buffer import ReplayBuffer
+from cmpolicy_data.shown import dimension_names
 
 IMAGES = ("video", "image")
 
@@ -72,7 +73,6 @@ def columns_of(buffer: ReplayBuffer, keys: Sequence[str], images: str) -> list[C
     chosen = list(dict.fromkeys(keys)) or buffer.keys()
     if "action" not in chosen:
         raise LeRobotError(f"{buffer.path}: the keys {chosen} do not hold 'action'.")
-    names = buffer.attrs.get("names")
     columns = []
     for key in chosen:
         buffer.check(key)
@@ -88,11 +88,13 @@ def columns_of(buffer: ReplayBuffer, keys: Sequence[str], images: str) -> list[C
             raise LeRobotError(
                 f"{buffer.path}: data/{key} has {len(shape)} axes per step, at most 5."
             )
-        own = names.get(key) if isinstance(names, dict) else None
-        fits = isinstance(own, list) and len(own) == int(np.prod(shape))
         columns.append(
             Column(
-                key, feature_name(key, frames=False), array.dtype.name, shape, own if fits else None
+                key,
+                feature_name(key, frames=False),
+                array.dtype.name,
+                shape,
+                dimension_names(buffer, key),
             )
         )
     return columns
