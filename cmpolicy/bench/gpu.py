@@ -21,14 +21,13 @@ import torch
 
 from cmpolicy.bench.diffusion import diffusion_chunk
 from cmpolicy.bench.report import Report
-from cmpolicy.bench.step import time_pairs
+from cmpolicy.bench.step import half_way_trainers, time_pairs
 from cmpolicy.experiment.config import TrainConfig
 from cmpolicy.experiment.data import load_training_data
 from cmpolicy.experiment.train import new_policy
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.schema import at_least
 from cmpolicy.training.device import choose_device, describe_device, make_accelerator
-from cmpolicy.training.trainer import Trainer
 
 Row = tuple[str, float, float, float, str]
 
@@ -144,36 +143,23 @@ def _step(
     compiled: bool,
     device: torch.device,
 ) -> list[Row]:
-    changes = {"batch_size": batch, "precision": precision, "device": device.type}
+    changes = {
+        "batch_size": batch,
+        "precision": precision,
+        "compile": compiled,
+        "device": device.type,
+    }
     fm, isd = _changed(fm, **changes), _changed(isd, **changes)
     accelerator = make_accelerator(isd)
     data = load_training_data(isd)
-    loader = data.loader(train=True, batch_size=batch, seed=isd.seed, device=device)
-    if loader is None:
-        raise ValueError("no episodes to train on")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with tempfile.TemporaryDirectory() as folder:
-        trainers = []
-        for config in (fm, isd):
-            torch.manual_seed(config.seed)
-            policy = new_policy(config, data).to(device)
-            if compiled:
-                policy.net.compile()
-            trainer = Trainer(
-                policy,
-                config,
-                accelerator=accelerator,
-                batches=loader.batch,
-                draw=policy.draw,
-                run_dir=Path(folder),
-            )
-            trainer.examples = config.examples // 2  # schedules of the objective are under way
-            trainers.append(trainer)
+        first, second, loader = half_way_trainers(fm, isd, data, accelerator, Path(folder))
         times = time_pairs(
-            trainers[0].step,
-            trainers[1].step,
-            lambda: loader.batch(trainers[0].examples),
+            first.step,
+            second.step,
+            lambda: loader.batch(first.examples),
             pairs=settings.pairs,
             warmup=8 if compiled else 5,
             device=device,

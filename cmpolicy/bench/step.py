@@ -20,8 +20,8 @@ from accelerate import Accelerator
 from cmpolicy.bench.report import Report
 from cmpolicy.experiment.config import TrainConfig
 from cmpolicy.experiment.data import TrainingData, load_training_data
-from cmpolicy.experiment.train import new_policy
-from cmpolicy.schema import ConfigError, at_least
+from cmpolicy.experiment.train import new_policy, training_loader
+from cmpolicy.schema import at_least
 from cmpolicy.training.device import describe_device, make_accelerator, use_bf16
 from cmpolicy.training.loader import DeviceLoader
 from cmpolicy.training.trainer import Trainer
@@ -113,34 +113,25 @@ def measure_step(settings: StepSettings, fm: TrainConfig, isd: TrainConfig) -> R
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads or before)
     try:
-        return _measure(settings, {"fm": fm, "isd": isd})
+        return _measure(settings, fm, isd)
     finally:
         torch.set_num_threads(before)
 
 
-def _measure(settings: StepSettings, configs: dict[str, TrainConfig]) -> Report:
-    isd = configs["isd"]
+def _measure(settings: StepSettings, fm: TrainConfig, isd: TrainConfig) -> Report:
     accelerator = make_accelerator(isd)
     data = load_training_data(isd)
-    loader = data.loader(
-        train=True, batch_size=isd.batch_size, seed=isd.seed, device=accelerator.device
-    )
-    if loader is None:
-        raise ConfigError(f"data.val_fraction={isd.data.val_fraction} leaves no training episodes")
     with TemporaryDirectory() as folder:
-        trainers = {
-            name: _trainer(config, data, loader, accelerator, Path(folder) / name)
-            for name, config in configs.items()
-        }
+        first, second, loader = half_way_trainers(fm, isd, data, accelerator, Path(folder))
         times = time_pairs(
-            trainers["fm"].step,
-            trainers["isd"].step,
-            lambda: loader.batch(trainers["fm"].examples),
+            first.step,
+            second.step,
+            lambda: loader.batch(first.examples),
             pairs=settings.pairs,
             warmup=settings.warmup,
             device=accelerator.device,
         )
-    size = sum(p.numel() for p in trainers["isd"].model.parameters()) / 1e6
+    size = sum(p.numel() for p in second.model.parameters()) / 1e6
     where = describe_device(accelerator.device)
     precision = "bf16" if use_bf16(isd, accelerator.device) else "fp32"
     medians = {"fm": float(np.median(times.first)), "isd": float(np.median(times.second))}
@@ -173,23 +164,31 @@ def _measure(settings: StepSettings, configs: dict[str, TrainConfig]) -> Report:
     )
 
 
-def _trainer(
-    config: TrainConfig,
-    data: TrainingData,
-    loader: DeviceLoader,
-    accelerator: Accelerator,
-    run_dir: Path,
-) -> Trainer:
-    """A trainer half-way through its run, where schedules of the objective are under way."""
-    torch.manual_seed(config.seed)
-    policy = new_policy(config, data)
-    trainer = Trainer(
-        policy,
-        config,
-        accelerator=accelerator,
-        batches=loader.batch,
-        draw=policy.draw,
-        run_dir=run_dir,
-    )
-    trainer.examples = config.examples // 2
-    return trainer
+def half_way_trainers(
+    fm: TrainConfig, isd: TrainConfig, data: TrainingData, accelerator: Accelerator, folder: Path
+) -> tuple[Trainer, Trainer, DeviceLoader]:
+    """Trainers of both runs, half-way through, where schedules of objectives are under way.
+
+    Both take the batches of the loader that comes third: those that training takes.
+    """
+    policies = []
+    for config in (fm, isd):
+        torch.manual_seed(config.seed)
+        policies.append(new_policy(config, data).to(accelerator.device))
+        if config.compile:
+            policies[-1].net.compile()
+    loader = training_loader(isd, data, policies[-1], accelerator.device)
+    trainers = [
+        Trainer(
+            policy,
+            config,
+            accelerator=accelerator,
+            batches=loader.batch,
+            draw=policy.draw,
+            run_dir=folder / config.objective.name,
+        )
+        for policy, config in zip(policies, (fm, isd), strict=True)
+    ]
+    for trainer, config in zip(trainers, (fm, isd), strict=True):
+        trainer.examples = config.examples // 2
+    return trainers[0], trainers[1], loader

@@ -30,6 +30,7 @@ from cmpolicy.schema import ConfigError
 from cmpolicy.training.checkpoint import state_path
 from cmpolicy.training.curves import CURVES_FILE
 from cmpolicy.training.device import make_accelerator
+from cmpolicy.training.loader import DeviceLoader
 from cmpolicy.training.validation import Validator
 
 VALIDATION_BATCH = 512
@@ -144,15 +145,7 @@ def _train(
         start_from(policy, config.init)
     if config.compile and isinstance(policy.flow_map.net, nn.Module):
         policy.flow_map.net.compile()  # in place: names of weights stay; the loss itself is cheap
-    loader = data.loader(
-        train=True,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        device=device,
-        n_augment=getattr(policy.encoder, "n_augment", 0),
-    )
-    if loader is None:
-        raise ConfigError("no episodes are left to train on; lower data.val_fraction")
+    loader = training_loader(config, data, policy, device)
     scorer = PolicyScorer(config, data, _validator(config, data, device), command=folder.command)
     scorer.check(policy)
     start = before.get("start") if resume else _start(config.init)
@@ -190,6 +183,28 @@ def new_policy(config: TrainConfig, data: TrainingData) -> ConsistencyPolicy:
             policy.feature_dim, (policy.n_obs_steps, data.targets.shape[1]), config.target_weight
         )
     return policy
+
+
+def training_loader(
+    config: TrainConfig, data: TrainingData, policy: ConsistencyPolicy, device: torch.device
+) -> DeviceLoader:
+    """The batches that a run trains on, with what the policy's encoder crops frames by.
+
+    Raises:
+        ConfigError: no episodes are left to train on.
+    """
+    loader = data.loader(
+        train=True,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        device=device,
+        n_augment=getattr(policy.encoder, "n_augment", 0),
+    )
+    if loader is None:
+        raise ConfigError(
+            f"data.val_fraction={config.data.val_fraction} leaves no episodes to train on; lower it"
+        )
+    return loader
 
 
 def start_from(policy: ConsistencyPolicy, name_or_path: str) -> None:

@@ -15,10 +15,14 @@ from torch import Tensor
 from cmpolicy.bench.diffusion import SAMPLERS, diffusion_chunk
 from cmpolicy.bench.latency import Contender, LatencySettings, time_calls
 from cmpolicy.bench.networks import Runtime, make_runtime
-from cmpolicy.bench.step import time_pairs
+from cmpolicy.bench.step import half_way_trainers, time_pairs
 from cmpolicy.cli.main import main as command
+from cmpolicy.cli.train import compose
+from cmpolicy.experiment.data import load_training_data
 from cmpolicy.export.plan_map import example_inputs
 from cmpolicy.policy.policy import ConsistencyPolicy
+from cmpolicy.training.device import make_accelerator
+from cmpolicy.training.loader import augment_numbers
 from cmpolicy_data import ReplayBuffer
 
 
@@ -228,6 +232,27 @@ def test_step(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert summary["loader_share_of_fm"] == pytest.approx(summary["loader_ms"] / summary["fm_ms"])
     assert content["settings"]["train"]["objective"]["settings"]["sd_share"] == 0.25
     assert "times an fm step" in capsys.readouterr().out
+
+
+def test_a_step_crops_frames_as_training_does(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    buffer = ReplayBuffer.create(tmp_path / "cameras.zarr")
+    for _ in range(2):
+        frames = rng.integers(0, 256, (30, 24, 24, 3), dtype=np.uint8)
+        actions = rng.standard_normal((30, 2)).astype(np.float32)
+        buffer.append_episode({"top": frames, "action": actions})
+    words = ["task=custom", "control_hz=10", f"data.path={buffer.path}", "data.obs=[top]"]
+    words += ["net=tiny", "encoder=compact", "device=cpu", "batch_size=8"]
+    fm, isd = (compose(*words, f"objective={name}") for name in ("fm", "isd"))
+    data, accelerator = load_training_data(isd), make_accelerator(isd)
+    first, second, loader = half_way_trainers(fm, isd, data, accelerator, tmp_path)
+    assert first.examples == second.examples == isd.examples // 2
+    batch = loader.batch(8)
+    n = second.model.encoder.n_augment
+    assert n > 0
+    numbers = augment_numbers(isd.seed, 8, 8, n)
+    np.testing.assert_array_equal(batch["augment"], numbers)
+    assert main(["step", *words, "pairs=1", "warmup=0", f"out={tmp_path / 'step.json'}"]) == 0
 
 
 def test_pairs_alternate_and_warmup_is_dropped() -> None:
