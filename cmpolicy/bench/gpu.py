@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cmpolicy.bench.diffusion import diffusion_chunk
+from cmpolicy.bench.networks import diffusion_chunk
 from cmpolicy.bench.report import Report
 from cmpolicy.bench.step import half_way_trainers, time_pairs
 from cmpolicy.experiment.config import TrainConfig
@@ -193,7 +193,7 @@ def _latency(
         name = f"{label} {str(precision).removeprefix('torch.')}"
         rows.append(_timed(name, infer, settings.calls))
     if how == "eager":
-        ddpm = diffusion_chunk("ddpm", policy, policy.net)
+        ddpm = diffusion_chunk("ddpm", 100, policy, policy.net)
         rows.append(
             _timed(f"{label} ddpm-100", lambda: ddpm(obs, noise), max(3, settings.calls // 30))
         )

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from cmpolicy.bench.diffusion import SAMPLERS, diffusion_chunk
 from cmpolicy.bench.floor import Floor, measure_floor
-from cmpolicy.bench.networks import Infer, Obs, make_runtime
+from cmpolicy.bench.networks import Infer, Obs, diffusion_chunk, make_runtime
 from cmpolicy.bench.report import Cell, Report
 from cmpolicy.export.plan_map import example_inputs
+from cmpolicy.flow.sampler import SamplerKind
 from cmpolicy.nn.registry import EncoderConfig, NetConfig
 from cmpolicy.normalize import Normalizer
 from cmpolicy.policy.policy import ConsistencyPolicy
@@ -28,6 +28,9 @@ _FEWEST_CALLS = 20
 _BLOCK_SECONDS = 0.1
 #: Of a network without a policy: Push-T's.
 _SPEC = PolicySpec({"agent_pos": (2,), "keypoint": (9, 2)}, 2, 16, 2, 8)
+
+#: What a one-step policy is compared with, and its evaluations: those of Diffusion Policy.
+DIFFUSIONS: dict[SamplerKind, int] = {"ddpm": 100, "ddim": 10}
 
 RuntimeName = Literal["eager", "compiled", "pt2", "onnx"]
 
@@ -169,8 +172,8 @@ def make_contenders(policy: ConsistencyPolicy, settings: LatencySettings) -> lis
             contenders.append(Contender(name, "flow map", nfe, runtime.chunk(nfe)))
         if settings.diffusion:
             network = runtime.network()
-            for sampler, nfe in SAMPLERS.items():
-                infer = diffusion_chunk(sampler, policy, network)
+            for sampler, nfe in DIFFUSIONS.items():
+                infer = diffusion_chunk(sampler, nfe, policy, network)
                 contenders.append(Contender(name, sampler, nfe, infer))
     return contenders
 

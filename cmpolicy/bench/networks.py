@@ -22,6 +22,7 @@ from cmpolicy.export.pt2 import Pt2Policy
 from cmpolicy.export.runtime import open_exported
 from cmpolicy.export.write import Format, export_policy, quiet
 from cmpolicy.flow.flow_map import FlowMap, Network
+from cmpolicy.flow.sampler import SamplerKind
 from cmpolicy.nn.unet1d import UNet1D
 from cmpolicy.policy.policy import ConsistencyPolicy
 
@@ -78,11 +79,8 @@ class ExportedRuntimes:
     def chunk(self, nfe: int) -> Infer:
         """See :class:`Runtime`."""
         if nfe > UNROLLED:
-            looped = copy.deepcopy(self._policy)
-            looped.flow_map = FlowMap(self.network(), self._policy.flow_map.path)
+            looped = _with_network(self._policy, self.network())
             looped.nfe = nfe
-            # its dtype and device are read off its parameters, which it has to keep
-            looped.register_parameter("weights", next(self._policy.parameters()))
             return looped.infer
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"policy.{self._format}"
@@ -120,6 +118,28 @@ class ExportedRuntimes:
             return torch.from_numpy(session.run(None, feeds)[0])
 
         return run
+
+
+def diffusion_chunk(
+    kind: SamplerKind, nfe: int, policy: ConsistencyPolicy, network: Network
+) -> Infer:
+    """An action chunk by ``ddpm`` or ``ddim``, the network taken for one that predicts the noise.
+
+    The actions mean nothing, their time does. Each draws as much noise as it needs.
+    """
+    diffusion = _with_network(policy, network)
+    diffusion.warm_start = None
+    diffusion.sampler, diffusion.nfe = kind, nfe
+    return lambda obs, _: diffusion.infer(obs)
+
+
+def _with_network(policy: ConsistencyPolicy, network: Network) -> ConsistencyPolicy:
+    """A copy of the policy that calls ``network`` instead of its own."""
+    copied = copy.deepcopy(policy)
+    copied.flow_map = FlowMap(network, policy.flow_map.path)
+    # its dtype and device are read off its parameters, which it has to keep
+    copied.register_parameter("weights", next(policy.parameters()))
+    return copied
 
 
 def make_runtime(name: str, policy: ConsistencyPolicy, threads: int) -> Runtime:

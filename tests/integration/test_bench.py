@@ -12,14 +12,14 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
-from cmpolicy.bench.diffusion import SAMPLERS, diffusion_chunk
-from cmpolicy.bench.latency import Contender, LatencySettings, time_calls
-from cmpolicy.bench.networks import Runtime, make_runtime
+from cmpolicy.bench.latency import DIFFUSIONS, Contender, LatencySettings, time_calls
+from cmpolicy.bench.networks import Runtime, diffusion_chunk, make_runtime
 from cmpolicy.bench.step import half_way_trainers, time_pairs
 from cmpolicy.cli.main import main as command
 from cmpolicy.cli.train import compose
 from cmpolicy.experiment.data import load_training_data
 from cmpolicy.export.plan_map import example_inputs
+from cmpolicy.flow.sampler import SamplerKind
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.training.device import make_accelerator
 from cmpolicy.training.loader import augment_numbers
@@ -139,8 +139,8 @@ def test_what_is_timed_is_the_policy(bundle: Path, name: str) -> None:
         torch.testing.assert_close(found, policy.net(x, t, s, condition), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize(("name", "nfe"), SAMPLERS.items())
-def test_diffusion_makes_its_evaluations(bundle: Path, name: str, nfe: int) -> None:
+@pytest.mark.parametrize(("name", "nfe"), DIFFUSIONS.items())
+def test_diffusion_makes_its_evaluations(bundle: Path, name: SamplerKind, nfe: int) -> None:
     """Of a network that is the noise predictor of one point, whose samples end there."""
     policy, _, obs, noise = _policy_and_network(bundle, "eager")
     scheduler = DDPMScheduler(num_train_timesteps=100, beta_schedule="squaredcos_cap_v2")
@@ -153,7 +153,7 @@ def test_diffusion_makes_its_evaluations(bundle: Path, name: str, nfe: int) -> N
         noise: Tensor = (x - kept.sqrt() * 0.5) / (1 - kept).sqrt()
         return noise
 
-    chunk = diffusion_chunk(name, policy, predictor)(obs, noise)
+    chunk = diffusion_chunk(name, nfe, policy, predictor)(obs, noise)
     assert len(calls) == nfe
     assert calls == sorted(calls, reverse=True)
     normal = policy.normalizer.normalize("action", torch.from_numpy(chunk))
