@@ -270,7 +270,7 @@ def test_push_t_seen_by_a_camera(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     few = ReplayBuffer.create(tmp_path / "few.zarr")
     start = 0
     for end in whole.episode_ends[:2]:
-        few.append_episode({key: whole[key][start:end] for key in ("state", "action")})
+        few.append_episode({k: whole[k][start:end] for k in ("state", "action", "keypoint")})
         start = int(end)
     words = ["task=pusht_image", f"data.path={tmp_path / 'few.zarr'}", "data.augment=mirror"]
     out = tmp_path / "run"
