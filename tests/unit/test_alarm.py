@@ -67,6 +67,7 @@ def test_early_and_short_runs_say_nothing() -> None:
     "log",
     [
         "pusht/training_long.jsonl",
+        "pusht/training_rate3e4.jsonl",
         "pusht_image/training.jsonl",
         "image/mnist/isd_training.jsonl",
     ],
