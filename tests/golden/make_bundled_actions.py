@@ -2,7 +2,7 @@
 
 Run from the root of the checkout: ``python tests/golden/make_bundled_actions.py``. The numbers in
 the repository were made by the code of format version 1, before the encoder left the network, and
-those of ``pusht`` when its present bundle was published.
+those of ``pusht`` and ``pusht_image`` when their present bundles were published.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from cmpolicy import ConsistencyPolicy
 
 FILE = Path(__file__).with_name("bundled_actions.json")
-NAMES = ("pusht", "lift", "can", "square")
+NAMES = ("pusht", "pusht_image", "lift", "can", "square")
 
 
 def inputs(policy: Any, batch: int = 2) -> tuple[dict[str, Any], Any]:
@@ -25,6 +25,10 @@ def inputs(policy: Any, batch: int = 2) -> tuple[dict[str, Any], Any]:
     spec, arrays = policy.spec, policy.normalizer.to_arrays()
     obs = {}
     for key in sorted(spec.obs):
+        if key in spec.images:
+            size = (batch, spec.n_obs_steps, *spec.obs[key])
+            obs[key] = rng.integers(0, 256, size, dtype=np.uint8)
+            continue
         shape = (batch, spec.n_obs_steps, *arrays[f"{key}.scale"].shape)
         unit = rng.uniform(-1, 1, shape)
         scale, offset = arrays[f"{key}.scale"].numpy(), arrays[f"{key}.offset"].numpy()

@@ -69,6 +69,7 @@ def test_early_and_short_runs_say_nothing() -> None:
         "pusht/training_long.jsonl",
         "pusht/training_rate3e4.jsonl",
         "pusht_image/training.jsonl",
+        "pusht_image/training_targets.jsonl",
         "image/mnist/isd_training.jsonl",
     ],
 )
