@@ -109,6 +109,9 @@ def model_card(policy: ConsistencyPolicy, metadata: Mapping[str, Any]) -> str:
         f"- from example {part['examples']} on: `{part['command']}`\n"
         for part in metadata.get("history", [])
     )
+    if targets := config["data"].get("targets"):
+        named = ", ".join(f"`{key}`" for key in targets)
+        stages += f"- its features learned to tell, and the policy does not see: {named}\n"
     before = metadata.get("start")
     while before:
         stages += f"- before that: {before.get('examples')} examples, `{before.get('command')}`\n"

@@ -100,6 +100,7 @@ def test_the_bundle_knows_its_frames(policy: ConsistencyPolicy, run: Path) -> No
     assert "top.scale" not in policy.normalizer.to_arrays()
     card = (run / "policy_last/README.md").read_text()
     assert "`top` (24, 32, 3)" in card
+    assert "the policy does not see: `pose`" in card
 
 
 def test_what_the_features_told_in_training_is_logged_and_not_kept(
