@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lerobot.configs.types import NormalizationMode
 from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
 from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from lerobot.policies.factory import make_policy, make_pre_post_processors
@@ -44,6 +45,8 @@ class Learner:
                 optimizer_lr=1e-3,
                 **settings,
             )
+            # its default leaves environment_state, pixels here, as it is, and then hardly learns
+            config.normalization_mapping["ENV"] = NormalizationMode.MIN_MAX
         config.push_to_hub = False
         meta = LeRobotDatasetMetadata("me/data", root=data)
         policy = make_policy(config, ds_meta=meta)

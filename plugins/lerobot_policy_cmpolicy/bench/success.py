@@ -1,7 +1,7 @@
 """Push-T from state after the same training time: cmpolicy and LeRobot's DiffusionPolicy.
 
-``python success.py DATA OUT SECONDS [NET]`` in LeRobot's environment; DATA is what pusht_data.py
-writes. Both learn in turn, step by step, from the same windows in memory (LeRobot's loader would
+``python success.py DATA OUT SECONDS [NET [KIND]]`` in LeRobot's environment; DATA is what
+pusht_data.py writes, KIND ``cmpolicy`` or ``diffusion`` trains that one alone. Both learn in turn, step by step, from the same windows in memory (LeRobot's loader would
 take half of the time), each until it has used SECONDS of the processor on one thread: the loss of
 its own class, the optimizer of its own preset, the rate of cmpolicy with a cosine over its seconds.
 The checkpoints are then for ``lerobot-eval`` (see README.md).
@@ -54,12 +54,13 @@ def step(learner: Learner, batch: dict[str, torch.Tensor], share: float, done: i
     return float(loss.detach())
 
 
-def main(data: Path, out: Path, seconds: float, net: str = "tiny") -> None:
+def main(data: Path, out: Path, seconds: float, net: str = "tiny", *kinds: str) -> None:
     """Train both and save them."""
     torch.set_num_threads(1)
     everything = windows(data)
     count = len(everything["action"])
-    learners = {kind: Learner.make(kind, data, net) for kind in ("cmpolicy", "diffusion")}
+    kinds = kinds or ("cmpolicy", "diffusion")
+    learners = {kind: Learner.make(kind, data, net) for kind in kinds}
     used = dict.fromkeys(learners, 0.0)
     done = dict.fromkeys(learners, 0)
     for learner in learners.values():
