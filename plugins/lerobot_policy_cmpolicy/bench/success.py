@@ -1,9 +1,10 @@
 """Push-T from state after the same training time: cmpolicy and LeRobot's DiffusionPolicy.
 
 ``python success.py DATA OUT SECONDS [NET [KIND]]`` in LeRobot's environment; DATA is what
-pusht_data.py writes, KIND ``cmpolicy`` or ``diffusion`` trains that one alone. Both learn in turn, step by step, from the same windows in memory (LeRobot's loader would
-take half of the time), each until it has used SECONDS of the processor on one thread: the loss of
-its own class, the optimizer of its own preset, the rate of cmpolicy with a cosine over its seconds.
+pusht_data.py writes, KIND ``cmpolicy`` or ``diffusion`` trains that one alone. Both learn in turn,
+step by step, from the same windows in memory (LeRobot's loader would take half of the time), each
+until it has used SECONDS of the processor on one thread: the loss of its own class, the optimizer
+of its own preset, the rate of cmpolicy with a cosine over its seconds.
 The checkpoints are then for ``lerobot-eval`` (see README.md).
 """
 
