@@ -259,7 +259,9 @@ def run_training(
                 }
                 for name, text in texts.items():
                     write_atomically(run_dir / name, text.encode())
-                trainer.trackers = run_trackers(config, run_dir, trainer.examples)
+                trainer.trackers = run_trackers(
+                    config, run_dir, trainer.examples, trainer.evaluated_at
+                )
             trainer.train(until)
         except NonFiniteError as error:
             error.add_note(

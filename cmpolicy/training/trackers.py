@@ -33,14 +33,18 @@ class Tracker(Protocol):
         """Nothing follows."""
 
 
-def run_trackers(config: LoopConfig, run_dir: Path, start: int) -> list[Tracker]:
+def run_trackers(
+    config: LoopConfig, run_dir: Path, start: int, evaluated: int = 0
+) -> list[Tracker]:
     """The trackers of a run that begins, or goes on, at example ``start``.
+
+    ``evaluated`` is the example of its latest finished evaluation.
 
     Raises:
         ImportError: a package of ``log.trackers`` is missing; names the extra.
     """
     trackers: list[Tracker] = [
-        JsonLines(run_dir, start=start),
+        JsonLines(run_dir, start=start, evaluated=evaluated),
         Terminal(config.examples, start=start, bar=config.log.progress),
     ]
     return trackers + [Accelerated(name, run_dir, start=start) for name in config.log.trackers]
@@ -49,13 +53,16 @@ def run_trackers(config: LoopConfig, run_dir: Path, start: int) -> list[Tracker]
 class JsonLines:
     """``log.jsonl``: one object per line, ``{"kind": ..., "examples": ..., name: value, ...}``.
 
-    A resumed run drops the lines after the example it starts from, for it will write them again.
+    A resumed run drops the lines after the example it starts from, and evaluations after the last
+    one that its state knows (None: as ``start``), for it will write them again.
     """
 
-    def __init__(self, run_dir: Path, *, start: int = 0) -> None:
+    def __init__(self, run_dir: Path, *, start: int = 0, evaluated: int | None = None) -> None:
         path = self._path = run_dir / LOG_FILE
+        ends = {"eval": start if evaluated is None else min(start, evaluated)}
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _is_before(line, start)]
+            lines = path.read_text().splitlines()
+            kept = [line for line in lines if _is_before(line, ends, start)]
             write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
         self._file = path.open("a")
 
@@ -215,8 +222,10 @@ def _count(n: int) -> str:
     return f"{n / 1e6:.2f}M" if n >= 1e6 else f"{n / 1e3:.1f}k"
 
 
-def _is_before(line: str, start: int) -> bool:
+def _is_before(line: str, ends: Mapping[str, int], start: int) -> bool:
+    """Whether a line is not after the end of its kind, which is ``start`` unless ``ends`` says."""
     try:
-        return bool(json.loads(line)["examples"] <= start)
+        entry = json.loads(line)
+        return bool(entry["examples"] <= ends.get(entry["kind"], start))
     except (ValueError, KeyError):
         return False

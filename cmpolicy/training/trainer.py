@@ -110,7 +110,7 @@ class Trainer:
         self._bf16 = use_bf16(config, self.device)
         self._guard = FiniteGuard(self.device)
         self._window = Meter(self.device)
-        self._evaluated_at = 0
+        self.evaluated_at = 0  # example of the latest finished evaluation
         self._scores: Scores | None = None  # the latest of this process
         self.saved_at = 0
         self._agreed_signum: int | None = None
@@ -147,7 +147,7 @@ class Trainer:
                     self.saved_at // self.config.save_every
                 ):
                     self.save()
-            of_these = self._scores if self._evaluated_at == self.examples else None
+            of_these = self._scores if self.evaluated_at == self.examples else None
             self._keep_policy("last", of_these)
             self.save()
             self._window.pause_clock()
@@ -189,10 +189,10 @@ class Trainer:
         return self.examples // every > (self.examples - self._step_examples) // every
 
     def _evaluation_due(self, finished: bool) -> bool:
-        if self._score is None or self._evaluated_at == self.examples:
+        if self._score is None or self.evaluated_at == self.examples:
             return False
         every = self.config.eval.every
-        due = self.examples // every > self._evaluated_at // every
+        due = self.examples // every > self.evaluated_at // every
         return finished or due
 
     def _log_window(self) -> None:
@@ -229,7 +229,7 @@ class Trainer:
             if self.best is None or scores.rank > self.best:
                 self.best = scores.rank
                 self._keep_policy("best", scores)
-        self._evaluated_at = self.examples
+        self.evaluated_at = self.examples
         self.accelerator.wait_for_everyone()
         self._window.resume_clock()
 
@@ -282,7 +282,7 @@ class Trainer:
             "steps": self.schedule.last_epoch,
             "ema_counter": self.ema.counter,
             "best": self.best,
-            "evaluated_at": self._evaluated_at,
+            "evaluated_at": self.evaluated_at,
             "window_steps": self._window.steps,
             "seconds": self._window.seconds,
             "window_seconds": self._window.window_seconds,
@@ -318,7 +318,7 @@ class Trainer:
         self.ema.counter = int(values["ema_counter"])
         self.examples = self.saved_at = int(values["examples"])
         self.best = None if values["best"] is None else tuple(values["best"])
-        self._evaluated_at = int(values["evaluated_at"])
+        self.evaluated_at = int(values["evaluated_at"])
         self._metrics = dict(values["metrics"])
         scores = values.get("scores")  # older states lack it
         self._scores = None if scores is None else Scores(scores["metrics"], ())

@@ -36,6 +36,17 @@ def test_a_resumed_log_drops_what_it_will_write_again(tmp_path: Path) -> None:
     assert [e["examples"] for e in read_log(tmp_path)] == [10, 20]
 
 
+def test_an_evaluation_that_the_state_does_not_know_is_dropped(tmp_path: Path) -> None:
+    """Killed after the line was written, before the state was: the resumed run evaluates again."""
+    log = JsonLines(tmp_path)
+    log.log("eval", 10, {"val_loss": 2.0})
+    log.log("train", 20, {"loss": 1.0})
+    log.log("eval", 20, {"val_loss": 1.0})
+    log.close()
+    JsonLines(tmp_path, start=20, evaluated=10).close()
+    assert [(e["kind"], e["examples"]) for e in read_log(tmp_path)] == [("eval", 10), ("train", 20)]
+
+
 def test_tensorboard_counts_samples(tmp_path: Path) -> None:
     board = Accelerated("tensorboard", tmp_path)
     board.log("train", 128, {"loss": 0.25})
