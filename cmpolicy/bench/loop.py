@@ -21,7 +21,7 @@ from cmpolicy.robot.schedule import Asynchronous, Schedule, Synchronous
 from cmpolicy.schema import ConfigError, at_least
 from cmpolicy.training.device import choose_device, describe_device
 
-_FRAMES = 4
+_FRAMES = 4  # of every camera, in turn
 _SETTLED = 5
 """Seconds after which memory is compared: until then libraries fill their caches."""
 

@@ -189,11 +189,8 @@ def load_training_data(config: TrainConfig) -> TrainingData:
         arrays = arrays.without_pauses(data.max_pause)
     for key in data.normalize:
         choose({"default": 0, ACTION: 0, **arrays.obs}, key, "key of data.normalize")
-    for key, values in arrays.obs.items():
-        if key not in arrays.images:
-            _check_state(key, values, path)
-            _check_finite(key, values, path)
-    for key, values in arrays.targets.items():
+    states = {key: value for key, value in arrays.obs.items() if key not in arrays.images}
+    for key, values in {**states, **arrays.targets}.items():
         _check_state(key, values, path)
         _check_finite(key, values, path)
     _check_finite(data.action, arrays.action, path)

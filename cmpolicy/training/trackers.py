@@ -33,9 +33,7 @@ class Tracker(Protocol):
         """Nothing follows."""
 
 
-def run_trackers(
-    config: LoopConfig, run_dir: Path, start: int, evaluated: int = 0
-) -> list[Tracker]:
+def run_trackers(config: LoopConfig, run_dir: Path, start: int, evaluated: int) -> list[Tracker]:
     """The trackers of a run that begins, or goes on, at example ``start``.
 
     ``evaluated`` is the example of its latest finished evaluation.
@@ -59,10 +57,10 @@ class JsonLines:
 
     def __init__(self, run_dir: Path, *, start: int = 0, evaluated: int | None = None) -> None:
         path = self._path = run_dir / LOG_FILE
-        ends = {"eval": start if evaluated is None else min(start, evaluated)}
+        evaluated = start if evaluated is None else evaluated
         if path.exists():
             lines = path.read_text().splitlines()
-            kept = [line for line in lines if _is_before(line, ends, start)]
+            kept = [line for line in lines if _is_before(line, start, evaluated)]
             write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
         self._file = path.open("a")
 
@@ -222,10 +220,9 @@ def _count(n: int) -> str:
     return f"{n / 1e6:.2f}M" if n >= 1e6 else f"{n / 1e3:.1f}k"
 
 
-def _is_before(line: str, ends: Mapping[str, int], start: int) -> bool:
-    """Whether a line is not after the end of its kind, which is ``start`` unless ``ends`` says."""
+def _is_before(line: str, start: int, evaluated: int) -> bool:
     try:
         entry = json.loads(line)
-        return bool(entry["examples"] <= ends.get(entry["kind"], start))
+        return bool(entry["examples"] <= (evaluated if entry["kind"] == "eval" else start))
     except (ValueError, KeyError):
         return False

@@ -153,9 +153,8 @@ class CmpolicyPolicy(PreTrainedPolicy):
         """Share of the run that is done, which the schedules of objectives go by."""
         total = self._group.get(TOTAL_STEPS)
         if total is None:
-            scheduled = self.config.objective != "fm"
-            scheduled &= getattr(self.policy.objective, "sd_begin", 1) > 0
-            if scheduled and self._group:
+            late = getattr(self.policy.objective, "sd_begin", 1) > 0
+            if self.config.objective != "fm" and late and self._group:
                 warnings.warn(
                     "the length of the run is not known, since its schedule is not the one of "
                     "cmpolicy (scheduler.type=cmpolicy); the objective is taken to be at its end, "
