@@ -104,6 +104,30 @@ def test_spatial_softmax_finds_a_peak() -> None:
     torch.testing.assert_close(found[:, 1], torch.zeros(3, 2))  # active all over: the middle
 
 
+def test_places_keep_single_precision_under_bf16() -> None:
+    """bf16 knows no place between 0.5 and 0.504 of half the frame."""
+    layer = SpatialSoftmax(1, 1, stride=8)
+    layer.maps.weight.data.fill_(1)
+    layer.maps.bias.data.zero_()  # type: ignore[union-attr]
+    x = torch.zeros(1, 1, 4, 4)
+    x[0, 0, 1, 2] = 6
+    camera = (
+        CompactEncoderConfig(width=8)
+        .build(PolicySpec({"top": (64, 64, 3)}, 1, 8, 1, 4, images=("top",)))
+        .cameras[0]
+    )
+    frames = torch.rand(1, 1, 56, 56, 3)
+    place = torch.tensor([[0.5, 0.5]])
+
+    def moved() -> torch.Tensor:
+        return camera(frames, place + 1e-3, (64, 64)) - camera(frames, place, (64, 64))
+
+    exact, exact_move = layer(x, (64, 64)), moved()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(layer(x, (64, 64)), exact)
+        torch.testing.assert_close(moved(), exact_move, rtol=0.05, atol=1e-5)
+
+
 def test_features_do_not_depend_on_where_the_crop_was() -> None:
     """A dot on plain ground; moves of the crop by whole cells, so the network sees the same."""
     spec = PolicySpec({"top": (64, 64, 3)}, 2, 8, 1, 4, images=("top",))

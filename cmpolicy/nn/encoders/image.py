@@ -274,9 +274,9 @@ class _Camera(nn.Module):
         maps = self.backbone(frames)
         places = self.softmax(maps, size).unflatten(0, x.shape[:2]) + middle[:, None, None]
         means = maps.mean(dim=(2, 3))
-        features: Tensor = self.out(
-            torch.cat([places.flatten(0, 1).flatten(1).to(means), means], dim=-1)
-        )
+        with torch.autocast(x.device.type, enabled=False):  # as in SpatialSoftmax
+            found = torch.cat([places.flatten(0, 1).flatten(1), means.to(places)], dim=-1)
+            features: Tensor = self.out(found.to(self.out.weight))
         return features
 
 
@@ -295,13 +295,15 @@ class SpatialSoftmax(nn.Module):
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
         """See the class; ``size`` is (H, W) of the frame."""
         height, width = x.shape[2:]
-        weights = self.maps(x).flatten(2).float().softmax(dim=-1)  # (N, K, h w)
+        logits = self.maps(x).flatten(2).float()
         rows, columns = (
             (torch.arange(n, device=x.device) - (n - 1) / 2) * (2 * self.stride / whole)
             for n, whole in zip((height, width), size, strict=True)
         )
         cells = torch.stack([rows.repeat_interleave(width), columns.repeat(height)], dim=-1)
-        places: Tensor = weights @ cells
+        # Single precision: bf16 would round a place to a 256th of half the frame.
+        with torch.autocast(x.device.type, enabled=False):
+            places: Tensor = logits.softmax(dim=-1) @ cells  # (N, K, h w) @ (h w, 2)
         return places
 
 
