@@ -372,7 +372,8 @@ def _report(arrays: Demonstrations, path: Path, *, strict: bool) -> None:
     Raises:
         ConfigError: there is something, and ``strict``.
     """
-    findings = examine(arrays.numbers, arrays.episode_ends, actions=(ACTION,))
+    numbers = {**arrays.numbers, **arrays.targets}
+    findings = examine(numbers, arrays.episode_ends, actions=(ACTION,))
     if not findings:
         return
     text = "\n  ".join([f"{path}:", *map(str, findings)])

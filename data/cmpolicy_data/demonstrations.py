@@ -15,6 +15,7 @@ from cmpolicy_data.chunks import MissingChunks
 from cmpolicy_data.frames import load_frames, looks_like_frames
 from cmpolicy_data.replay_buffer import ReplayBuffer
 from cmpolicy_data.selector import Selector
+from cmpolicy_data.statistics import KeyStatistics
 from cmpolicy_data.windows import EpisodeSplit
 
 #: What a number may change in a pause, as a share of its range: a hand at rest trembles.
@@ -73,15 +74,19 @@ class Demonstrations:
         )
 
     def scaled_targets(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32] | None:
-        """All targets side by side, (N, D), each from -1 to 1 over the given rows; None of none."""
+        """All targets side by side, (N, D), each from -1 to 1 over the given rows; None of none.
+
+        As for observations (``data.normalize=auto``), a few values out of all bounds do not set the
+        range; what lies beyond -2 and 2 is cut.
+        """
         if not self.targets:
             return None
         flat = [v.reshape(len(v), -1).astype(np.float64) for v in self.targets.values()]
         values = np.concatenate(flat, axis=1)
-        seen = values[np.unique(rows)]
-        low, high = seen.min(axis=0), seen.max(axis=0)
+        low, high = KeyStatistics.of(values[np.unique(rows)]).span("auto")
         half = np.where(high > low, (high - low) / 2, 1.0)
-        return np.asarray((values - (low + high) / 2) / half, dtype=np.float32)
+        scaled = (values - (low + high) / 2) / half
+        return scaled.clip(-2, 2).astype(np.float32)
 
     def expand(self, split: EpisodeSplit) -> EpisodeSplit:
         """A split of the stored episodes as one of these: mirror images stay with their source."""

@@ -53,10 +53,45 @@ def test_targets_are_scaled_by_the_rows_that_train(store: Path) -> None:
     assert scaled is not None
     assert scaled.shape == (N, 2)
     np.testing.assert_allclose(scaled[[2, 4, 6]], [[-1, -1], [0, 0], [1, 1]])
-    np.testing.assert_allclose(scaled[10], [3, 3])
+    np.testing.assert_allclose(scaled[[7, 10]], [[1.5, 1.5], [2, 2]])  # cut
     one = data.scaled_targets(np.array([4]))  # a range of nothing
-    np.testing.assert_allclose(one[[4, 5]], [[0, 0], [3, 3]])  # type: ignore[index]
+    np.testing.assert_allclose(one[[4, 5]], [[0, 0], [2, 2]])  # type: ignore[index]
     assert load_demonstrations(store, ["top"]).scaled_targets(np.arange(3)) is None
+
+
+def test_a_glitch_does_not_set_the_range_of_targets(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    state = rng.uniform(-1, 1, (500, 1)).astype(np.float32)
+    state[77] = 1e6
+    buffer = ReplayBuffer.create(tmp_path / "glitch.zarr")
+    frames = np.zeros((500, 8, 8, 3), np.uint8)
+    buffer.append_episode({"top": frames, "state": state, "action": np.zeros((500, 2), np.float32)})
+    data = load_demonstrations(buffer.path, ["top"], targets=["state"])
+    scaled = data.scaled_targets(np.arange(500))
+    assert scaled is not None
+    assert scaled[77] == 2
+    others = np.arange(500) != 77
+    np.testing.assert_allclose(scaled[others], state[others], atol=0.02)
+
+
+def test_findings_look_at_targets(tmp_path: Path) -> None:
+    """What looks healthy in a target and is not is said before training."""
+    pose = np.linspace(0, 1, 500, dtype=np.float32)[:, None].copy()
+    pose[77] = 1e6
+    buffer = ReplayBuffer.create(tmp_path / "glitch.zarr")
+    rng = np.random.default_rng(0)
+    moving = {"arm": rng.normal(size=(500, 2)), "action": rng.normal(size=(500, 2))}
+    buffer.append_episode({"pose": pose, **{k: v.astype(np.float32) for k, v in moving.items()}})
+    config = cmpolicy.compose(
+        "task=custom",
+        f"data.path={buffer.path}",
+        "data.obs=[arm]",
+        "data.targets=[pose]",
+        "data.strict=true",
+        "control_hz=10",
+    )
+    with pytest.raises(ConfigError, match=r"pose\[0\]: .*1e\+06"):
+        cmpolicy.train(config, tmp_path / "run")
 
 
 def test_a_batch_has_the_targets_of_its_observations() -> None:
