@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,8 @@ from cmpolicy.bench.report import Report
 from cmpolicy.experiment.config import TrainConfig
 from cmpolicy.experiment.data import TrainingData, load_training_data
 from cmpolicy.experiment.train import new_policy, training_loader
+from cmpolicy.nn.encoders.image import ImageEncoder
+from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.schema import at_least
 from cmpolicy.training.device import describe_device, make_accelerator, use_bf16
 from cmpolicy.training.loader import DeviceLoader
@@ -131,6 +134,10 @@ def _measure(settings: StepSettings, fm: TrainConfig, isd: TrainConfig) -> Repor
             warmup=settings.warmup,
             device=accelerator.device,
         )
+        frames = None
+        if cast(ConsistencyPolicy, second.model).spec.images:
+            bf16 = use_bf16(isd, accelerator.device)
+            frames = _time_frames(second, loader, settings, bf16=bf16)
     size = sum(p.numel() for p in second.model.parameters()) / 1e6
     where = describe_device(accelerator.device)
     precision = "bf16" if use_bf16(isd, accelerator.device) else "fp32"
@@ -140,12 +147,29 @@ def _measure(settings: StepSettings, fm: TrainConfig, isd: TrainConfig) -> Repor
         for name, seconds in medians.items()
     ]
     load = float(np.median(times.load))
+    rows.append(("loader", load * 1e3, isd.batch_size / load))
+    closing = [
+        f"an isd step costs {times.ratio:.2f} times an fm step (median over the pairs)",
+        f"the loader takes {load / medians['fm']:.2%} of an fm step, "
+        f"{load / medians['isd']:.2%} of an isd step",
+    ]
+    if frames is not None:
+        for what, seconds in (
+            ("cameras' networks", frames.first),
+            ("all of frames", frames.second),
+        ):
+            median = float(np.median(seconds))
+            rows.append((what, median * 1e3, isd.batch_size / median))
+        closing.append(
+            f"frames cost {frames.ratio:.2f} times the forward and backward passes of the cameras' "
+            "networks: the rest is loading, cropping and scaling them"
+        )
     return Report(
         benchmark="step",
         title=f"training step: {size:.2f} M parameters, batch {isd.batch_size}, {precision}, "
         f"{settings.pairs} pairs\n  on {where}",
         columns=("what", "median ms", "examples/s"),
-        rows=(*rows, ("loader", load * 1e3, isd.batch_size / load)),
+        rows=tuple(rows),
         summary={
             "fm_ms": medians["fm"] * 1e3,
             "isd_ms": medians["isd"] * 1e3,
@@ -153,15 +177,44 @@ def _measure(settings: StepSettings, fm: TrainConfig, isd: TrainConfig) -> Repor
             "isd_to_fm": times.ratio,
             "loader_share_of_fm": load / medians["fm"],
             "loader_share_of_isd": load / medians["isd"],
+            **({} if frames is None else {"frames_to_networks": frames.ratio}),
         },
-        closing=(
-            f"an isd step costs {times.ratio:.2f} times an fm step (median over the pairs)",
-            f"the loader takes {load / medians['fm']:.2%} of an fm step, "
-            f"{load / medians['isd']:.2%} of an isd step",
-        ),
+        closing=tuple(closing),
         settings={**asdict(settings), "train": isd.to_dict()},
         device=where,
     )
+
+
+def _time_frames(
+    trainer: Trainer, loader: DeviceLoader, settings: StepSettings, *, bf16: bool
+) -> PairedTimes:
+    """Forward and backward of the cameras' networks on ready crops, and all that frames cost."""
+    policy = cast(ConsistencyPolicy, trainer.model)
+    encoder = cast(ImageEncoder, policy.encoder)
+    batch = loader.batch(0)
+    views = encoder.views(batch["obs"], batch["augment"])
+
+    def networks() -> None:
+        with torch.autocast(trainer.device.type, torch.bfloat16, enabled=bf16):
+            features = encoder.look(views)
+        torch.cat(features, dim=-1).sum().backward()
+
+    def whole() -> None:
+        batch = loader.batch(trainer.examples)
+        with torch.autocast(trainer.device.type, torch.bfloat16, enabled=bf16):
+            features = policy.encode(batch["obs"], batch["augment"])
+        features.sum().backward()
+
+    times = time_pairs(
+        networks,
+        whole,
+        lambda: loader.batch(trainer.examples),
+        pairs=settings.pairs,
+        warmup=settings.warmup,
+        device=trainer.device,
+    )
+    policy.zero_grad()
+    return times
 
 
 def half_way_trainers(

@@ -252,7 +252,11 @@ def test_a_step_crops_frames_as_training_does(tmp_path: Path) -> None:
     assert n > 0
     numbers = augment_numbers(isd.seed, 8, 8, n)
     np.testing.assert_array_equal(batch["augment"], numbers)
-    assert main(["step", *words, "pairs=1", "warmup=0", f"out={tmp_path / 'step.json'}"]) == 0
+    out = tmp_path / "step.json"
+    assert main(["step", *words, "pairs=1", "warmup=0", f"out={out}"]) == 0
+    content = json.loads(out.read_text())
+    assert [row["what"] for row in content["rows"][3:]] == ["cameras' networks", "all of frames"]
+    assert content["summary"]["frames_to_networks"] > 0
 
 
 def test_pairs_alternate_and_warmup_is_dropped() -> None:

@@ -30,6 +30,14 @@ _PER_CAMERA = 4
 _LEAST_CROP = 0.6
 
 
+class View(NamedTuple):
+    """Crops x (B, To, h, w, 3), their middle as of :meth:`ImageEncoder.view`, the frame's size."""
+
+    x: Tensor
+    middle: Tensor
+    size: tuple[int, int]
+
+
 class Backbone(NamedTuple):
     """A network (N, 3, h, w) in about [-1, 1] -> (N, channels, h / stride, w / stride), rounded."""
 
@@ -210,13 +218,26 @@ class ImageEncoder(nn.Module):
                 camera; None crops in the centre and changes nothing else.
         """
         parts = [] if self.state is None else [self.state(obs)]
+        parts += self.look(self.views(obs, augment))
+        return parts[0] if len(parts) == 1 else torch.cat([p.to(parts[-1]) for p in parts], dim=-1)
+
+    def views(self, obs: Mapping[str, Tensor], augment: Tensor | None = None) -> list[View]:
+        """What every camera's network sees; arguments as of :meth:`forward`."""
+        found = []
         for i, key in enumerate(self.keys):
             own = None if augment is None else augment[:, _PER_CAMERA * i : _PER_CAMERA * (i + 1)]
             x, middle = self.view(i, obs[key], own)
-            network = self.cameras[min(i, len(self.cameras) - 1)]
-            features = network(x, middle, obs[key].shape[2:4])
-            parts.append(features.view(x.shape[0], -1).to(torch.float32))
-        return parts[0] if len(parts) == 1 else torch.cat([p.to(parts[-1]) for p in parts], dim=-1)
+            found.append(View(x, middle, (obs[key].shape[2], obs[key].shape[3])))
+        return found
+
+    def look(self, views: Sequence[View]) -> list[Tensor]:
+        """Features (B, To * camera_dim) of every camera."""
+        last = len(self.cameras) - 1
+        features = [self.cameras[min(i, last)](*view) for i, view in enumerate(views)]
+        return [
+            f.view(view.x.shape[0], -1).to(torch.float32)
+            for f, view in zip(features, views, strict=True)
+        ]
 
     def view(
         self, camera: int, frames: Tensor, augment: Tensor | None = None
