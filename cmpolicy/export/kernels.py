@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cmpolicy.nn.unet1d import Kernels
+from cmpolicy.nn.kernels import Kernels
 
 
 def prepare(net: nn.Module) -> Kernels:

@@ -31,7 +31,7 @@ from cmpolicy.export.runtime import (
     ExportFacts,
     input_name,
 )
-from cmpolicy.nn.conv import MAX_BATCH
+from cmpolicy.nn.kernels import MAX_BATCH
 from cmpolicy.policy.policy import ConsistencyPolicy
 
 Format = Literal["onnx", "pt2"]

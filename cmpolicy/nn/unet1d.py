@@ -14,8 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from cmpolicy.nn.conv import Convolve, by_product, convolution_for
 from cmpolicy.nn.embeddings import TwoTimeEmbedding, check_time_dim
+from cmpolicy.nn.kernels import Kernels, by_product, kernels_for
 from cmpolicy.nn.registry import register_net
 
 
@@ -73,20 +73,6 @@ class UNet1DConfig:
     def build(self, *, action_dim: int, feature_dim: int) -> UNet1D:
         """A fresh network."""
         return UNet1D(self, action_dim=action_dim, feature_dim=feature_dim)
-
-
-def norm_mish(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """What follows every convolution. The plain function: 25 of them stand in one evaluation."""
-    h = torch.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
-    return nn.functional.mish(h)
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """How the two operations that make up the network are computed: by torch, or in an export."""
-
-    convolve: Convolve
-    norm_mish: Callable[[nn.GroupNorm, Tensor], Tensor] = norm_mish
 
 
 class FilmBlock(nn.Module):
@@ -177,7 +163,7 @@ class UNet1D(nn.Module):
         self.config.check_horizon(x.shape[1])
         condition = torch.cat([self.time(t, s), features], dim=-1)
         film = self.film(condition) + self.film_center
-        return self.trunk(x.transpose(1, 2), film, Kernels(convolution_for(x))).transpose(1, 2)
+        return self.trunk(x.transpose(1, 2), film, kernels_for(x)).transpose(1, 2)
 
     def trunk(self, x: Tensor, film: Tensor, kernels: Kernels) -> Tensor:
         """What is left once the condition is known: x (B, A, ..., T) -> (B, A, ..., T).

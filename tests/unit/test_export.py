@@ -19,7 +19,7 @@ from cmpolicy.export.plan_map import PlanMap, Target, example_inputs
 from cmpolicy.export.pt2 import Pt2Policy
 from cmpolicy.export.runtime import ExportedRuntime, ExportError, open_exported
 from cmpolicy.export.write import TOLERANCE, Format, export_policy, largest_difference
-from cmpolicy.nn.conv import MAX_BATCH
+from cmpolicy.nn.kernels import MAX_BATCH
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
 from cmpolicy.policy.policy import ConsistencyPolicy
