@@ -12,22 +12,27 @@ import torch
 from torch import nn
 
 from cmpolicy.bench.floor import Floor, measure_floor
-from cmpolicy.bench.networks import Infer, Obs, diffusion_chunk, make_runtime
+from cmpolicy.bench.networks import Array, Infer, Obs, diffusion_chunk, make_runtime
 from cmpolicy.bench.report import Cell, Report
 from cmpolicy.export.plan_map import example_inputs
 from cmpolicy.flow.sampler import SamplerKind
+from cmpolicy.nn.encoders.image import ImageEncoderConfig
 from cmpolicy.nn.registry import EncoderConfig, NetConfig
 from cmpolicy.normalize import Normalizer
+from cmpolicy.policy.inputs import obs_tensors
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.schema import ConfigError, at_least
 from cmpolicy.spec import PolicySpec
 from cmpolicy.training.device import choose_device, describe_device
 
+#: A row that evaluates no network.
+_ENCODER = "encoder"
 _WARMUP_CALLS, _WARMUP_SECONDS = 5, 1.0
 _FEWEST_CALLS = 20
 _BLOCK_SECONDS = 0.1
-#: Of a network without a policy: Push-T's.
+#: Of a network without a policy: Push-T's, from state and by a camera.
 _SPEC = PolicySpec({"agent_pos": (2,), "keypoint": (9, 2)}, 2, 16, 2, 8)
+_CAMERA_SPEC = PolicySpec({"agent_pos": (2,), "image": (96, 96, 3)}, 2, 16, 2, 8, images=("image",))
 
 #: What a one-step policy is compared with, and its evaluations: those of Diffusion Policy.
 DIFFUSIONS: dict[SamplerKind, int] = {"ddpm": 100, "ddim": 10}
@@ -42,6 +47,7 @@ class LatencySettings:
     Args:
         policy: bundle directory, bundled name or hub id.
         net: instead of it a preset such as ``large``, with random weights on Push-T's sizes.
+        encoder: with ``net``, a preset such as ``resnet18``; it sees Push-T by a camera of 96 x 96.
         runtimes: what runs it; null: eager and, on the CPU, ONNX.
         nfe: network evaluations per chunk, one row each.
         diffusion: also DDPM with 100 and DDIM with 10 evaluations of the same network.
@@ -55,6 +61,7 @@ class LatencySettings:
 
     policy: str | None = None
     net: str | None = None
+    encoder: str | None = None
     runtimes: tuple[RuntimeName, ...] | None = None
     nfe: tuple[int, ...] = (1, 2, 4, 10, 100)
     diffusion: bool = True
@@ -70,6 +77,10 @@ class LatencySettings:
             raise ConfigError(
                 "give policy=<bundle>, or net=<preset> for a network with random weights: one of "
                 f"them, got policy={self.policy} and net={self.net}"
+            )
+        if self.encoder is not None and self.net is None:
+            raise ConfigError(
+                f"encoder={self.encoder} is for net=<preset>; the policy {self.policy} has its own"
             )
         if not self.nfe:
             raise ConfigError("nfe=[] names no number of evaluations; give nfe=[1,2,4,10,100]")
@@ -144,7 +155,8 @@ def measure_latency(settings: LatencySettings, networks: Networks | None = None)
     finally:
         torch.set_num_threads(before)
     size = sum(p.numel() for p in policy.parameters()) / 1e6
-    name = settings.policy or f"net={settings.net} with random weights"
+    seeing = f" encoder={settings.encoder}" if settings.encoder else ""
+    name = settings.policy or f"net={settings.net}{seeing} with random weights"
     return Report(
         benchmark="latency",
         title=f"latency per action chunk of {name} ({size:.2f} M parameters, batch 1)\n"
@@ -175,7 +187,21 @@ def make_contenders(policy: ConsistencyPolicy, settings: LatencySettings) -> lis
             for sampler, nfe in DIFFUSIONS.items():
                 infer = diffusion_chunk(sampler, nfe, policy, network)
                 contenders.append(Contender(name, sampler, nfe, infer))
+        if name == "eager" and policy.spec.images:
+            contenders.append(Contender(name, _ENCODER, 0, _encoder_alone(policy)))
     return contenders
+
+
+def _encoder_alone(policy: ConsistencyPolicy) -> Infer:
+    """Observations to features, without a network evaluation."""
+
+    @torch.inference_mode()
+    def encode(obs: Obs, noise: object) -> Array:
+        tensors = obs_tensors(policy.spec, obs, policy.dtype, policy.device)
+        features: Array = policy.encode(tensors).cpu().numpy()
+        return features
+
+    return encode
 
 
 def time_calls(
@@ -230,10 +256,11 @@ def _policy(
     if networks is None:
         raise ConfigError(f"net={settings.net} was given without the settings of its networks")
     net, encoder = networks
-    shapes = {**_SPEC.obs, "action": (_SPEC.action_dim,)}
+    spec = _CAMERA_SPEC if isinstance(encoder, ImageEncoderConfig) else _SPEC
+    shapes = {**spec.states, "action": (spec.action_dim,)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        policy = ConsistencyPolicy(_SPEC, net, Normalizer.identity(shapes), encoder=encoder)
+        policy = ConsistencyPolicy(spec, net, Normalizer.identity(shapes), encoder=encoder)
         for parameter in policy.parameters():  # none stays zero, which is quicker to multiply
             nn.init.normal_(parameter, std=0.02)
     policy.lay_out_for_inference()
@@ -248,7 +275,9 @@ def _columns(floor: Floor | None) -> tuple[str, ...]:
 def _row(contender: Contender, floor: Floor | None) -> tuple[Cell, ...]:
     c = contender
     row = (c.runtime, c.method, c.nfe, len(c.times), c.p50, c.p99, 1e3 / c.p50)
-    return row if floor is None else (*row, c.p50 / (c.nfe * floor.ms))
+    if floor is None:
+        return row
+    return (*row, c.p50 / (c.nfe * floor.ms) if c.nfe else "-")
 
 
 def _summary(contenders: list[Contender], floor: Floor | None) -> Mapping[str, float]:
@@ -282,11 +311,12 @@ def _closing(contenders: list[Contender], floor: Floor | None) -> tuple[str, ...
             "" if floor is None else f", {least.p50 / (least.nfe * floor.ms):.1f} times its floor"
         )
         lines.append(f"{runtime}: {least.nfe} evaluation(s) {times}{above}")
-        lines += [
-            f"  {other.nfe} evaluations ({other.method}) cost {other.p50 / least.p50:.1f} times as "
-            f"much as {least.nfe}"
-            for other in others
-        ]
+        for other in others:
+            ratio = other.p50 / least.p50
+            what = f"{other.nfe} evaluations ({other.method}) cost {ratio:.1f}"
+            if other.method == _ENCODER:
+                what = f"the encoder alone costs {ratio:.2f}"
+            lines.append(f"  {what} times as much as {least.nfe}")
     return tuple(lines)
 
 

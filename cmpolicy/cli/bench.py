@@ -70,7 +70,7 @@ def run(words: Sequence[str]) -> int:
     else:
         settings = read(cls, rest)
         if name == "latency":
-            report = latency.measure_latency(settings, _networks(settings.net))
+            report = latency.measure_latency(settings, _networks(settings))
         elif name == "delay":
             report = delay.measure_delay(settings, command)
         else:
@@ -110,9 +110,12 @@ def _objectives(words: Sequence[str]) -> tuple[TrainConfig, TrainConfig]:
     return fm, isd
 
 
-def _networks(net: str | None) -> latency.Networks | None:
+def _networks(settings: latency.LatencySettings) -> latency.Networks | None:
     """The networks of ``net=<size>``, as a run with that setting would train them."""
-    if net is None:
+    if settings.net is None:
         return None
-    settings = _TRAINING.compose([f"net={net}"])
-    return net_config(settings["net"]), encoder_config(settings["encoder"])
+    words = [f"net={settings.net}"]
+    if settings.encoder is not None:
+        words.append(f"encoder={settings.encoder}")
+    composed = _TRAINING.compose(words)
+    return net_config(composed["net"]), encoder_config(composed["encoder"])

@@ -106,6 +106,23 @@ def test_latency_of_a_net_without_a_policy(tmp_path: Path) -> None:
     assert list(_by_row(_read(out))) == [("eager", "flow map", 1)]
 
 
+def test_latency_of_an_encoder_without_a_policy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "latency.json"
+    words = ["net=tiny", "encoder=compact", "nfe=[1]", "calls=2", "diffusion=false"]
+    assert main(["latency", *words, f"out={out}"]) == 0
+    rows = _by_row(_read(out))
+    assert list(rows) == [
+        ("eager", "flow map", 1),
+        ("eager", "encoder", 0),
+        ("onnx", "flow map", 1),
+    ]
+    printed = capsys.readouterr().out
+    assert "net=tiny encoder=compact with random weights" in printed
+    assert "the encoder alone costs 0." in printed
+
+
 def test_a_slow_row_ends_early_but_is_measured(bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "latency.json"
     words = [f"policy={bundle}", "nfe=[2]", "calls=1000", "seconds=0", "runtimes=[eager]"]
@@ -279,6 +296,8 @@ def test_pairs_alternate_and_warmup_is_dropped() -> None:
     [
         (["latency"], "give policy=<bundle>, or net=<preset>"),
         (["latency", "policy=x", "net=large"], "one of them, got policy=x and net=large"),
+        (["latency", "policy=x", "encoder=compact"], "encoder=compact is for net=<preset>"),
+        (["latency", "net=tiny", "encoder=eye"], "unknown choice encoder=eye"),
         (["latency", "net=huge"], "unknown choice net=huge"),
         (["latency", "policy=x", "runtimes=[tensorrt]"], "tensorrt"),
         (["latency", "policy=x", "runtimes=[]"], "runtimes=[] names no runtime"),
