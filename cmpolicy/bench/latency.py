@@ -15,7 +15,7 @@ from cmpolicy.bench.floor import Floor, measure_floor
 from cmpolicy.bench.networks import Array, Infer, Obs, diffusion_chunk, make_runtime
 from cmpolicy.bench.report import Cell, Report
 from cmpolicy.export.plan_map import example_inputs
-from cmpolicy.flow.sampler import SamplerKind
+from cmpolicy.flow.sampler import SamplerKind, get_sampler
 from cmpolicy.nn.encoders.image import ImageEncoderConfig
 from cmpolicy.nn.registry import EncoderConfig, NetConfig
 from cmpolicy.normalize import Normalizer
@@ -113,6 +113,7 @@ class Contender:
     method: str
     nfe: int
     infer: Infer
+    n_noises: int = 1  # that a call is handed
     times: list[float] = field(default_factory=list)
     spent: float = 0.0  # seconds of all calls, those without a time among them
 
@@ -181,7 +182,8 @@ def make_contenders(policy: ConsistencyPolicy, settings: LatencySettings) -> lis
     for name in settings.chosen_runtimes:
         runtime = make_runtime(name, policy, torch.get_num_threads())
         for nfe in settings.nfe:
-            contenders.append(Contender(name, "flow map", nfe, runtime.chunk(nfe)))
+            n_noises = get_sampler(policy.sampler).n_noises(nfe)
+            contenders.append(Contender(name, "flow map", nfe, runtime.chunk(nfe), n_noises))
         if settings.diffusion:
             network = runtime.network()
             for sampler, nfe in DIFFUSIONS.items():
@@ -217,15 +219,15 @@ def time_calls(
     arrays = {key: value.numpy() for key, value in zip(policy.spec.obs, obs, strict=True)}
     lengths = []
     for contender in contenders:
-        first = [_call(contender.infer, arrays, policy, rng)]
+        first = [_call(contender, arrays, policy, rng)]
         while len(first) < _WARMUP_CALLS and sum(first) < _WARMUP_SECONDS:
-            first.append(_call(contender.infer, arrays, policy, rng))
+            first.append(_call(contender, arrays, policy, rng))
         lengths.append(max(1, min(50, int(_BLOCK_SECONDS / min(first)))))
     waiting = list(zip(contenders, lengths, strict=True))
     while waiting:
         for contender, length in waiting:
             for call in range(length + 1):
-                seconds = _call(contender.infer, arrays, policy, rng)
+                seconds = _call(contender, arrays, policy, rng)
                 contender.spent += seconds
                 if call > 0 or length == 1:
                     contender.times.append(seconds * 1e3)
@@ -240,11 +242,14 @@ def _is_done(contender: Contender, settings: LatencySettings) -> bool:
     return calls >= settings.calls or (enough and contender.spent > settings.seconds)
 
 
-def _call(infer: Infer, obs: Obs, policy: ConsistencyPolicy, rng: np.random.Generator) -> float:
+def _call(
+    contender: Contender, obs: Obs, policy: ConsistencyPolicy, rng: np.random.Generator
+) -> float:
     """Seconds; numpy comes back, so a GPU has finished."""
-    noise = rng.standard_normal((1, *policy.spec.noise_shape), dtype=np.float32)
+    shape = policy.spec.noise_shape_of(contender.n_noises)
+    noise = rng.standard_normal((1, *shape), dtype=np.float32)
     start = time.perf_counter()
-    infer(obs, noise)
+    contender.infer(obs, noise)
     return time.perf_counter() - start
 
 

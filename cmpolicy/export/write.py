@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
 import os
@@ -79,12 +80,14 @@ def export_policy(
         OSError: the disk is full or not writable.
     """
     target = Path(out).expanduser().absolute()
-    nfe = policy.nfe if nfe is None else nfe
     check_request(target, format, nfe)
+    if nfe is not None:
+        policy = copy.copy(policy)  # the weights stay shared; nfe may change what noise it takes
+        policy.nfe = nfe
     known = metadata or {}
     facts = ExportFacts(
         spec=policy.spec,
-        nfe=nfe,
+        nfe=policy.nfe,
         path=policy.path_name,
         sampler=policy.sampler,
         noise_scale=policy.noise_scale,
@@ -96,14 +99,14 @@ def export_policy(
         simulator=dict(known.get("simulator", {})),
         warm_start=policy.warm_start,
     )
-    module = PlanMap(policy, nfe, target=TARGETS[format]).eval()
+    module = PlanMap(policy, target=TARGETS[format]).eval()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         new = Path(folder) / target.name
         with quiet():
             (_write_onnx if format == "onnx" else _write_program)(module, policy, facts, new)
         written = OnnxPolicy(new) if format == "onnx" else Pt2Policy(new, trust=True)
-        difference = largest_difference(written, policy, nfe)
+        difference = largest_difference(written, policy)
         limit = DIFFUSION_TOLERANCE if policy.sampler in ("ddpm", "ddim") else TOLERANCE
         if not difference <= limit:
             raise ExportError(
@@ -145,7 +148,7 @@ def check_request(target: Path, format: str, nfe: int | None = None) -> None:
             ) from error
 
 
-def largest_difference(runtime: ExportedRuntime, policy: ConsistencyPolicy, nfe: int) -> float:
+def largest_difference(runtime: ExportedRuntime, policy: ConsistencyPolicy) -> float:
     """Of plans, in normalised units, over the largest normalised action where that is above 1."""
     scale = policy.normalizer.to_arrays()["action.scale"].cpu()
     first, worst = policy.n_obs_steps - 1, 0.0
@@ -157,7 +160,6 @@ def largest_difference(runtime: ExportedRuntime, policy: ConsistencyPolicy, nfe:
         plan = _example_plan(policy, batch)
         trajectory = policy.predict_trajectory(
             here,
-            nfe=nfe,
             noise=noise.to(policy.device, policy.dtype),
             plan=None if plan is None else plan.to(policy.device),
         )

@@ -123,6 +123,18 @@ def test_latency_of_an_encoder_without_a_policy(
     assert "the encoder alone costs 0." in printed
 
 
+def test_latency_of_a_policy_that_takes_several_draws_of_noise(
+    untrained_pusht: Callable[[], ConsistencyPolicy], tmp_path: Path
+) -> None:
+    policy = untrained_pusht()
+    policy.sampler, policy.nfe = "ddpm", 5
+    policy.save_pretrained(tmp_path / "ddpm")
+    out = tmp_path / "latency.json"
+    words = [f"policy={tmp_path / 'ddpm'}", "nfe=[2,3]", "calls=2", "diffusion=false"]
+    assert main(["latency", *words, f"out={out}"]) == 0
+    assert len(_by_row(_read(out))) == 4
+
+
 def test_a_slow_row_ends_early_but_is_measured(bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "latency.json"
     words = [f"policy={bundle}", "nfe=[2]", "calls=1000", "seconds=0", "runtimes=[eager]"]

@@ -139,9 +139,23 @@ def test_export(policy: ConsistencyPolicy, tmp_path: Path) -> None:
     assert written.difference <= DIFFUSION_TOLERANCE
     runtime = open_exported(path)
     assert runtime.spec.noise_shape == policy.spec.noise_shape
-    assert largest_difference(runtime, policy, policy.nfe) <= DIFFUSION_TOLERANCE
+    assert largest_difference(runtime, policy) <= DIFFUSION_TOLERANCE
     with pytest.raises(SpecError, match="noise"):
         runtime.infer(_history(policy, 2), np.zeros((2, 7, 2), np.float32))
+
+
+def test_export_of_another_number_of_evaluations(policy: ConsistencyPolicy, tmp_path: Path) -> None:
+    """Where it changes how much noise a decision takes, the file takes that much."""
+    before = policy.nfe, policy.spec
+    if len(policy.spec.noise_shape) == 2:
+        pytest.skip("its noise does not depend on nfe")
+    path = tmp_path / "policy.onnx"
+    export_policy(policy, path, format="onnx", nfe=policy.nfe + 1)
+    assert (policy.nfe, policy.spec) == before
+    runtime = open_exported(path)
+    policy.nfe += 1
+    assert runtime.spec.noise_shape == policy.spec.noise_shape
+    assert largest_difference(runtime, policy) <= DIFFUSION_TOLERANCE
 
 
 def test_server(policy: ConsistencyPolicy) -> None:

@@ -211,7 +211,7 @@ def test_file_is_the_policy(files: dict[str, Path], name: str) -> None:
         limit = TOLERANCE * max(1.0, np.abs(policy.infer(obs, noise) * scale).max())
         assert np.abs((plan - want) * scale).max() <= limit
         np.testing.assert_array_equal(runtime.infer(obs, noise), plan[:, : policy.n_action_steps])
-    assert largest_difference(runtime, policy, nfe) <= TOLERANCE
+    assert largest_difference(runtime, policy) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["onnx-odd", "pt2-odd"])
