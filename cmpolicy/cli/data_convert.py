@@ -120,7 +120,12 @@ def _robomimic(settings: RobomimicSettings, source: str) -> int:
     for name, count in report.masks.items():
         print(f"mask {name}: {count} episode(s)")
     print(f"check it with: cmpolicy data replay robomimic {shown}")
-    print(f"train on it with: cmpolicy train task={report.task} data=robomimic data.path={shown}")
+    task = f"task={report.task}"
+    if settings.cameras:  # with what the arm itself knows, and not where the objects are
+        frames = [f"{camera}_image" for camera in settings.cameras]
+        obs = ",".join([*frames, "robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos"])
+        task += f" task.protocol=robomimic-ph-image encoder=compact 'data.obs=[{obs}]'"
+    print(f"train on it with: cmpolicy train {task} data=robomimic data.path={shown}")
     return 0
 
 

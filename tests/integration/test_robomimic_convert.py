@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import methodcaller
@@ -305,7 +306,9 @@ class TestCommand:
         assert list(tmp_path.iterdir()) == []
 
 
-def test_cameras_are_rendered_at_the_recorded_states(source: Path, tmp_path: Path) -> None:
+def test_cameras_are_rendered_at_the_recorded_states(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What a policy is trained on is what it sees in the simulator, and it fits the protocol."""
     from cmpolicy.experiment.train import train
     from cmpolicy_envs.offscreen import OpenGLError
@@ -341,6 +344,11 @@ def test_cameras_are_rendered_at_the_recorded_states(source: Path, tmp_path: Pat
     tiny = ["net.down_dims=[8,16]", "net.n_groups=4", "encoder.width=8", "device=cpu"]
     short = ["examples=8", "batch_size=8", "optim.warmup=0", "log.trackers=[]", "eval.windows=8"]
     rollouts = ["eval.episodes=1", "eval.workers=1", "eval.every=1000", "data.val_fraction=0"]
-    config = compose("task=lift_image", f"data.path={out}", *tiny, *short, *rollouts)
+    preset = compose("task=lift_image", f"data.path={out}")
+    printed = capsys.readouterr().out.splitlines()[-1]
+    advice = shlex.split(printed.removeprefix("train on it with: cmpolicy train "))
+    config = compose(*advice, *tiny, *short, *rollouts)
+    assert config.data.obs == preset.data.obs
+    assert config.task.protocol == preset.task.protocol
     policy = train(config, tmp_path / "run", until=0).load_policy()  # checked against the simulator
     assert policy.spec.images == ("agentview_image", "robot0_eye_in_hand_image")
