@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -54,7 +55,9 @@ def test_a_study_that_is_stopped_goes_on(tmp_path: Path, number: signal.Signals)
     out = tmp_path / "study"
     words = [*SHORT, *STUDY, f"out={out}", "objectives=[fm,isd]", "examples=1600", "save_every=64"]
     command = [sys.executable, "-m", "cmpolicy", "study", "objectives", *words]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    # a job in the background of a shell hands down that SIGINT is ignored
+    attend = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, preexec_fn=attend)
     state = out / "runs" / "fm-0" / "training_state" / "state.safetensors"
     while not state.exists():
         assert process.poll() is None

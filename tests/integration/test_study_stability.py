@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -77,6 +78,8 @@ def test_a_study_that_is_stopped_keeps_what_is_done(tmp_path: Path, number: int)
         [sys.executable, "-m", "cmpolicy", *words],
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        # a job in the background of a shell hands down that SIGINT is ignored
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     try:
         _wait(lambda: any((out / "jobs").glob("*.json")))
