@@ -135,9 +135,10 @@ def _measure(settings: StepSettings, fm: TrainConfig, isd: TrainConfig) -> Repor
             device=accelerator.device,
         )
         frames = None
-        if cast(ConsistencyPolicy, second.model).spec.images:
+        encoder = second.model.encoder
+        if isinstance(encoder, ImageEncoder):
             bf16 = use_bf16(isd, accelerator.device)
-            frames = _time_frames(second, loader, settings, bf16=bf16)
+            frames = _time_frames(second, encoder, loader, settings, bf16=bf16)
     size = sum(p.numel() for p in second.model.parameters()) / 1e6
     where = describe_device(accelerator.device)
     precision = "bf16" if use_bf16(isd, accelerator.device) else "fp32"
@@ -186,11 +187,15 @@ def _measure(settings: StepSettings, fm: TrainConfig, isd: TrainConfig) -> Repor
 
 
 def _time_frames(
-    trainer: Trainer, loader: DeviceLoader, settings: StepSettings, *, bf16: bool
+    trainer: Trainer,
+    encoder: ImageEncoder,
+    loader: DeviceLoader,
+    settings: StepSettings,
+    *,
+    bf16: bool,
 ) -> PairedTimes:
     """Forward and backward of the cameras' networks on ready crops, and all that frames cost."""
     policy = cast(ConsistencyPolicy, trainer.model)
-    encoder = cast(ImageEncoder, policy.encoder)
     batch = loader.batch(0)
     views = encoder.views(batch["obs"], batch["augment"])
 

@@ -66,8 +66,10 @@ def test_taps_are_the_convolution(width: int, dtype: torch.dtype) -> None:
     for way in (by_library, by_taps):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             torch.set_autocast_dtype("cpu", dtype)  # what by_taps computes in
-            y = way(convolution, x)
-        torch.set_autocast_dtype("cpu", torch.bfloat16)
+            try:
+                y = way(convolution, x)
+            finally:
+                torch.set_autocast_dtype("cpu", torch.bfloat16)
         assert y.dtype == dtype
         gradients = torch.autograd.grad(
             (y.to(towards) * towards).sum(), [x, *convolution.parameters()]
