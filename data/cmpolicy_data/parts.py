@@ -1,4 +1,7 @@
-"""Rows that come in parts, so that an episode of frames need not fit into memory."""
+"""How rows become chunks of our stores.
+
+Rows may come in parts, so that an episode of frames need not fit into memory.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,23 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import zarr
+from numcodecs import blosc
+from zarr.codecs import BloscCodec, Crc32cCodec
 
-MAX_CHUNK_STEPS = 2048
-_CHUNK_BYTES = 1 << 22
+from cmpolicy_data.chunks import Array
+
+_MAX_CHUNK_STEPS = 2048
+_CHUNK_BYTES = 1 << 20  # numbers, which are read all at once
+_IMAGE_CHUNK_BYTES = 1 << 18  # frames, which are read a few at a time
+_PARTS_CHUNK_BYTES = 1 << 22
+_WORTH_IT = 0.9  # of its size that a frame may keep when compressed
 _PART_BYTES = 16 << 20
 
 
 def rows_per_chunk(row_bytes: int) -> int:
     """Rows of ``row_bytes`` bytes each in a chunk of a store whose rows come in parts."""
-    return min(MAX_CHUNK_STEPS, max(1, _CHUNK_BYTES // max(1, row_bytes)))
+    return min(_MAX_CHUNK_STEPS, max(1, _PARTS_CHUNK_BYTES // max(1, row_bytes)))
 
 
 def part_sizes(first_row: int, length: int, row_bytes: int) -> Iterator[int]:
@@ -93,3 +104,51 @@ def _numbered(key: str, rows: npt.NDArray[Any] | Parts) -> Iterator[tuple[int, n
         start += len(part)
     if start != rows.shape[0]:
         raise ValueError(f"{key}: the parts have {start} rows, expected {rows.shape[0]}")
+
+
+def new_array(
+    root: zarr.Group, name: str, rows: npt.NDArray[Any] | Parts, first: npt.NDArray[Any]
+) -> Array:
+    """A new array without rows, chunked and compressed for rows like these.
+
+    Args:
+        root: of the store. name: of the array in it.
+        rows: (L, ...) of the first episode. first: the first of them, which tell what compresses.
+    """
+    row_bytes = max(1, rows.nbytes // rows.shape[0])
+    if isinstance(rows, Parts):
+        steps = rows_per_chunk(row_bytes)
+        how = encoding(fast=True, compress=_compresses(first))
+    else:
+        size = _IMAGE_CHUNK_BYTES if rows.ndim == 4 else _CHUNK_BYTES
+        steps = min(_MAX_CHUNK_STEPS, max(1, size // row_bytes))
+        how = encoding()
+    return root.create_array(
+        name,
+        shape=(0, *rows.shape[1:]),
+        chunks=(steps, *(max(1, size) for size in rows.shape[1:])),
+        dtype=rows.dtype,
+        **how,
+    )
+
+
+def _compresses(rows: npt.NDArray[Any]) -> bool:
+    """Whether the fast compression makes rows smaller; it does not of what a camera sees."""
+    sample = np.ascontiguousarray(rows[:1])
+    small = blosc.compress(sample, b"lz4", clevel=1, shuffle=blosc.NOSHUFFLE)
+    return len(small) < _WORTH_IT * sample.nbytes
+
+
+def encoding(*, fast: bool = False, compress: bool = True) -> dict[str, Any]:
+    """How our arrays are stored: compressed, with a checksum, every chunk written.
+
+    ``fast``: for frames of a video, which zstd compresses ten times slower than they are decoded.
+    """
+    codec = BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle")
+    if fast:
+        codec = BloscCodec(cname="lz4", clevel=1, shuffle="noshuffle")
+    return {
+        "compressors": (*([codec] if compress else []), Crc32cCodec()),
+        "fill_value": 0,
+        "config": {"write_empty_chunks": True},
+    }

@@ -19,8 +19,6 @@ from typing import Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 import zarr
-from numcodecs import blosc
-from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import LocalStore
 
 from cmpolicy_data.chunks import (
@@ -31,7 +29,7 @@ from cmpolicy_data.chunks import (
     lost_message,
     read_rows,
 )
-from cmpolicy_data.parts import MAX_CHUNK_STEPS, Parts, in_parts, rows_per_chunk
+from cmpolicy_data.parts import Parts, encoding, in_parts, new_array
 from cmpolicy_data.seal import SEAL, broken_seal, refuse_to_append
 from cmpolicy_data.selector import Selector, SelectorError
 from cmpolicy_data.statistics import needs_float64
@@ -49,9 +47,6 @@ from cmpolicy_data.store import (
 from cmpolicy_data.windows import WindowError, check_episode_ends
 
 _ENDS = "meta/episode_ends"
-_CHUNK_BYTES = 1 << 20
-_IMAGE_CHUNK_BYTES = 1 << 18
-_WORTH_IT = 0.9  # of its size that a frame may keep when compressed
 
 
 class ReplayBuffer:
@@ -121,7 +116,7 @@ class ReplayBuffer:
         )
         root.create_group("data")
         root.create_group("meta").create_array(
-            "episode_ends", shape=(0,), chunks=(4096,), dtype="int64", **_encoding()
+            "episode_ends", shape=(0,), chunks=(4096,), dtype="int64", **encoding()
         )
         return cls.open(path, "r+")
 
@@ -312,7 +307,7 @@ class ReplayBuffer:
             array.resize((start + length, *array.shape[1:]))
         for key, row, part in in_parts(values):
             if key not in self._data:
-                self._data[key] = self._new_array(key, values[key], part)
+                self._data[key] = new_array(self._root, f"data/{key}", values[key], part)
                 self._data[key].resize((length, *part.shape[1:]))
             array = self._data[key]
             array[start + row : start + row + len(part)] = part.astype(array.dtype, copy=False)
@@ -404,51 +399,9 @@ class ReplayBuffer:
             elif array.shape[0] > self.n_steps:
                 array.resize((self.n_steps, *array.shape[1:]))
 
-    def _new_array(
-        self, key: str, value: npt.NDArray[Any] | Parts, first: npt.NDArray[Any]
-    ) -> Array:
-        """An array without rows, for an episode's rows of which ``first`` are the first."""
-        row_bytes = max(1, value.nbytes // value.shape[0])
-        # frames are read a few at a time, numbers all at once; parts are written fast
-        size = _IMAGE_CHUNK_BYTES if value.ndim == 4 else _CHUNK_BYTES
-        steps = min(MAX_CHUNK_STEPS, max(1, size // row_bytes))
-        encoding = _encoding()
-        if isinstance(value, Parts):
-            steps = rows_per_chunk(row_bytes)
-            encoding = _encoding(fast=True, compress=_compresses(first))
-        return self._root.create_array(
-            f"data/{key}",
-            shape=(0, *value.shape[1:]),
-            chunks=(steps, *(max(1, size) for size in value.shape[1:])),
-            dtype=value.dtype,
-            **encoding,
-        )
-
     def _require_writable(self) -> None:
         if self._root.read_only:
             raise ReplayBufferError(
                 f"{self.path} is open for reading. Use ReplayBuffer.open(path, mode='r+') on a "
                 "directory store."
             )
-
-
-def _compresses(rows: npt.NDArray[Any]) -> bool:
-    """Whether the fast compression makes rows smaller; it does not of what a camera sees."""
-    sample = np.ascontiguousarray(rows[:1])
-    small = blosc.compress(sample, b"lz4", clevel=1, shuffle=blosc.NOSHUFFLE)
-    return len(small) < _WORTH_IT * sample.nbytes
-
-
-def _encoding(*, fast: bool = False, compress: bool = True) -> dict[str, Any]:
-    """How our arrays are stored: compressed, with a checksum, every chunk written.
-
-    ``fast``: for frames of a video, which zstd compresses ten times slower than they are decoded.
-    """
-    codec = BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle")
-    if fast:
-        codec = BloscCodec(cname="lz4", clevel=1, shuffle="noshuffle")
-    return {
-        "compressors": (*([codec] if compress else []), Crc32cCodec()),
-        "fill_value": 0,
-        "config": {"write_empty_chunks": True},
-    }
