@@ -26,7 +26,7 @@ from cmpolicy.experiment.model_card import LAST
 from cmpolicy.experiment.train import resume, train
 from cmpolicy.files import write_atomically
 from cmpolicy.flow.objectives import OBJECTIVES
-from cmpolicy.flow.sampler import get_sampler
+from cmpolicy.flow.sampler import SamplerKind, get_sampler
 from cmpolicy.schema import ConfigError, choose
 from cmpolicy.training.checkpoint import state_path
 from cmpolicy.training.guard import NonFiniteError
@@ -89,7 +89,7 @@ class ObjectivesSettings:
 class Scores:
     """One policy at one number of evaluations: an entry per episode, in the order of the seeds."""
 
-    sampler: str
+    sampler: SamplerKind
     nfe: int
     success: tuple[bool, ...]
     score: tuple[float, ...]
@@ -261,15 +261,15 @@ def _health(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return last
 
 
-def evaluations(objective: ObjectiveConfig, nfe: Sequence[int]) -> list[tuple[str, int]]:
+def evaluations(objective: ObjectiveConfig, nfe: Sequence[int]) -> list[tuple[SamplerKind, int]]:
     """Sampler and number of evaluations that are scored: those that the sampler can do.
 
     A diffusion takes few steps by DDIM; its own 100 are DDPM's.
     """
     own = objective.sampler_kind
-    few = "ddim" if own == "ddpm" else own
+    few: SamplerKind = "ddim" if own == "ddpm" else own
     pairs = [(few, n) for n in nfe] + [(own, objective.evaluations(None))]
-    possible: list[tuple[str, int]] = []
+    possible: list[tuple[SamplerKind, int]] = []
     for kind, n in dict.fromkeys(pairs):
         try:
             get_sampler(kind).grid(n)
@@ -286,7 +286,7 @@ def _score(job: _Job) -> list[Scores]:
             policy=str(job.folder / LAST),
             seeds=job.settings.eval_seeds,
             nfe=(nfe,),
-            sampler=kind,  # type: ignore[arg-type]  # a name of SAMPLERS
+            sampler=kind,
             workers=1,
             out="",
         )

@@ -5,32 +5,59 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from cmpolicy.files import write_atomically
+from cmpolicy.flow.alarm import health_alarm
+from cmpolicy.flow.sampler import SamplerKind
 from cmpolicy.study.objectives import RunScores, Scores
 from cmpolicy_eval.metrics import Interval, nested_bootstrap_interval
 from cmpolicy_eval.report import COLOURS, MARKERS, aligned
 
+Measure = Literal["success", "score"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over training seeds and episodes, and its interval of 95 % over both."""
+
+    mean: float
+    ci95: Interval
+    by_seed: tuple[float, ...]
+
+    @classmethod
+    def over(cls, values: npt.NDArray[np.float64]) -> Estimate:
+        """Of (training seeds, episodes)."""
+        by_seed = tuple(float(v) for v in values.mean(1))
+        return cls(float(values.mean()), nested_bootstrap_interval(values), by_seed)
+
+    def __str__(self) -> str:
+        low, high = self.ci95
+        return f"{self.mean:.3f} [{low:.3f}, {high:.3f}]"
+
 
 @dataclass(frozen=True)
 class Row:
-    """All runs of one objective at one number of evaluations: means and intervals of 95 %.
+    """All runs of one objective at one number of evaluations.
 
-    Intervals are over training seeds and episodes. A run that diverged counts as no success.
+    A run that diverged counts as no success, with a score of zero.
     """
 
     objective: str
-    sampler: str
+    sampler: SamplerKind
     nfe: int
-    success: float
-    success_ci95: Interval
-    by_seed: tuple[float, ...]
-    score: float
-    score_ci95: Interval
+    success: Estimate
+    score: Estimate
+
+    def of(self, measure: Measure) -> Estimate:
+        """One of the two."""
+        return self.success if measure == "success" else self.score
 
 
 def write_report(runs: Sequence[RunScores], out: Path, commands: Sequence[str]) -> str:
@@ -56,18 +83,7 @@ def rows(runs: Sequence[RunScores]) -> list[Row]:
             nothing = [[0.0] * length] * (len(own) - len(trained))
             success = np.array([*(s.success for s in several), *nothing], float)
             score = np.array([*(s.score for s in several), *nothing], float)
-            found.append(
-                Row(
-                    name,
-                    kind,
-                    nfe,
-                    float(success.mean()),
-                    nested_bootstrap_interval(success),
-                    tuple(float(v) for v in success.mean(1)),
-                    float(score.mean()),
-                    nested_bootstrap_interval(score),
-                )
-            )
+            found.append(Row(name, kind, nfe, Estimate.over(success), Estimate.over(score)))
     return found
 
 
@@ -84,10 +100,10 @@ def markdown(runs: Sequence[RunScores]) -> str:
     for name in dict.fromkeys(run.objective for run in runs):
         cells = {r.nfe: r for r in table if r.objective == name}
         lines.append([name, *(_cell(cells.get(n)) for n in numbers)])
-    second = ["objective", "runs", "diverged", "gradient norm: median, largest", "CPU ms a step"]
-    second += ["peak MB", "map error", "variance ratio"]
+    second = ["objective", "runs", "diverged", "warned of", "gradient norm: median, largest"]
+    second += ["CPU ms a step", "peak MB", "map error", "variance ratio"]
     return (
-        "Success / score, 95 % intervals of the success over training seeds and episodes:\n\n"
+        "Success / score, 95 % intervals over training seeds and episodes:\n\n"
         + aligned(head, lines, left=1)
         + "\n\nHow the runs went, medians over training seeds:\n\n"
         + aligned(
@@ -100,9 +116,8 @@ def markdown(runs: Sequence[RunScores]) -> str:
 def _cell(row: Row | None) -> str:
     if row is None:
         return "-"
-    low, high = row.success_ci95
     kind = f" ({row.sampler})" if row.sampler in ("ddpm", "ddim") else ""
-    return f"{row.success:.3f} [{low:.3f}, {high:.3f}] / {row.score:.3f}{kind}"
+    return f"{row.success} / {row.score}{kind}"
 
 
 def _facts(name: str, runs: Sequence[RunScores]) -> list[str]:
@@ -116,6 +131,7 @@ def _facts(name: str, runs: Sequence[RunScores]) -> list[str]:
         name,
         str(len(own)),
         str(sum(run.diverged is not None for run in own)),
+        str(sum(_warned(run) for run in own)),
         median([r.grad_norm.get("median") for r in own], ".2f")
         + ", "
         + median([r.grad_norm.get("largest") for r in own], ".3g"),
@@ -126,43 +142,57 @@ def _facts(name: str, runs: Sequence[RunScores]) -> list[str]:
     ]
 
 
+def _warned(run: RunScores) -> bool:
+    """Whether the alarm speaks at the end of the run; the last of its samplers is its own."""
+    return bool(run.scores) and health_alarm(run.health, run.scores[-1].sampler) is not None
+
+
 def plot(runs: Sequence[RunScores], path: Path) -> Path:
-    """Success at one evaluation, best first, and success against the number of evaluations."""
+    """Success and score: at the fewest evaluations, best first, and against their number."""
     table = rows(runs)
-    figure = Figure(figsize=(11, 0.32 * len({r.objective for r in table}) + 2.6), dpi=120)
+    figure = Figure(figsize=(11, 0.56 * len({r.objective for r in table}) + 4.4), dpi=120)
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    panels = figure.subplots(2, 2)
+    for (left, right), measure in zip(panels, get_args(Measure), strict=True):
+        _plot_first(left, table, measure)
+        _plot_evaluations(right, table, measure)
+    figure.axes[1].legend(fontsize=8, ncols=2)
+    figure.tight_layout()
+    figure.savefig(path)
+    return path
+
+
+def _plot_first(axes: Axes, table: Sequence[Row], measure: Measure) -> None:
+    """Each objective at its fewest evaluations."""
     fewest = {r.objective: min(q.nfe for q in table if q.objective == r.objective) for r in table}
-    first = sorted((r for r in table if r.nfe == fewest[r.objective]), key=lambda r: r.success)
-    for i, row in enumerate(first):
-        low, high = row.success_ci95
-        left.plot([low, high], [i, i], color="#555555", lw=2, zorder=1)
-        left.scatter(row.by_seed, [i] * len(row.by_seed), s=14, color="#999999", zorder=2)
-        left.scatter([row.success], [i], s=40, color=COLOURS[0], zorder=3)
-    labels = [r.objective + (f" ({r.nfe} evaluations)" if r.nfe > 1 else "") for r in first]
-    left.set_yticks(range(len(first)), labels)
-    left.set_xlabel("success at the fewest evaluations (grey: training seeds; line: 95 %)")
-    left.set_xlim(0, 1)
-    left.grid(axis="x", alpha=0.3)
-    several = list(dict.fromkeys(r.objective for r in table))
-    for i, name in enumerate(several):
+    first = [(row, row.of(measure)) for row in table if row.nfe == fewest[row.objective]]
+    first.sort(key=lambda pair: pair[1].mean)
+    for i, (_, found) in enumerate(first):
+        axes.plot(found.ci95, [i, i], color="#555555", lw=2, zorder=1)
+        axes.scatter(found.by_seed, [i] * len(found.by_seed), s=14, color="#999999", zorder=2)
+        axes.scatter([found.mean], [i], s=40, color=COLOURS[0], zorder=3)
+    labels = [r.objective + (f" ({r.nfe} evaluations)" if r.nfe > 1 else "") for r, _ in first]
+    axes.set_yticks(range(len(first)), labels)
+    axes.set_xlabel(f"{measure} at the fewest evaluations (grey: training seeds; line: 95 %)")
+    axes.grid(axis="x", alpha=0.3)
+
+
+def _plot_evaluations(axes: Axes, table: Sequence[Row], measure: Measure) -> None:
+    """Every objective against the number of evaluations."""
+    for i, name in enumerate(dict.fromkeys(r.objective for r in table)):
         line = sorted((r for r in table if r.objective == name), key=lambda r: r.nfe)
-        right.plot(
+        axes.plot(
             [r.nfe for r in line],
-            [r.success for r in line],
+            [r.of(measure).mean for r in line],
             marker=MARKERS[i // len(COLOURS)],
             color=COLOURS[i % len(COLOURS)],
             label=name,
         )
-    right.set_xscale("log")
+    axes.set_xscale("log")
     ticks = sorted({r.nfe for r in table})
-    right.set_xticks(ticks, [str(n) for n in ticks])
-    right.minorticks_off()
-    right.set_xlabel("network evaluations per action chunk")
-    right.set_ylabel("success")
-    right.set_ylim(0, 1)
-    right.grid(alpha=0.3)
-    right.legend(fontsize=8, ncols=2)
-    figure.tight_layout()
-    figure.savefig(path)
-    return path
+    axes.set_xticks(ticks, [str(n) for n in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("network evaluations per action chunk")
+    axes.set_ylabel(measure)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)

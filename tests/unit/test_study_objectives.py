@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -31,13 +32,20 @@ def _run(name: str, seed: int, success: list[bool], *, diverged: int | None = No
 def test_a_run_that_diverged_counts() -> None:
     good, bad = [True] * 4, [False] * 4
     (row,) = rows([_run("ct", 0, good), _run("ct", 1, bad), _run("ct", 2, good, diverged=640)])
-    assert row.success == pytest.approx(1 / 3)
-    assert sorted(row.by_seed) == [0.0, 0.0, 1.0]
-    assert row.success_ci95[0] == 0.0
-    assert row.success_ci95[1] == 1.0
+    for found in (row.success, row.score):
+        assert found.mean == pytest.approx(1 / 3)
+        assert sorted(found.by_seed) == [0.0, 0.0, 1.0]
+        assert found.ci95 == (0.0, 1.0)
     text = markdown([_run("ct", 0, good), _run("ct", 1, good, diverged=640)])
     line = next(line for line in text.splitlines() if line.startswith("| ct") and " 9 " in line)
     assert [cell.strip() for cell in line.split("|")][2:4] == ["2", "1"]
+
+
+def test_the_table_counts_the_runs_that_the_alarm_speaks_of() -> None:
+    runs = [_run("isd", seed, [True] * 4) for seed in range(3)]
+    runs[1] = dataclasses.replace(runs[1], health={"health_variance_ratio": 2.0})
+    line = next(x for x in markdown(runs).splitlines() if x.startswith("| isd") and " 9 " in x)
+    assert [cell.strip() for cell in line.split("|")][2:5] == ["3", "0", "1"]
 
 
 def test_objectives_without_a_trained_run_stay_in_the_table(tmp_path: Path) -> None:
@@ -77,8 +85,6 @@ def test_evaluations_that_the_sampler_can_do(name: str, expected: list[tuple[str
 
 
 def test_results_read_back(tmp_path: Path) -> None:
-    import dataclasses
-
     run = _run("isd", 3, [True, False])
     path = tmp_path / "r.json"
     path.write_text(json.dumps(dataclasses.asdict(run)))
