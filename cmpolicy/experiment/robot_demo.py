@@ -143,12 +143,12 @@ def drive(settings: RobotDemoSettings) -> int:
         hz=robot.hz,
         schedule=schedule,
         # A target jumps by less than 100 px a tick in every demonstration.
-        safety=SafetyLimits(low=0.0, high=ARENA, max_rate=1000.0, start=robot.start),
+        safety=SafetyLimits(low=0.0, high=ARENA, max_rate=1000.0),
         timestamps=Timestamps("timestamp"),
         seed=settings.seed,
         on_tick=record,
     ) as loop:
-        report = loop.run(seconds=settings.seconds)
+        report = loop.run(seconds=settings.seconds, start=robot.start)
     recording = Recording(settings.seed, robot.hz, ticks)
     print(_summary(settings, recording, report))
     if ticks:

@@ -25,7 +25,9 @@ class LeRobotAdapter:
     Args:
         robot: with LeRobot's interface; all its other members can be reached through the adapter.
         observation: for each key of the policy the names whose values it consists of, in the order
-            of training. Other entries, such as images, pass through under their own names.
+            of training; or one name as a plain string, whose entry is taken as it is, such as a
+            camera: ``{"state": joints, "images.front": "front"}``. Other entries pass through
+            under their own names.
         action: names of the action's dimensions, in the order of training; None takes those of
             ``robot.action_features``.
 
@@ -37,15 +39,18 @@ class LeRobotAdapter:
         self,
         robot: Any,
         *,
-        observation: Mapping[str, Sequence[str]],
+        observation: Mapping[str, str | Sequence[str]],
         action: Sequence[str] | None = None,
     ) -> None:
         self._robot = robot
-        self._observation = {key: tuple(names) for key, names in observation.items()}
+        whole = {key: name for key, name in observation.items() if isinstance(name, str)}
+        self._whole = whole
+        self._observation = {k: tuple(v) for k, v in observation.items() if k not in whole}
         self._used = {name for names in self._observation.values() for name in names}
+        self._used |= set(whole.values())
         given = getattr(robot, "action_features", ()) if action is None else action
         self._action = tuple(str(name) for name in given)
-        empty = [key for key, names in self._observation.items() if not names]
+        empty = [key for key, names in observation.items() if not names]
         if empty:
             raise ValueError(f"LeRobotAdapter: no names for the observations {empty}")
         if not self._action:
@@ -68,26 +73,34 @@ class LeRobotAdapter:
         self._robot.disconnect()
 
     def get_observation(self) -> dict[str, Any]:
-        """One observation, (n,) float64 per key of ``observation``.
+        """One observation, (n,) float64 per key of ``observation`` that has several names.
 
         Raises:
             ObservationError: the robot gave no such name, or no number for it.
         """
         flat = self._robot.get_observation()
         arrays: dict[str, Any] = {k: v for k, v in flat.items() if k not in self._used}
+        for key, name in self._whole.items():
+            if name not in flat:
+                raise self._missing(name, key, flat)
+            arrays[key] = flat[name]
         for key, names in self._observation.items():
             try:
                 arrays[key] = np.array([float(flat[name]) for name in names])
             except KeyError as error:
-                raise ObservationError(
-                    f"the robot gave no {error.args[0]!r} for observation {key!r}; "
-                    f"it gave {sorted(map(str, flat))}"
-                ) from None
+                raise self._missing(error.args[0], key, flat) from None
             except (TypeError, ValueError) as error:
                 raise ObservationError(
                     f"observation {key!r} needs one number for each of {list(names)}: {error}"
                 ) from error
         return arrays
+
+    @staticmethod
+    def _missing(name: str, key: str, flat: Mapping[str, Any]) -> ObservationError:
+        given = sorted(map(str, flat))
+        return ObservationError(
+            f"the robot gave no {name!r} for observation {key!r}; it gave {given}"
+        )
 
     def send_action(self, action: Array) -> Any:
         """Send ``action`` (A,) by name.

@@ -15,7 +15,7 @@ from cmpolicy.robot.metronome import clock
 from cmpolicy.robot.policy import ChunkPolicy, plan_window
 from cmpolicy.robot.report import LoopReport
 from cmpolicy.robot.robot import Robot, RobotError, RobotLock, check_rates, check_robot, rate_of
-from cmpolicy.robot.safety import SafetyFilter, SafetyLimits
+from cmpolicy.robot.safety import PerDimension, SafetyFilter, SafetyLimits
 from cmpolicy.robot.schedule import Asynchronous, Schedule, Synchronous
 from cmpolicy.robot.watchdog import SignalGuard, Watchdog, raise_for
 from cmpolicy.robot.worker import InlineWorker, NoiseSource, ThreadedWorker, Worker
@@ -209,8 +209,21 @@ class ControlLoop:
 
     # -- running ----------------------------------------------------------------------------------
 
-    def run(self, *, seconds: float | None = None, steps: int | None = None) -> LoopReport:
+    def run(
+        self,
+        *,
+        seconds: float | None = None,
+        steps: int | None = None,
+        start: PerDimension | None = None,
+    ) -> LoopReport:
         """One episode of so many seconds or ticks; with neither, until something ends it.
+
+        Args:
+            seconds: how long.
+            steps: how many ticks, instead.
+            start: the action that the robot stands at, (A,), e.g. its joint positions. It is held
+                there until the first plan, and ``safety.max_rate`` counts from there. None: nothing
+                is sent before the first planned action, which may be any within the bounds.
 
         Returns:
             What it did, and why it stopped. It may have been ended by :meth:`stop`, by a signal, or
@@ -220,19 +233,20 @@ class ControlLoop:
             ObservationError: the robot's observation does not fit the policy.
             RobotError: the robot could not be stopped.
             RuntimeError: outside of ``with``, after a signal, or while another run goes on.
+            ValueError: a ``start`` of another size, not finite, or outside of the bounds.
             Exception: what robot, policy or ``on_tick`` raised. The robot was stopped before.
         """
         n_ticks = _n_ticks(seconds, steps, self._hz)
         if not self._run_lock.acquire(blocking=False):
             raise RuntimeError("this loop already runs, in another thread or further up")
         try:
-            return self._run(n_ticks)
+            return self._run(n_ticks, start)
         finally:
             self._run_lock.release()
 
-    def _run(self, n_ticks: int) -> LoopReport:
+    def _run(self, n_ticks: int, start: PerDimension | None) -> LoopReport:
         self._check_may_run()
-        self._safety = self._new_filter()
+        self._safety = self._new_filter(start)
         episode = Episode(
             self._robot,
             watchdog=self._watchdog,
@@ -300,8 +314,8 @@ class ControlLoop:
         self._signal = self._signal or name
         self._unreported = name
 
-    def _new_filter(self) -> SafetyFilter:
-        return SafetyFilter(self._limits, self._window.action_dim, 1 / self._hz)
+    def _new_filter(self, start: PerDimension | None = None) -> SafetyFilter:
+        return SafetyFilter(self._limits, self._window.action_dim, 1 / self._hz, start)
 
     def _halt(self) -> list[tuple[str, BaseException]]:
         """Bring the robot to rest; what went wrong."""

@@ -43,9 +43,7 @@ class SafetyLimits:
         low: least value of an action, (A,); None has none.
         high: largest value of an action, (A,); None has none.
         max_rate: largest change of an action per second, (A,); None has none. The first action of
-            a robot is compared with ``start``, if that is given.
-        start: the action that the robot stands at when the loop takes over, (A,), e.g. its joint
-            positions.
+            a run is compared with where the robot stands, if ``run(start=...)`` says so.
         rest: the action that brings the robot to rest, (A,): zeros for velocities or other relative
             commands. None re-sends the last safe action, which is right for absolute targets.
         max_observation_age: seconds. When the newest good observation is older, the robot is held.
@@ -64,7 +62,6 @@ class SafetyLimits:
     low: PerDimension | None = None
     high: PerDimension | None = None
     max_rate: PerDimension | None = None
-    start: PerDimension | None = None
     rest: PerDimension | None = None
     max_observation_age: float = 0.5
     max_misses: int = 10
@@ -93,12 +90,19 @@ class SafetyFilter:
         limits: what is safe.
         action_dim: A.
         period: seconds between two actions.
+        start: the action that the robot stands at, (A,), e.g. its joint positions; None: unknown.
 
     Raises:
         ValueError: a limit of another size than the action, no number, or impossible.
     """
 
-    def __init__(self, limits: SafetyLimits, action_dim: int, period: float) -> None:
+    def __init__(
+        self,
+        limits: SafetyLimits,
+        action_dim: int,
+        period: float,
+        start: PerDimension | None = None,
+    ) -> None:
         self._low = _inward(_vector("low", limits.low, action_dim, -math.inf), math.inf)
         self._high = _inward(_vector("high", limits.high, action_dim, math.inf), -math.inf)
         rate = _vector("max_rate", limits.max_rate, action_dim, math.inf)
@@ -113,10 +117,10 @@ class SafetyFilter:
         self._safe = np.zeros(action_dim)
         self._before = np.zeros(action_dim)
         self._rest = self._known("rest", limits.rest)
-        start = self._known("start", limits.start)
-        self._has_last = start is not None
-        if start is not None:
-            self._safe[...] = start
+        stands_at = self._known("start", start)
+        self._has_last = stands_at is not None
+        if stands_at is not None:
+            self._safe[...] = stands_at
         self.counts = dict.fromkeys(INTERVENTIONS, 0)
 
     @property

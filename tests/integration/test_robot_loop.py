@@ -175,13 +175,34 @@ def test_every_run_is_an_episode_of_its_own_with_the_same_noise() -> None:
 
 def test_limits_are_applied_and_counted() -> None:
     robot = CountingRobot()
-    safety = SafetyLimits(low=0, high=5, max_rate=0.5 * HZ, start=0)
+    safety = SafetyLimits(low=0, high=5, max_rate=0.5 * HZ)
     with ControlLoop(CountingPolicy(), robot, HZ, schedule=Synchronous(), safety=safety) as loop:
-        report = loop.run(steps=20)
+        report = loop.run(steps=20, start=0)
     assert max(robot.sent) == 5
     assert np.abs(np.diff([0.0, *robot.sent])).max() <= 0.5 + 1e-6
     assert report.interventions["too fast"] > 0
     assert report.interventions["out of bounds"] > 0
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_where_one_run_started_is_forgotten_in_the_next(schedule: Any) -> None:
+    """The robot is elsewhere by then: sending it back to the old start would be a jump."""
+    robot = CountingRobot()
+    safety = SafetyLimits(max_rate=1.0 * HZ)
+    with ControlLoop(CountingPolicy(), robot, HZ, schedule=schedule, safety=safety) as loop:
+        loop.run(steps=20, start=0)
+        left_at = robot.sent[-1]
+        assert left_at > 5
+        robot.sent.clear()
+        loop.run(steps=10, start=left_at)
+        assert np.abs(np.diff([left_at, *robot.sent])).max() <= 1 + 1e-6
+        robot.sent.clear()
+        loop.stop()
+        loop.run(steps=10)
+        assert robot.sent == []
+        with pytest.raises(ValueError, match="start=nan holds NaN"):
+            loop.run(steps=1, start=float("nan"))
+        assert robot.sent == []
 
 
 def test_the_tiny_network_drives_a_robot() -> None:

@@ -134,6 +134,14 @@ def test_adapter() -> None:
         _ = robot.stop
 
 
+def test_adapter_renames_a_camera() -> None:
+    """Policies of LeRobot data sets know cameras as ``images.<name>``, robots as ``<name>``."""
+    joints = {"state": ["a.pos", "b.pos"], "images.top": "cam"}
+    observation = LeRobotAdapter(Arm(), observation=joints).get_observation()
+    assert observation["images.top"] == "image"
+    assert set(observation) == {"state", "images.top"}
+
+
 def test_adapter_and_what_it_refuses() -> None:
     arm = Arm()
     robot = LeRobotAdapter(arm, observation={"state": ["c.pos"]}, action=["a.pos"])
@@ -146,6 +154,9 @@ def test_adapter_and_what_it_refuses() -> None:
         robot.send_action(np.zeros(2))
     with pytest.raises(ValueError, match=r"no names for the observations \['state'\]"):
         LeRobotAdapter(arm, observation={"state": []})
+    robot = LeRobotAdapter(arm, observation={"images.top": "camera"})
+    with pytest.raises(ObservationError, match=r"no 'camera' for observation 'images.top'.*'cam'"):
+        robot.get_observation()
     with pytest.raises(ValueError, match="no names for the action"):
         LeRobotAdapter(object(), observation={"state": ["a"]})
 

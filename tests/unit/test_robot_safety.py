@@ -14,8 +14,8 @@ from cmpolicy.robot.safety import (
 )
 
 
-def _filter(dim: int = 2, period: float = 0.1, **limits: Any) -> SafetyFilter:
-    return SafetyFilter(SafetyLimits(**limits), dim, period)
+def _filter(dim: int = 2, period: float = 0.1, start: Any = None, **limits: Any) -> SafetyFilter:
+    return SafetyFilter(SafetyLimits(**limits), dim, period, start)
 
 
 def _apply(safety: SafetyFilter, *values: float) -> list[float] | None:
