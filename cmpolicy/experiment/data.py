@@ -373,7 +373,7 @@ def _report(arrays: Demonstrations, path: Path, *, strict: bool) -> None:
         ConfigError: there is something, and ``strict``.
     """
     numbers = {**arrays.numbers, **arrays.targets}
-    findings = examine(numbers, arrays.episode_ends, actions=(ACTION,))
+    findings = examine(numbers, arrays.episode_ends, actions=(ACTION,), pauses=arrays.tells_pauses)
     if not findings:
         return
     text = "\n  ".join([f"{path}:", *map(str, findings)])

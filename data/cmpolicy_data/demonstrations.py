@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from cmpolicy_data.augment import AugmentError, Episodes, augmentation
 from cmpolicy_data.chunks import MissingChunks
-from cmpolicy_data.frames import load_frames, looks_like_frames
+from cmpolicy_data.frames import load_frames, looks_like_frames, select_frames
 from cmpolicy_data.replay_buffer import ReplayBuffer
 from cmpolicy_data.selector import Selector
 from cmpolicy_data.statistics import KeyStatistics
@@ -47,14 +47,30 @@ class Demonstrations:
         states = {key: value for key, value in self.obs.items() if key not in self.images}
         return {**states, "action": self.action}
 
+    @property
+    def tells_pauses(self) -> bool:
+        """Whether pauses can be told: frames always differ a little, and actions may be goals."""
+        return len(self.numbers) > 1 or bool(self.targets)
+
     def without_pauses(self, longest: int) -> Demonstrations:
         """Without the steps of each pause beyond its first ``longest``.
 
-        A pause lasts while no number, the action included, is farther than :data:`STILL` of its
-        range from where it was when the pause began. Nothing is lost between the steps that are
-        left.
+        A pause lasts while no number, actions and targets included, is farther than :data:`STILL`
+        of its range from where it was when the pause began. Nothing is lost between the steps that
+        are left.
+
+        Raises:
+            ValueError: nothing but frames is observed, see :attr:`tells_pauses`.
         """
-        flat = [v.reshape(len(v), -1).astype(np.float64) for v in self.numbers.values()]
+        if not self.tells_pauses:
+            raise ValueError(
+                f"data.max_pause={longest} needs numbers that tell a pause from a motion, and only "
+                f"frames are observed ({', '.join(self.images)}): an action may be a goal that "
+                "stays while the arm travels to it. Add the robot's state to data.obs or "
+                "data.targets, or leave data.max_pause out"
+            )
+        numbers = {**self.numbers, **self.targets}
+        flat = [v.reshape(len(v), -1).astype(np.float64) for v in numbers.values()]
         rows = np.concatenate(flat, axis=1)
         reach = np.maximum(STILL * np.ptp(rows, axis=0), np.finfo(np.float64).tiny)
         rows, starts = rows / reach, {0, *self.episode_ends.tolist()}
@@ -67,7 +83,10 @@ class Demonstrations:
         kept = np.r_[0, np.cumsum(keep)]
         return replace(
             self,
-            obs={key: value[keep] for key, value in self.obs.items()},
+            obs={
+                key: select_frames(value, keep) if key in self.images else value[keep]
+                for key, value in self.obs.items()
+            },
             targets={key: value[keep] for key, value in self.targets.items()},
             action=self.action[keep],
             episode_ends=kept[self.episode_ends].astype(np.int64),
@@ -108,24 +127,34 @@ class _Source:
     def read(cls, given: str | Mapping[str, str]) -> _Source:
         if isinstance(given, str):
             return cls(Selector.parse(given))
-        layout = given.get("layout", "hwc")
-        return cls(Selector.parse(given["key"]), given.get("kind"), layout)
+        selector, kind = Selector.parse(given["key"]), given.get("kind")
+        if kind == "image" and not selector.is_whole:
+            raise ValueError(
+                f"data.obs: {given['key']!r} takes a part of each step, and frames are whole: "
+                f"write key: {selector.key} (encoder.crop crops)"
+            )
+        return cls(selector, kind, given.get("layout", "hwc"))
 
     def is_image(self, buffer: ReplayBuffer) -> bool:
         key = self.selector.key
         if self.kind is not None or not self.selector.is_whole:
             return self.kind == "image"
         if key not in buffer:
-            return key == _PUSHT_FRAMES and _is_pusht(buffer)
+            return _can_render(buffer, key)
         return self.layout == "chw" or looks_like_frames(buffer[key])
 
 
 #: Key of Push-T's frames in the public demonstrations; rendered where a store lacks it.
 _PUSHT_FRAMES = "img"
+_ARENA = 512.0
 
 
-def _is_pusht(buffer: ReplayBuffer) -> bool:
-    return "state" in buffer and buffer["state"].shape[1:] == (5,)
+def _can_render(buffer: ReplayBuffer, key: str) -> bool:
+    """Whether a key stands for Push-T's frames, and the store holds Push-T's states."""
+    if key != _PUSHT_FRAMES or "state" not in buffer or buffer["state"].shape[1:] != (5,):
+        return False
+    places = buffer.load("state[:4]")  # of agent and block, px; other arms have five numbers too
+    return bool(((places >= 0) & (places <= _ARENA)).all())
 
 
 def load_demonstrations(
@@ -201,6 +230,8 @@ def load_demonstrations(
             memory = image_memory / len(images)
             arrays[key] = load_frames(buffer, stored, layout=source.layout, memory=memory)
         else:
+            if not _can_render(buffer, stored):
+                buffer.check(stored)  # raises, where it is not there
             from cmpolicy_data.convert.pusht_frames import render_pusht_frames  # the simulator
 
             shown = buffer.load("state") if states is None else states

@@ -27,6 +27,7 @@ Frames = npt.NDArray[np.uint8]
 #: Frames smaller than this are no images: (2, 3, 3) is a pair of matrices.
 _LEAST_SIZE = 8
 _GIB = 2**30
+_ROWS = 256  # frames that are copied at once
 
 
 def looks_like_frames(array: Array) -> bool:
@@ -138,6 +139,23 @@ def gather_frames(
         _write(file, shape, parts(), label)
     mapped = np.load(file, mmap_mode="r")
     return np.array(mapped) if fits else mapped
+
+
+def select_frames(frames: Frames, keep: npt.NDArray[np.bool_]) -> Frames:
+    """The frames of some steps; of frames that are mapped from a file, in another such file."""
+    if keep.all():
+        return frames
+    if not isinstance(frames, np.memmap):
+        return frames[keep]
+    rows = np.flatnonzero(keep)
+
+    def parts() -> Iterator[tuple[int, Frames]]:
+        for start in range(0, len(rows), _ROWS):
+            yield start, frames[rows[start : start + _ROWS]]
+
+    digest = hashlib.blake2b(np.packbits(keep).tobytes(), digest_size=16).hexdigest()
+    shape = (len(rows), *frames.shape[1:])
+    return gather_frames(parts, shape, f"{frames.filename} {digest}", 0.0, "leaving pauses out")
 
 
 def _write(

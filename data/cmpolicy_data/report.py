@@ -58,6 +58,7 @@ def examine(
     ends: Int64Array,
     *,
     actions: tuple[str, ...] = ("action",),
+    pauses: bool = True,
 ) -> list[Finding]:
     """Findings about the keys' values.
 
@@ -65,6 +66,7 @@ def examine(
         values: (N, ...) finite numbers by key; camera frames are not for here.
         ends: (E,) one past the last row of each episode.
         actions: which keys are actions.
+        pauses: whether the keys tell a pause from a motion.
     """
     found: list[Finding] = []
     for key, array in values.items():
@@ -77,7 +79,8 @@ def examine(
                 one = rows[:, column].astype(np.float64)
                 found += _column(key, column, one, statistics, ends, key in actions, coarse)
         found += [*_quaternions(key, rows, ends), *_narrow(key, statistics)]
-    found += _pauses(values, ends)
+    if pauses:
+        found += _pauses(values, ends)
     return found
 
 
@@ -336,7 +339,7 @@ def _pauses(values: Mapping[str, npt.NDArray[Any]], ends: Int64Array) -> Iterato
         None,
         episode,
         step,
-        f"{share:.0%} of the steps repeat the one before in every key, the longest run is "
+        f"{share:.0%} of the steps repeat the one before in all numbers, the longest run is "
         f"{stops[longest] - starts[longest] + 2} steps in episode {episode} from step {step}: a "
         "pause, or a sensor slower than the recording. A policy stands still where its data does; "
         "leave most of each pause out with data.max_pause=3, or record at the rate of the sensor",

@@ -15,7 +15,7 @@ from cmpolicy_data import ReplayBuffer
 from cmpolicy_data.chunks import ReplayBufferError
 from cmpolicy_data.convert.pusht_frames import render_pusht_frames
 from cmpolicy_data.demonstrations import load_demonstrations
-from cmpolicy_data.frames import load_frames
+from cmpolicy_data.frames import load_frames, select_frames
 from cmpolicy_data.validation import validate
 from cmpolicy_envs.pusht import PushTEnv, PushTImageEnv
 
@@ -36,6 +36,17 @@ def _store(tmp_path: Path, **data: Any) -> ReplayBuffer:
     for start, end in ((0, 15), (15, N)):
         buffer.append_episode({key: value[start:end] for key, value in whole.items()})
     return buffer
+
+
+def test_frames_without_some_stay_in_a_file(tmp_path: Path) -> None:
+    buffer = _store(tmp_path, top=FRAMES)
+    keep = np.arange(N) % 3 > 0
+    mapped, loaded = (load_frames(buffer, "top", memory=m) for m in (1e-6, 1))
+    assert select_frames(mapped, np.ones(N, bool)) is mapped
+    for frames, kind in ((mapped, np.memmap), (loaded, np.ndarray)):
+        found = select_frames(frames, keep)
+        assert type(found) is kind
+        assert np.array_equal(found, FRAMES[keep])
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.int32])
@@ -202,6 +213,22 @@ def test_frames_that_a_store_lacks_are_rendered_also_of_mirrored_states(tmp_path
     # the picture of a mirrored state is the mirrored picture, up to how edges are drawn
     reflected = plain.obs["image"][:, ::-1, ::-1].transpose(0, 2, 1, 3).astype(float)
     assert np.abs(doubled.obs["image"][N:] - reflected).mean() < 4
+
+
+@pytest.mark.parametrize(
+    ("key", "scale"), [("camera_fornt", 1.0), ("img", 0.01), ("img", 10.0)], ids=str
+)
+def test_a_key_that_is_not_there_becomes_no_pictures_of_push_t(
+    tmp_path: Path, key: str, scale: float
+) -> None:
+    """Other arms have five numbers, too."""
+    states = (scale * RNG.uniform(-150, 350, (N, 5))).astype(np.float32)
+    path = _store(tmp_path, state=states, camera_front=FRAMES).path
+    for source in (key, {"key": key, "kind": "image"}):
+        with pytest.raises(ReplayBufferError, match=f"no key '{key}'.*camera_front"):
+            load_demonstrations(path, {"top": source})
+    with pytest.raises(ValueError, match=r"'camera_front\[4:9\]' takes a part of each step"):
+        load_demonstrations(path, {"top": {"key": "camera_front[4:9]", "kind": "image"}})
 
 
 def test_camera_does_not_change_the_physics() -> None:

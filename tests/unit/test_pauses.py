@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import cmpolicy
-from cmpolicy.experiment.data import load_training_data
+from cmpolicy.experiment.data import DataWarning, load_training_data
 from cmpolicy.schema import ConfigError
 from cmpolicy_data import ReplayBuffer
 from cmpolicy_data.demonstrations import Demonstrations
@@ -46,6 +47,27 @@ def test_slow_motion_is_no_pause() -> None:
     left = found.obs["x"][:, 0]
     assert np.diff(left[:-1]).max() < 0.0012
     assert 20 <= len(left) <= 30
+
+
+def test_a_goal_that_stays_is_no_pause_of_what_only_cameras_see(tmp_path: Path) -> None:
+    """The arm travels to its goal: without its state, the frames alone tell of the motion."""
+    steps = np.arange(40)
+    frames = np.broadcast_to(steps[:, None, None, None], (40, 8, 8, 3)).astype(np.uint8)
+    joint = steps[:, None].astype(np.float32)
+    buffer = ReplayBuffer.create(tmp_path / "a.zarr")
+    for _ in range(2):
+        goal = np.repeat([[20.0], [40.0]], 20, axis=0).astype(np.float32)
+        buffer.append_episode({"top": frames, "joint": joint, "action": goal})
+    words = ["task=custom", f"data.path={buffer.path}", "control_hz=10", "encoder=compact"]
+    blind = [*words, "data.obs=[top]"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DataWarning)
+        load_training_data(cmpolicy.compose(*blind))
+    with pytest.raises(ValueError, match=r"data.max_pause=3 needs numbers .*\(top\)"):
+        load_training_data(cmpolicy.compose(*blind, "data.max_pause=3"))
+    for more in ("data.obs=[top,joint]", "data.targets=[joint]"):
+        config = cmpolicy.compose(*blind, "data.max_pause=3", more)
+        assert load_training_data(config).arrays.episode_ends.tolist() == [40, 80]
 
 
 def test_training_data_without_pauses(tmp_path: Path) -> None:
