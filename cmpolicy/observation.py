@@ -115,6 +115,9 @@ def read_frames(
             are not grey levels; the message says which conversion is needed.
     """
     array = _array(what, _decoded(what, value, shape))
+    if 0 in array.shape[-3:]:
+        size = " x ".join(map(str, array.shape[-3:]))
+        raise ObservationError(f"{what} has an empty frame ({size}): the camera gave no picture")
     if resize and array.ndim >= 3 and array.shape[-1] == 3 and array.shape[-3:] != shape:
         return _resized(as_uint8(what, array), shape)
     if array.shape[-3:] != shape:

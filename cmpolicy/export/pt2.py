@@ -67,7 +67,9 @@ class Pt2Policy(ExportedRuntime):
     def _run(
         self, obs: Sequence[Array], noise: Floats, warm: Sequence[Array], *, output: int
     ) -> Floats:
-        tensors = tuple(torch.from_numpy(np.require(value, requirements="W")) for value in obs)
+        tensors = tuple(
+            torch.from_numpy(np.require(value, requirements=["C", "W"])) for value in obs
+        )
         others = [torch.from_numpy(value) for value in (noise, *warm)]
         with self._turn:
             result: Floats = self._module(tensors, *others)[output].numpy()

@@ -42,8 +42,9 @@ def obs_tensors(
     """
     tensors = {}
     for key in spec.obs:
-        # a copy of what must not be written to, such as a received message: torch would warn
-        value = np.require(read_observation(spec, key, obs[key]), requirements="W")
+        # a copy of what torch does not take: received messages, which must not be written to, and
+        # flipped frames, whose strides are negative
+        value = np.require(read_observation(spec, key, obs[key]), requirements=["C", "W"])
         kept = key in spec.images or key in spec.precise
         tensors[key] = torch.as_tensor(value, dtype=None if kept else dtype, device=device)
     return tensors

@@ -296,6 +296,11 @@ class ConsistencyPolicy(nn.Module):
                     f"observation {key!r} is a {type(obs[key]).__name__}; this takes tensors on "
                     f"{self.device}, and policy.infer(obs) takes arrays"
                 )
+            if key in self.spec.images and obs[key].dtype is not torch.uint8:
+                raise SpecError(
+                    f"observation {key!r} holds {obs[key].dtype}; frames are torch.uint8 RGB in "
+                    "0..255, (frames * 255).round().to(torch.uint8) if they are in 0..1"
+                )
         features = self.encode(obs)
         kind = self.sampler if sampler is None else sampler
         nfe = self.nfe if nfe is None else nfe

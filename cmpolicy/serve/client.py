@@ -16,7 +16,7 @@ import numpy as np
 
 from cmpolicy.observation import encode_jpeg, read_numbers, read_observation, read_plan
 from cmpolicy.robot.policy import Array
-from cmpolicy.serve.wire import WireError, pack, unpack
+from cmpolicy.serve.wire import MAX_ENTRIES, MAX_LENGTH, WireError, pack, unpack
 from cmpolicy.spec import PolicySpec, SpecError
 
 try:
@@ -199,8 +199,7 @@ class RemotePolicy:
                 )
         if plan is not None:
             arrays["plan"] = read_plan(self.spec, plan, rows)
-        size = int(self.metadata.get("max_batch", rows))
-        parts = []
+        size, parts = self._rows_at_once(rows), []
         for start in range(0, rows, size):
             part = {
                 key: self._sent(key, value[start : start + size]) for key, value in arrays.items()
@@ -211,6 +210,14 @@ class RemotePolicy:
                 raise RemotePolicyError(f"the policy server at {self.url} refused: {reply}")
             parts.append(self._plan(self._unpack(reply), min(size, rows - start)))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _rows_at_once(self, rows: int) -> int:
+        size = int(self.metadata.get("max_batch", rows))
+        if self._jpeg is None or not self.spec.images:
+            return size
+        # frames as files are lists, which the wire bounds
+        entries = len(self.spec.images) * (self.spec.n_obs_steps + 1)
+        return max(1, min(size, MAX_LENGTH, (MAX_ENTRIES - MAX_LENGTH) // entries))
 
     def _sent(self, key: str, value: Array) -> Any:
         if self._jpeg is None or key not in self.spec.images:
@@ -349,8 +356,11 @@ class RemotePolicy:
             raise self._foreign(str(error)) from error
         if self._spec is not None and spec != self._spec:
             now, before = spec.to_dict(), self._spec.to_dict()
-            changed = {name: (before[name], now[name]) for name in now if now[name] != before[name]}
-            words = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+            words = ", ".join(  # what is at its default is left out
+                f"{name} {before.get(name)} -> {now.get(name)}"
+                for name in {**before, **now}
+                if now.get(name) != before.get(name)
+            )
             raise RemotePolicyError(
                 f"the server at {self.url} now serves another policy ({words}); connect anew with "
                 "another RemotePolicy"

@@ -18,6 +18,7 @@ from cmpolicy import ConsistencyPolicy, ControlLoop, PolicyServer, RemotePolicy
 from cmpolicy.cli.main import main
 from cmpolicy.observation import ObservationError, encode_jpeg, read_observation
 from cmpolicy.robot import SafetyLimits
+from cmpolicy.spec import SpecError
 from cmpolicy.training.trackers import read_log
 from cmpolicy_data import ReplayBuffer, bundled_path
 
@@ -130,6 +131,10 @@ def test_every_frame_matters(policy: ConsistencyPolicy) -> None:
         policy.infer({**obs, "top": obs["top"] / 255}, noise)
     with pytest.raises(ValueError, match=r"'top' has shape \(1, 2, 24, 32, 4\)"):
         policy.infer({**obs, "top": np.zeros((1, 2, 24, 32, 4), np.uint8)}, noise)
+    tensors = {key: torch.from_numpy(value) for key, value in obs.items()}
+    tensors["top"] = tensors["top"] / 255  # as torchvision gives them: nearly black here
+    with pytest.raises(SpecError, match=r"'top' holds torch.float32; frames are torch.uint8"):
+        policy.predict_trajectory(tensors)
 
 
 @pytest.mark.parametrize("format", ["onnx", "pt2"])
@@ -151,6 +156,14 @@ def test_exports_take_frames(policy: ConsistencyPolicy, tmp_path: Path, format: 
         np.testing.assert_allclose(
             exported.infer(obs, noise), policy.infer(obs, noise), rtol=1e-4, atol=1e-4
         )
+    # from BGR, and from a camera that hangs upside down: views that torch does not take
+    views = {key: obs[key][..., ::-1, ::-1, ::-1] for key in SIZES}
+    copies = {key: value.copy() for key, value in views.items()}
+    expected = policy.infer({**obs, **copies}, noise)
+    assert np.array_equal(policy.infer({**obs, **views}, noise), expected)
+    np.testing.assert_allclose(
+        exported.infer({**obs, **views}, noise), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_server_with_frames(policy: ConsistencyPolicy) -> None:
@@ -180,9 +193,11 @@ def test_server_with_frames_as_files(policy: ConsistencyPolicy) -> None:
     decoded = {k: read_observation(policy.spec, k, v) for k, v in files.items()}
     expected = policy.infer({**obs, **decoded}, noise)
     assert not np.allclose(expected, policy.infer(obs, noise), atol=1e-3)
-    with PolicyServer(policy, port=0) as server:
+    with PolicyServer(policy, port=0, max_batch=512) as server:
         with RemotePolicy(server.address, jpeg=80) as remote:
             np.testing.assert_allclose(remote.infer(obs, noise), expected, rtol=1e-4, atol=1e-5)
+            many = {key: value[:1].repeat(300, axis=0) for key, value in obs.items()}
+            assert len(remote.infer(many)) == 300  # more than a list of the wire holds
         module = pytest.importorskip("openpi_client.websocket_client_policy")
         client = module.WebsocketClientPolicy("127.0.0.1", server.port)
         step = {**_step(), "noise": noise[0]}
@@ -210,6 +225,8 @@ def test_a_policy_that_resizes(policy: ConsistencyPolicy, tmp_path: Path) -> Non
             rtol=1e-4,
             atol=1e-5,
         )
+    with pytest.raises(ObservationError, match=r"'top' has an empty frame \(0 x 32 x 3\)"):
+        resizing.infer({**obs, "top": obs["top"][:, :, :0]}, noise)
     arm = _Arm()
     arm.wrong = True  # a frame of 23 x 32
     with ControlLoop(resizing, arm, schedule=cmpolicy.robot.Synchronous(), hz=20) as loop:

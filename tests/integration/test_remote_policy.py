@@ -150,6 +150,23 @@ def test_another_policy_after_a_restart(policy: ConsistencyPolicy) -> None:
     remote.close()
 
 
+@pytest.mark.parametrize("there", ["before", "after"])
+def test_another_policy_in_what_only_one_of_them_says(
+    policy: ConsistencyPolicy, there: str
+) -> None:
+    """A specification leaves out what is at its default."""
+    other = _policy(replace(SPEC, action_rotations=None))
+    served = [policy, other] if there == "after" else [other, policy]
+    first = PolicyServer(served[0], port=0).start()
+    remote = RemotePolicy(first.address)
+    first.stop()
+    words = r"\[\] -> None" if there == "after" else r"None -> \[\]"
+    refused = pytest.raises(RemotePolicyError, match=f"another policy .action_rotations {words}")
+    with PolicyServer(served[1], port=first.port), refused:
+        remote.infer(OBS)
+    remote.close()
+
+
 def test_no_answer_in_time_and_no_late_one_either() -> None:
     """A late answer must not be taken for that of the next request."""
     asked = []
