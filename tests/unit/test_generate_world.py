@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cmpolicy_data.generate.demonstrator import Demonstrator, NoPushError
-from cmpolicy_data.generate.pushes import Push, start_push
+from cmpolicy_data.generate.pushes import Push, Search, start_push
 from cmpolicy_data.generate.route import clearance, route
 from cmpolicy_data.generate.tee import (
     AGENT_RADIUS,
@@ -101,3 +101,22 @@ def test_a_block_out_of_reach() -> None:
     demonstrator = Demonstrator(np.random.default_rng(0))
     with pytest.raises(NoPushError, match="No push can be made from"):
         demonstrator.act(State(250.0, 250.0, 0.0, 0.0, Pose(-900.0, 250.0, 0.0)))
+
+
+def test_what_it_does_follows_from_what_it_sees() -> None:
+    """From nearly the same state nearly the same push: a choice by chance cannot be imitated."""
+    rng = np.random.default_rng(0)
+    near = []
+    for _ in range(6):
+        agent, block = (
+            rng.uniform(50.0, 450.0, 2),
+            Pose(*rng.uniform(180.0, 330.0, 2), rng.normal()),
+        )
+        pushes = []
+        for shift in (0.0, 0.0, 1.5):
+            moved = block._replace(x=block.x + shift, angle=block.angle + 0.01 * shift)
+            push = Search(7.5).best(State(*agent, 0.0, 0.0, moved))[0].push
+            pushes.append(to_body(moved, np.array([push.x, push.y])))
+        np.testing.assert_array_equal(pushes[0], pushes[1])
+        near.append(np.linalg.norm(pushes[2] - pushes[0]) < 20.0)
+    assert np.mean(near) > 0.8

@@ -1,10 +1,10 @@
 """A scripted demonstrator of Push-T: it looks at the table ten times a second and moves its hand.
 
 It plans one push at a time (`pushes.Search`), walks the hand around the block to the contact, and
-pushes with steering corrections. What it does next follows from what it sees: at each step of a
-push the outcomes of a few steerings are simulated from the actual state, so pushes that go astray
-are corrected. Its hand is a little unsteady, so that there is something to correct: a policy
-learns from that how to recover.
+pushes with steering corrections. What it does next follows from what it sees, not from chance: at
+each step of a push the outcomes of a few steerings are simulated from the actual state, so pushes
+that go astray are corrected. Its hand is a little unsteady, so that there is something to correct:
+a policy learns from that how to recover.
 """
 
 from __future__ import annotations
@@ -29,30 +29,11 @@ _COMMITTED = 5  # steps of a push before it may be given up: the hand lags and h
 _ACCELERATION = 3.0  # px per step, per step
 _BRAKING = 1.6
 _SIDEWAYS = 5.0  # px per step squared, limits the speed in bends
+_TRAVEL_SPEED, _PUSH_SPEED = 15.0, 7.5  # px per step
 
 
 class NoPushError(RuntimeError):
     """The demonstrator sees no push that it could make: block and walls leave no room."""
-
-
-@dataclass(frozen=True)
-class Style:
-    """How one episode's demonstrator moves. Speeds in px per step."""
-
-    travel_speed: float
-    push_speed: float
-    tremor: float  # unsteadiness of the hand, as a share of its speed
-    taste: float  # noise on the choice among pushes, in log distance to the goal
-
-    @classmethod
-    def draw(cls, rng: np.random.Generator) -> Style:
-        """A style at random."""
-        return cls(
-            travel_speed=rng.uniform(12.0, 18.0),
-            push_speed=rng.uniform(6.0, 9.0),
-            tremor=rng.uniform(0.04, 0.12),
-            taste=rng.uniform(0.0, 0.12),
-        )
 
 
 @dataclass(frozen=True)
@@ -82,9 +63,9 @@ class Demonstrator:
     """One episode's demonstrator: call `act` with each new state for the agent's next target."""
 
     def __init__(self, rng: np.random.Generator) -> None:
-        self.style = Style.draw(rng)
         self._rng = rng
-        self._search = Search(rng, self.style.push_speed)
+        self._tremor = rng.uniform(0.04, 0.12)  # unsteadiness of the hand, as a share of its speed
+        self._search = Search(_PUSH_SPEED)
         self._doing: _Approach | _Contact | None = None
         self._target: Array | None = None
         self._speed = 0.0
@@ -107,15 +88,12 @@ class Demonstrator:
         return self._target
 
     def _plan(self, state: State) -> _Approach:
-        for _ in range(20):
-            outlook = self._search.best(state, taste=self.style.taste)
-            if outlook is None:
-                continue
+        start = np.array([state.x, state.y])
+        for outlook in self._search.best(state):
             push = outlook.push
-            start, contact = np.array([state.x, state.y]), np.array([push.x, push.y])
-            path = route(start, push.entry(), contact, state.block)
+            path = route(start, push.entry(), np.array([push.x, push.y]), state.block)
             if path is not None:
-                speed = push_speed(goal_distance(state.block), self.style.push_speed)
+                speed = push_speed(goal_distance(state.block), _PUSH_SPEED)
                 return _Approach(path, push, speed, outlook.push_steps if outlook.opens else None)
         raise NoPushError(f"No push can be made from {state}.")
 
@@ -128,7 +106,7 @@ class Demonstrator:
             doing.end_speed,
             min(
                 self._speed + _ACCELERATION,
-                self.style.travel_speed,
+                _TRAVEL_SPEED,
                 float(np.sqrt(_SIDEWAYS / (_bend(path) + 1e-3))),
                 float(np.sqrt(doing.end_speed**2 + 2 * _BRAKING * along[-1])),
             ),
@@ -149,7 +127,7 @@ class Demonstrator:
     def _shove(self, doing: _Contact, state: State, target: Array) -> tuple[Array, _Contact]:
         """A step of the push."""
         push = doing.push
-        self._speed = push_speed(goal_distance(state.block), self.style.push_speed)
+        self._speed = push_speed(goal_distance(state.block), _PUSH_SPEED)
         step = self._speed * np.array([np.cos(push.heading), np.sin(push.heading)])
         turned = push._replace(heading=push.heading + push.turn)
         return target + step + self._tremble(1.0), replace(
@@ -161,12 +139,12 @@ class Demonstrator:
         if doing.planned is not None:
             # Steering looks at this push alone, so it is of no help in a push made for the next.
             return doing if doing.steps < doing.planned else None
-        world, fastest, old = self._search.world, self.style.push_speed, doing.push
+        world, old = self._search.world, doing.push
         best, choice = np.inf, old
         for turn, steer in product((old.turn, *_TURNS), _STEERINGS):
             push = old._replace(heading=old.heading + steer, turn=turn)
             world.set(state)
-            prospect = push_on(world, push, target, fastest, steps=_LOOK_AHEAD, price=_PATIENCE)
+            prospect = push_on(world, push, target, _PUSH_SPEED, steps=_LOOK_AHEAD, price=_PATIENCE)
             value = prospect.value + 0.004 * abs(steer)
             if value < best:
                 best, choice = value, push
@@ -178,7 +156,7 @@ class Demonstrator:
         return replace(doing, push=choice)
 
     def _tremble(self, scale: float) -> Array:
-        self._wobble = 0.7 * self._wobble + self._rng.normal(0.0, self.style.tremor, 2)
+        self._wobble = 0.7 * self._wobble + self._rng.normal(0.0, self._tremor, 2)
         return scale * self._speed * self._wobble
 
 

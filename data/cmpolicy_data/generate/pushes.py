@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -14,10 +15,12 @@ from cmpolicy_data.generate.world import LAG_STEPS, STEP_SECONDS, State, World
 
 _CONTACT = Ring(AGENT_RADIUS + 2.0)
 STAND_OFF = 22.0  # px from the contact back to where a push's straight entry begins
-STEP_PRICE = 0.014  # of a control step, in units of log distance to the goal
+STEP_PRICE = 0.03  # of a control step, in units of log distance to the goal
 _TRAVEL_STEP, _TRAVEL_EXTRA = 11.0, 4.0  # px per step on the way, steps for stopping and turning
 _MAX_PUSH = 32
-_OPENINGS, _OPENING_STEPS = 12, 12
+_OPENINGS, _OPENING_STEPS = 16, 12
+_PLACES, _HEADINGS = 48, (-0.35, 0.0, 0.35)  # contacts around the block, angles to its side, rad
+_SIDES, _TURNS = ((-4.0, 0.0, 4.0), (-0.12, 0.0, 0.12)), (-0.05, 0.05)  # px, rad; rad per step
 _LOW, _HIGH = 12.0, 500.0  # where targets may be, px: inside the walls
 
 
@@ -108,60 +111,35 @@ def start_push(world: World, push: Push, block: Pose, fastest: float) -> Array:
 
 
 class Search:
-    """Looks for good pushes, one or two ahead, in its own simulated world."""
+    """Looks for good pushes, one or two ahead, in its own simulated world.
 
-    def __init__(self, rng: np.random.Generator, fastest: float) -> None:
+    What it finds is a function of the state alone, and one that seldom jumps: the same contacts
+    are tried from every state, and a step on the way has its price, so the choice that is near
+    stays the best one while the hand walks to it. Demonstrations of pushes that are drawn at random
+    have as many ways on as draws, which a policy cannot tell apart.
+    """
+
+    def __init__(self, fastest: float) -> None:
         self.world = World()
-        self._rng = rng
         self._fastest = fastest
 
-    def best(
-        self, state: State, *, taste: float, count: int = 100, beam: int = 4
-    ) -> Outlook | None:
-        """The push to make from `state`; `taste` is the noise on its choice (log distance)."""
-        tried = self._try(state, self._propose(state.block, count))
-        tried += self._refine(state, tried)
+    def best(self, state: State, *, beam: int = 4) -> list[Outlook]:
+        """The pushes to make from ``state``, the best one first."""
+        tried = self._try(state, _contacts(state.block, _PLACES, _HEADINGS))
+        tried += self._try(state, _variations(_distinct(tried, beam)))
         now = goal_distance(state.block)
         enough = now - max(0.25, 0.04 * now)
         leaders = _distinct([o for o in tried if goal_distance(o.end.block) < enough], beam)
         if not leaders:
-            leaders = self._open(state, self._propose(state.block, count))
+            leaders = self._open(state, _contacts(state.block, _OPENINGS, (0.0,)))
         for i, outlook in enumerate(leaders):
-            later = self._try(outlook.end, self._propose(outlook.end.block, count // 3))
+            end = outlook.end
+            later = self._try(end, _contacts(end.block, _PLACES // 2, (0.0,)))
             if later:
                 steps = outlook.push_steps + outlook.way_steps
                 then = min(o.value for o in later) + STEP_PRICE * steps
                 leaders[i] = replace(outlook, value=min(outlook.value, then))
-        if not leaders:
-            return None
-        values = np.array([o.value for o in leaders]) + taste * self._rng.gumbel(size=len(leaders))
-        return leaders[int(np.argmin(values))]
-
-    def _propose(self, block: Pose, count: int) -> list[Push]:
-        along = self._rng.uniform(0.0, _CONTACT.length, count)
-        heading = _CONTACT.inward(along) + block.angle + self._rng.uniform(-0.7, 0.7, count)
-        turn = np.where(self._rng.random(count) < 0.5, self._rng.uniform(-0.08, 0.08, count), 0.0)
-        points = outline_at(block, _CONTACT.at(along))
-        return [
-            Push(p[0], p[1], h, t) for p, h, t in zip(points.tolist(), heading, turn, strict=True)
-        ]
-
-    def _refine(self, state: State, tried: list[Outlook]) -> list[Outlook]:
-        """Small variations of the best few."""
-        rng, pushes = self._rng, []
-        for outlook in _distinct(tried, 4):
-            p = outlook.push
-            for _ in range(8):
-                side = rng.normal(0.0, 5.0)
-                pushes.append(
-                    Push(
-                        p.x - side * np.sin(p.heading),
-                        p.y + side * np.cos(p.heading),
-                        p.heading + rng.normal(0.0, 0.12),
-                        p.turn + rng.normal(0.0, 0.02),
-                    )
-                )
-        return self._try(state, pushes)
+        return sorted(leaders, key=lambda o: o.value)
 
     def _try(self, state: State, pushes: list[Push]) -> list[Outlook]:
         """Each push up to its best moment."""
@@ -178,7 +156,7 @@ class Search:
     def _open(self, state: State, pushes: list[Push]) -> list[Outlook]:
         """A few pushes that move the block somewhere else, good or bad; of no value themselves."""
         outlooks = []
-        for push, way in self._within_reach(state, pushes)[:_OPENINGS]:
+        for push, way in self._within_reach(state, pushes):
             x, y = start_push(self.world, push, state.block, self._fastest)
             for _ in range(_OPENING_STEPS):
                 x += self._fastest * math.cos(push.heading)
@@ -203,6 +181,26 @@ class Search:
         travel = lengths(np.array([state.x, state.y]), entries, state.block) + STAND_OFF
         steps = travel / _TRAVEL_STEP + _TRAVEL_EXTRA
         return [(pushes[i], float(steps[i])) for i in np.nonzero(free)[0]]
+
+
+def _contacts(block: Pose, places: int, headings: tuple[float, ...]) -> list[Push]:
+    """Straight pushes, evenly around the block."""
+    along = np.repeat(np.arange(places) * (_CONTACT.length / places), len(headings))
+    heading = _CONTACT.inward(along) + block.angle + np.tile(headings, places)
+    points = outline_at(block, _CONTACT.at(along))
+    return [Push(x, y, h, 0.0) for (x, y), h in zip(points.tolist(), heading.tolist(), strict=True)]
+
+
+def _variations(outlooks: list[Outlook]) -> list[Push]:
+    """Pushes a little beside these, at other angles or turning."""
+    pushes = []
+    for p in (outlook.push for outlook in outlooks):
+        sin, cos = math.sin(p.heading), math.cos(p.heading)
+        for side, angle in product(*_SIDES):
+            if side or angle:
+                pushes.append(Push(p.x - side * sin, p.y + side * cos, p.heading + angle, 0.0))
+        pushes += [p._replace(turn=turn) for turn in _TURNS]
+    return pushes
 
 
 def _distinct(outlooks: list[Outlook], count: int) -> list[Outlook]:

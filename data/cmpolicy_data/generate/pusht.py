@@ -1,8 +1,8 @@
 """Scripted Push-T demonstrations: the data set that cmpolicy brings along.
 
 Episode k is a pure function of its seed and of ``VERSION``: the block and the agent start where
-Diffusion Policy's evaluation law puts them for seed k, and the demonstrator's own randomness
-(style, choice of pushes, unsteady hand) comes from ``default_rng([VERSION, k])``. So a data set
+Diffusion Policy's evaluation law puts them for seed k, and the unsteadiness of the demonstrator's
+hand comes from ``default_rng([VERSION, k])``. So a data set
 depends on its first seed and size only, not on how many processes made it.
 """
 
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from cmpolicy_data.chunks import ReplayBufferError
 from cmpolicy_data.generate.demonstrator import Demonstrator, NoPushError
@@ -32,9 +32,12 @@ from cmpolicy_data.replay_buffer import ReplayBuffer
 from cmpolicy_envs import keypoints_from_pose
 from cmpolicy_envs.pusht import ARENA, SUCCESS_COVERAGE, PushTEnv
 
-VERSION = 1
+VERSION = 2
 GENERATOR = "cmpolicy_data.generate.pusht"
 MAX_STEPS = 300
+# More than success: a policy that is less exact than its demonstrations then still succeeds.
+_ENOUGH_COVERAGE = 0.975
+_REST_STEPS = 8
 # Evaluation draws its initial states by the same law: from 100000 on seeds are its own.
 _FIRST_EVALUATION_SEED = 100_000
 # Failed attempts in a row after which something is wrong with the simulator, not with the luck.
@@ -86,29 +89,38 @@ def initial_state(seed: int) -> list[float]:
 
 
 def demonstrate(seed: int) -> Episode:
-    """One attempt; it ends with success, after 300 steps, or when no push can be made."""
+    """One attempt; it ends at coverage 0.975, after 300 steps, or when no push can be made.
+
+    At the end the hand stays where it is for a few steps: windows of training reach beyond the
+    decision, so without these the last decisions would have none.
+    """
     env = PushTEnv()
     _, info = env.reset(options={"reset_to_state": initial_state(seed)})
     demonstrator = Demonstrator(np.random.default_rng([VERSION, seed]))
-    states, actions, coverages = [], [], []
-    for _ in range(MAX_STEPS):
-        try:
-            target = demonstrator.act(_state(env))
-        except NoPushError:
-            break
+    states, actions, coverages = [], [], [0.0]
+
+    def step(target: ArrayLike) -> None:
+        nonlocal info
         # Actions are stored, hence executed, in float32 and to 1/64 px, which compresses well.
-        action = np.clip(np.round(target * 64) / 64, 0.0, ARENA).astype(np.float32)
+        action = np.clip(np.round(np.asarray(target) * 64) / 64, 0.0, ARENA).astype(np.float32)
         states.append(info["state"])
         actions.append(action)
         *_, info = env.step(action)
         coverages.append(info["coverage"])
-        if info["is_success"]:
+
+    while coverages[-1] <= _ENOUGH_COVERAGE and len(actions) < MAX_STEPS - _REST_STEPS:
+        try:
+            step(demonstrator.act(_state(env)))
+        except NoPushError:
             break
+    rest = np.asarray(env.agent.position)
+    for _ in range(_REST_STEPS):
+        step(rest)
     return Episode(
         seed,
         np.array(actions, np.float32).reshape(-1, 2),
         np.array(states, np.float32).reshape(-1, 5),
-        np.array(coverages),
+        np.array(coverages[1:]),
     )
 
 
