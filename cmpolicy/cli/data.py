@@ -158,7 +158,7 @@ def _view(settings: ViewSettings, path: str) -> int:
     if rate is not None and (not isinstance(rate, int | float) or not 0 < rate <= 1000):
         raise ConfigError(f"fps={rate!r} must be a number of steps per second")
     episodes, keys = settings.episodes, settings.keys
-    out = None if settings.out is None else Path(settings.out)
+    out = None if settings.out is None else Path(settings.out).expanduser()
     if out is not None and out.suffix == ".mp4":
         from cmpolicy_data.film import film_episodes
 

@@ -130,6 +130,7 @@ def _robomimic(settings: RobomimicSettings, source: str) -> int:
 
 
 def _aloha(settings: AlohaSettings, source: str) -> int:
+    from cmpolicy_data.chunks import printable
     from cmpolicy_data.convert import aloha
 
     out = settings.out or f"{Path(source).expanduser().resolve().stem}.zarr"
@@ -137,6 +138,8 @@ def _aloha(settings: AlohaSettings, source: str) -> int:
         buffer = aloha.convert(source, out, control_hz=settings.control_hz, progress=show)
     keys = ",".join(key for key in buffer if key != "action")
     print(f"{out}: {buffer.n_episodes} episode(s), {buffer.n_steps} steps, keys {buffer.keys()}")
+    for name in buffer.attrs[aloha.LEFT_OUT]:
+        print(printable(f"left out: {name}"))
     print(
         f"train on it with: cmpolicy train task=custom data.path={shlex.quote(str(out))} "
         f"data.obs=[{keys}]"

@@ -142,7 +142,11 @@ def parse(words: Iterable[str]) -> list[Override]:
                 ) from error
             override = found
         if override.is_sweep_override():
-            raise ConfigError(f"{word!r} gives several values: add --multirun for one run of each")
+            key, _, value = word.partition("=")
+            raise ConfigError(
+                f"{word!r} gives several values: write {key}=[{value}] for a list; `cmpolicy "
+                "train` makes one run of each with --multirun"
+            )
         overrides.append(override)
     return overrides
 
@@ -217,9 +221,11 @@ def _meanings(docstring: str) -> dict[str, str]:
 
 
 def _plain_text(word: str) -> Override | None:
-    """``key=value`` with letters in the value that Hydra's grammar lacks, such as accents."""
+    """``key=value`` with letters that Hydra's grammar lacks: accents, and a path's leading ~."""
     key, _, value = word.partition("=")
-    if not value or set(value) & set("\"',=[]{}()$ \t") or value.isascii():
+    if not value or set(value) & set("\"',=[]{}()$ \t"):
+        return None
+    if value.isascii() and not value.startswith("~"):
         return None
     return OverridesParser.create().parse_override(f"{key}='{value}'")
 

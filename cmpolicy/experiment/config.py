@@ -197,6 +197,8 @@ class DataConfig:
             augment = data.get("augment") or ()
             data = {**data, "augment": [augment] if isinstance(augment, str) else augment}
             method = data.get("normalize")
+            if isinstance(method, Mapping):
+                data = {**data, "normalize": _flat(method)}
             if isinstance(method, str):
                 data = {**data, "normalize": {"default": method}}
         return from_mapping(cls, data, where=where)
@@ -360,6 +362,16 @@ class TrainConfig(LoopConfig):
 
 
 _SOURCE = {"kind": ("image", "state"), "layout": ("hwc", "chw")}
+
+
+def _flat(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Keys with a dot in them, which the command line nests: observation.state=minmax."""
+    flat: dict[str, Any] = {}
+    for key, value in given.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        )
+    return flat
 
 
 def _check_source(where: str, source: str | Mapping[str, str]) -> None:

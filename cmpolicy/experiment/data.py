@@ -66,6 +66,7 @@ class TrainingData:
     rotations: tuple[Rotation, ...] | None = None
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     n_short: int = 0
+    n_paused: int = 0
     normalize: Mapping[str, Any] = field(default_factory=lambda: {"default": "auto"})
     clamp_actions: bool = True
     times: npt.NDArray[np.int64] | None = None
@@ -73,13 +74,16 @@ class TrainingData:
     @property
     def summary(self) -> str:
         """How much there is, and which of it training uses; one line."""
-        ends = self.arrays.episode_ends
+        ends, windows = self.arrays.episode_ends, self.windows
+        chosen = np.sort(np.r_[self.split.train_ids, self.split.val_ids])
+        of = "" if len(chosen) == len(ends) else f" of {len(ends)} (data.episodes)"
+        held_out = len(self.split.val_ids)
         short = f"; {self.n_short} are shorter than a window" if self.n_short else ""
-        windows = self.windows
-        used = decision_steps(ends, windows.episode, windows.obs[:, -1])
+        paused = f"; {self.n_paused} steps of pauses are left out" if self.n_paused else ""
+        used = decision_steps(ends, windows.episode, windows.obs[:, -1], chosen)
         return (
-            f"{self.source}: {len(ends)} episodes, {len(self.split.val_ids)} of them held out"
-            f"{short}; {used}"
+            f"{self.source}: {len(chosen)} episodes{of}, {held_out} of them held out{short}"
+            f"{paused}; {used}"
         )
 
     @property
@@ -185,16 +189,20 @@ def load_training_data(config: TrainConfig) -> TrainingData:
         image_memory=data.image_memory,
         missing_chunks=data.missing_chunks,
     )
+    n_steps = len(arrays.action)
     if data.max_pause is not None:
         arrays = arrays.without_pauses(data.max_pause)
+    buffer = ReplayBuffer.open(path, missing_chunks=data.missing_chunks)
+    chosen = chosen_episodes(buffer, data.episodes)
+    rows, ends = _rows_of(arrays, chosen)
     for key in data.normalize:
         choose({"default": 0, ACTION: 0, **arrays.obs}, key, "key of data.normalize")
     states = {key: value for key, value in arrays.obs.items() if key not in arrays.images}
     for key, values in {**states, **arrays.targets}.items():
         _check_state(key, values, path)
-        _check_finite(key, values, path)
-    _check_finite(data.action, arrays.action, path)
-    _report(arrays, path, strict=data.strict)
+        _check_finite(key, values, rows, path)
+    _check_finite(data.action, arrays.action, rows, path)
+    _report(arrays, rows, ends, path, data)
     sizes = {
         "horizon": config.policy.horizon,
         "n_obs_steps": config.policy.n_obs_steps,
@@ -204,8 +212,6 @@ def load_training_data(config: TrainConfig) -> TrainingData:
         windows = window_index(arrays.episode_ends, **sizes, short_episodes=data.short_episodes)
     except WindowError as error:
         raise ConfigError(f"{path}: {error}") from error
-    buffer = ReplayBuffer.open(path, missing_chunks=data.missing_chunks)
-    chosen = chosen_episodes(buffer, data.episodes)
     parts = split_episodes(len(chosen), data.val_fraction, config.seed)
     split = arrays.expand(EpisodeSplit(chosen[parts.train_ids], chosen[parts.val_ids]))
     attrs = buffer.attrs
@@ -221,6 +227,7 @@ def load_training_data(config: TrainConfig) -> TrainingData:
         pad_loss=simulator.actions != "delta" if data.pad_loss is None else data.pad_loss,
         rotations=_rotations(data, attrs, simulator, arrays.action.shape[1]),
         fingerprint=fingerprint(arrays),
+        n_paused=n_steps - len(arrays.action),
         n_short=int((lengths < min_episode_length(**sizes)).sum()),
         normalize={"default": "auto", **data.normalize},
         clamp_actions=data.clamp_actions,
@@ -257,6 +264,8 @@ def _times(buffer: ReplayBuffer, name: str, arrays: Demonstrations) -> npt.NDArr
             f"data.weights={name}: meta/{name} of {buffer.path} must hold whole numbers from 0 on: "
             "how often the windows of an episode come in an epoch"
         )
+    if not whole.any():
+        raise ConfigError(f"data.weights={name}: meta/{name} of {buffer.path} is 0 everywhere")
     return whole[arrays.source_episode]
 
 
@@ -352,6 +361,8 @@ def _rotations(
 ) -> tuple[Rotation, ...] | None:
     if data.action_rotations is not None:
         return tuple(parse_rotation(text) for text in data.action_rotations)
+    if data.action != ACTION:  # what the store says is of its key of that name
+        return None
     if attrs.get("action_rotations") is not None:
         return tuple(parse_rotation(str(text)) for text in attrs["action_rotations"])
     if simulator.actions == "delta":
@@ -366,18 +377,40 @@ class DataWarning(UserWarning):
     """Data that trains without an error and may give a useless policy."""
 
 
-def _report(arrays: Demonstrations, path: Path, *, strict: bool) -> None:
-    """Say what looks healthy in the data and is not.
+def _rows_of(
+    arrays: Demonstrations, chosen: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The rows of some stored episodes, and where each of these ends among them."""
+    lengths = np.diff(arrays.episode_ends, prepend=0)
+    used = np.isin(arrays.source_episode, chosen)
+    return np.flatnonzero(np.repeat(used, lengths)), np.cumsum(lengths[used])
+
+
+def _report(
+    arrays: Demonstrations,
+    rows: npt.NDArray[np.int64],
+    ends: npt.NDArray[np.int64],
+    path: Path,
+    data: DataConfig,
+) -> None:
+    """Say what looks healthy in the data that is trained on and is not.
 
     Raises:
-        ConfigError: there is something, and ``strict``.
+        ConfigError: there is something, and ``data.strict``.
     """
-    numbers = {**arrays.numbers, **arrays.targets}
-    findings = examine(numbers, arrays.episode_ends, actions=(ACTION,), pauses=arrays.tells_pauses)
+    default = data.normalize.get("default", "auto")
+    findings = examine(
+        {key: values[rows] for key, values in {**arrays.numbers, **arrays.targets}.items()},
+        ends,
+        actions=(ACTION,),
+        pauses=arrays.tells_pauses,
+        normalize={key: data.normalize.get(key, default) for key in arrays.numbers},
+    )
     if not findings:
         return
-    text = "\n  ".join([f"{path}:", *map(str, findings)])
-    if strict:
+    which = "" if len(rows) == len(arrays.action) else " (episodes counted in data.episodes)"
+    text = "\n  ".join([f"{path}{which}:", *map(str, findings)])
+    if data.strict:
         raise ConfigError(f"{text}\nleave out data.strict to train all the same")
     warnings.warn(text, DataWarning, stacklevel=3)
 
@@ -396,10 +429,12 @@ def _check_state(key: str, values: npt.NDArray[Any], path: Path) -> None:
     )
 
 
-def _check_finite(selector: str, values: npt.NDArray[Any], path: Path) -> None:
+def _check_finite(
+    selector: str, values: npt.NDArray[Any], rows: npt.NDArray[np.int64], path: Path
+) -> None:
     finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
-    if not finite.all():
-        bad = np.flatnonzero(~finite)
+    bad = rows[~finite[rows]]
+    if bad.size:
         raise ConfigError(
             f"{path}: {selector!r} holds NaN or inf at {bad.size} steps, the first is step "
             f"{int(bad[0])}; repair or remove them (`cmpolicy data validate {path}` lists them)"

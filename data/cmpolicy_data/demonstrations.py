@@ -56,8 +56,9 @@ class Demonstrations:
         """Without the steps of each pause beyond its first ``longest``.
 
         A pause lasts while no number, actions and targets included, is farther than :data:`STILL`
-        of its range from where it was when the pause began. Nothing is lost between the steps that
-        are left.
+        of its range from where it was when the pause began. A few values out of all bounds do not
+        set the range, and columns that only jitter, as of a joint that is never used, are not
+        looked at. Nothing is lost between the steps that are left.
 
         Raises:
             ValueError: nothing but frames is observed, see :attr:`tells_pauses`.
@@ -72,7 +73,10 @@ class Demonstrations:
         numbers = {**self.numbers, **self.targets}
         flat = [v.reshape(len(v), -1).astype(np.float64) for v in numbers.values()]
         rows = np.concatenate(flat, axis=1)
-        reach = np.maximum(STILL * np.ptp(rows, axis=0), np.finfo(np.float64).tiny)
+        steady = ~_jitters(rows)
+        rows = rows[:, steady] if steady.any() else rows
+        low, high = KeyStatistics.of(rows).span("auto")
+        reach = np.maximum(STILL * (high - low), np.finfo(np.float64).tiny)
         rows, starts = rows / reach, {0, *self.episode_ends.tolist()}
         keep = np.ones(len(rows), bool)
         began = 0
@@ -115,6 +119,18 @@ class Demonstrations:
         )
 
 
+def _jitters(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    """Which columns of (N, D) are noise: a step says little of the next one.
+
+    White noise has a correlation of 0 from one step to the next, and what moves has nearly 1.
+    """
+    middle = np.median(rows, axis=0)
+    away = np.clip(rows - middle, *np.percentile(rows - middle, (1, 99), axis=0))  # no glitches
+    away -= away.mean(axis=0)
+    power = (away**2).mean(axis=0)
+    return (power > 0) & ((away[1:] * away[:-1]).mean(axis=0) < 0.5 * power)
+
+
 @dataclass(frozen=True)
 class _Source:
     """Where an observation comes from: see ``data.obs``."""
@@ -146,15 +162,17 @@ class _Source:
 
 #: Key of Push-T's frames in the public demonstrations; rendered where a store lacks it.
 _PUSHT_FRAMES = "img"
-_ARENA = 512.0
+_ARENA = 512.0  # px
 
 
 def _can_render(buffer: ReplayBuffer, key: str) -> bool:
     """Whether a key stands for Push-T's frames, and the store holds Push-T's states."""
     if key != _PUSHT_FRAMES or "state" not in buffer or buffer["state"].shape[1:] != (5,):
         return False
-    places = buffer.load("state[:4]")  # of agent and block, px; other arms have five numbers too
-    return bool(((places >= 0) & (places <= _ARENA)).all())
+    if "action" not in buffer or buffer["action"].shape[1:] != (2,):
+        return False
+    places = np.concatenate([buffer.load("state[:4]"), buffer.load("action")], axis=1)
+    return bool(((places >= 0) & (places <= _ARENA)).all())  # px; other arms have five numbers too
 
 
 def load_demonstrations(

@@ -68,7 +68,8 @@ def load_frames(buffer: ReplayBuffer, key: str, *, layout: str = "hwc", memory: 
                     ),
                 )
 
-    name = f"{buffer.path.resolve()} {key} {layout} {_state_of(buffer.path)}"
+    # with the number of steps: an episode may have been appended since the store was opened
+    name = f"{buffer.path.resolve()} {key} {layout} {buffer.n_steps} {_state_of(buffer.path)}"
     return gather_frames(parts, (buffer.n_steps, *shape), name, memory, f"reading {key}")
 
 

@@ -7,6 +7,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from cmpolicy_data.chunks import ReplayBufferError
 from cmpolicy_data.replay_buffer import ReplayBuffer
 
 _TIMESTAMP = (1980, 1, 1, 0, 0, 0)  # the same store packs to the same bytes
@@ -22,6 +23,7 @@ def pack(source: str | Path, target: str | Path) -> Path:
     Raises:
         FileNotFoundError, ReplayBufferError: ``source`` cannot be opened.
         ValueError: ``source`` is not a directory, or ``target`` does not end in .zip.
+        FileExistsError: ``target`` is there and no store.
     """
     source, target = Path(source).expanduser(), Path(target).expanduser()
     keys = ReplayBuffer.open(source).keys()
@@ -29,6 +31,13 @@ def pack(source: str | Path, target: str | Path) -> Path:
         raise ValueError(f"{source} is packed already: expected a directory store.")
     if target.suffix != ".zip":
         raise ValueError(f"A packed store must end in .zip (for example demos.zarr.zip): {target}")
+    if target.exists():
+        try:
+            ReplayBuffer.open(target)
+        except (ReplayBufferError, OSError, ValueError) as error:
+            raise FileExistsError(
+                f"{target} exists and is no store. Choose another path or remove it."
+            ) from error
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".zip", dir=target.parent)
     temporary = Path(name)

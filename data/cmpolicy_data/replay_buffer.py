@@ -12,6 +12,7 @@ do not see them and the next append removes them. One writer at a time: a lock s
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -98,6 +99,7 @@ class ReplayBuffer:
 
         Raises:
             FileExistsError: there is something at ``path`` already.
+            ReplayBufferError: a .zip, or ``attrs`` that are no JSON values.
         """
         path = Path(path).expanduser()
         if path.exists():
@@ -109,6 +111,10 @@ class ReplayBuffer:
                 f"{path}: a .zip cannot be appended to. Create a directory store (for example "
                 f"{path.with_suffix('')}) and pack it when it is complete."
             )
+        try:
+            json.dumps(attrs or {})
+        except (TypeError, ValueError) as error:
+            raise ReplayBufferError(f"{path}: attrs must be JSON values: {error}.") from error
         root = zarr.create_group(
             LocalStore(path),
             zarr_format=3,
@@ -146,9 +152,28 @@ class ReplayBuffer:
         return {key: value for key, value in self._root.attrs.asdict().items() if key not in own}
 
     def update_attrs(self, attrs: Mapping[str, Any]) -> None:
-        """Add or replace attributes (JSON values) of a store opened for appending."""
+        """Add or replace attributes (JSON values) of a store opened for appending.
+
+        Others stay, also those that another process set since this store was opened.
+        """
         self._require_writable()
-        self._root.attrs.update({**attrs, MARK: self._root.attrs.asdict()[MARK]})
+        own = [key for key in attrs if key in (MARK, SEAL)]
+        if own:
+            raise ReplayBufferError(f"{self.path}: the attributes {own} are cmpolicy's own.")
+        with only_writer(self.path):
+            self._root = open_root(self.path, "r+")  # as it is now, not as it was when opened
+            self._root.attrs.update(attrs)
+
+    def mark_converted(self) -> None:
+        """Note that its episodes were made from other files, and can be made again."""
+        self._require_writable()
+        self._root.attrs.update(mark(all_chunks_written=True, converted=self.n_episodes))
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether all of it was made from other files: nothing was appended since."""
+        own = self._root.attrs.asdict().get(MARK)
+        return isinstance(own, dict) and own.get("converted") == self.n_episodes
 
     def per_episode(self, name: str) -> npt.NDArray[Any]:
         """(E,) what the store says of every episode: ``meta/<name>``, or a mask of that name.
@@ -180,7 +205,14 @@ class ReplayBuffer:
                 f"{self.path}: meta/{name} has shape {array.shape}, dtype {array.dtype}; expected "
                 f"one number per episode, ({self.n_episodes},)."
             )
-        return read_rows(array, 0, self.n_episodes, self.path)
+        found = read_rows(array, 0, self.n_episodes, self.path)
+        unknown = np.flatnonzero(~np.isfinite(found))
+        if unknown.size:
+            raise ReplayBufferError(
+                f"{self.path}: meta/{name} holds {found[unknown[0]]} for episode {unknown[0]} (and "
+                f"{unknown.size - 1} more); say 0 or 1 of every episode."
+            )
+        return found
 
     def __getitem__(self, key: str) -> Array:
         """The Zarr array of a key, unread.
@@ -292,6 +324,7 @@ class ReplayBuffer:
         return self.n_episodes - 1
 
     def _append(self, values: Mapping[str, npt.NDArray[Any] | Parts]) -> None:
+        self._root = open_root(self.path, "r+")  # it may have been sealed since it was opened
         refuse_to_append(self._root, self.path)
         # What is on disk counts: the append that was cut off may have been our own.
         self._data, self.unreadable = arrays(self._root, "data", self.path)
@@ -366,6 +399,11 @@ class ReplayBuffer:
                 raise ReplayBufferError(
                     f"{where}: {key!r} has dtype {value.dtype}; only numbers can be stored."
                 )
+            if 0 in value.shape[1:]:
+                raise ReplayBufferError(
+                    f"{where}: {key!r} has shape {value.shape[1:]} per step, which holds nothing; "
+                    "leave it out."
+                )
             if self.n_episodes == 0:
                 continue
             array = self._data[key]
@@ -378,6 +416,11 @@ class ReplayBuffer:
                 raise ReplayBufferError(
                     f"{where}: {key!r} has dtype {value.dtype}, which does not fit the store's "
                     f"{array.dtype}."
+                )
+            if isinstance(value, np.ndarray) and not _fits(value, array.dtype):
+                raise ReplayBufferError(
+                    f"{where}: {key!r} holds {value.min()} to {value.max()}, more than the store's "
+                    f"{array.dtype} can hold."
                 )
         return next(iter(lengths.values()))
 
@@ -405,3 +448,12 @@ class ReplayBuffer:
                 f"{self.path} is open for reading. Use ReplayBuffer.open(path, mode='r+') on a "
                 "directory store."
             )
+
+
+def _fits(values: npt.NDArray[Any], dtype: np.dtype[Any]) -> bool:
+    """Whether numbers keep their size as ``dtype``: integers do not wrap, floats stay finite."""
+    if np.can_cast(values.dtype, dtype, "safe") or dtype.kind not in "iuf":
+        return True
+    limits: Any = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
+    known = values[np.isfinite(values)] if values.dtype.kind == "f" else values
+    return not known.size or bool(known.min() >= limits.min and known.max() <= limits.max)

@@ -59,6 +59,7 @@ def examine(
     *,
     actions: tuple[str, ...] = ("action",),
     pauses: bool = True,
+    normalize: Mapping[str, str] | None = None,
 ) -> list[Finding]:
     """Findings about the keys' values.
 
@@ -67,18 +68,24 @@ def examine(
         ends: (E,) one past the last row of each episode.
         actions: which keys are actions.
         pauses: whether the keys tell a pause from a motion.
+        normalize: how keys are scaled: findings that it answers are left out, and those of keys
+            that it does not have say nothing of scaling. None: not known, nothing is left out.
     """
     found: list[Finding] = []
     for key, array in values.items():
+        method = "auto" if normalize is None else normalize.get(key)
         rows = array.reshape(len(array), -1)
         statistics = KeyStatistics.of(rows)
-        found += _out_of_bounds(key, rows, statistics, ends)
+        if method in ("auto", None):
+            found += _out_of_bounds(key, rows, statistics, ends, can_choose=method is not None)
         if rows.shape[1] <= _MOST_COLUMNS:
             for column in range(rows.shape[1]):
                 coarse = array.dtype != np.float64 or key in actions
                 one = rows[:, column].astype(np.float64)
                 found += _column(key, column, one, statistics, ends, key in actions, coarse)
-        found += [*_quaternions(key, rows, ends), *_narrow(key, statistics)]
+        found += _quaternions(key, rows, ends)
+        if method in ("auto", "minmax"):
+            found += _narrow(key, statistics)
     if pauses:
         found += _pauses(values, ends)
     return found
@@ -144,7 +151,7 @@ def _numbers(buffer: ReplayBuffer) -> dict[str, npt.NDArray[Any]]:
         for key in buffer
         if buffer[key].dtype.kind in "biuf"
         and not looks_like_frames(buffer[key])
-        and int(np.prod(buffer[key].shape[1:])) <= _MOST_NUMBERS
+        and 0 < int(np.prod(buffer[key].shape[1:])) <= _MOST_NUMBERS
     ]
     return {key: buffer.load(key) for key in small}
 
@@ -171,19 +178,23 @@ def _gaps(key: str, times: npt.NDArray[Any], ends: Int64Array) -> Iterator[Findi
         )
 
 
-def decision_steps(ends: Int64Array, episode: Int64Array, newest: Int64Array) -> str:
+def decision_steps(
+    ends: Int64Array, episode: Int64Array, newest: Int64Array, chosen: Int64Array
+) -> str:
     """Which steps of the episodes training decides at, as one line.
 
     Args:
         ends: (E,) one past the last row of each episode.
         episode, newest: (W,) of each window, its episode and the row of its newest observation.
+        chosen: numbers of the episodes that count.
     """
     lengths = np.diff(ends, prepend=0)
     within = newest - (ends - lengths)[episode]
     last = np.full(len(ends), -1)
     np.maximum.at(last, episode, within)
-    used = np.minimum(last + 1, lengths).clip(0).sum()
-    text = f"training decides at {used} of {int(ends[-1])} steps ({used / int(ends[-1]):.0%})"
+    last, lengths = last[chosen], lengths[chosen]
+    used, n_steps = np.minimum(last + 1, lengths).clip(0).sum(), int(lengths.sum())
+    text = f"training decides at {used} of {n_steps} steps ({used / n_steps:.0%})"
     behind = lengths - 1 - last
     seen = behind[last >= 0]
     if seen.size and seen.max() > 0:
@@ -197,8 +208,14 @@ def _span(numbers: Int64Array) -> str:
 
 
 def _out_of_bounds(
-    key: str, rows: npt.NDArray[Any], statistics: KeyStatistics, ends: Int64Array
+    key: str,
+    rows: npt.NDArray[Any],
+    statistics: KeyStatistics,
+    ends: Int64Array,
+    *,
+    can_choose: bool,
 ) -> Iterator[Finding]:
+    cure = f", or say data.normalize.{key}=minmax if they are right" if can_choose else ""
     for column in np.flatnonzero(statistics.n_outliers):
         low, high = statistics.low[column], statistics.high[column]
         outside = np.flatnonzero((rows[:, column] < low) | (rows[:, column] > high))
@@ -211,8 +228,7 @@ def _out_of_bounds(
             step,
             f"{rows[first, column]:.4g} in episode {episode}, step {step}, is out of all bounds: "
             f"the other values lie in [{low:.4g}, {high:.4g}] ({outside.size} such values). They "
-            f"are cut to that range; repair them, or say data.normalize.{key}=minmax if they are "
-            "right",
+            f"are cut to that range; repair them{cure}",
         )
 
 
@@ -258,7 +274,9 @@ def _narrow(key: str, statistics: KeyStatistics) -> Iterator[Finding]:
     """Columns of which most values lie in a small part of the range."""
     low, high = statistics.middle
     span = statistics.high - statistics.low
-    columns = np.flatnonzero((high > low) & (high - low < _NARROW * span))
+    quantiles = np.subtract(*statistics.span("quantile")[::-1])
+    # where percentiles would not scale it, it is a switch, and no worse for it
+    columns = np.flatnonzero((high > low) & (high - low < _NARROW * span) & (quantiles < span))
     if columns.size:
         c = int(columns[np.argmin((high - low)[columns] / span[columns])])
         which = "" if columns.size == 1 else f" (and columns {', '.join(map(str, columns))} alike)"
@@ -299,10 +317,14 @@ def _wraps(
 
 def _quaternions(key: str, rows: npt.NDArray[np.float64], ends: Int64Array) -> Iterator[Finding]:
     """Unit quaternions that change their sign between neighbours: the same rotation, far apart."""
+    after = 0  # the last one that was found: the next begins beyond it
     for first in range(min(rows.shape[1], _MOST_COLUMNS) - 3):
+        if first < after:
+            continue
         four = rows[:, first : first + 4].astype(np.float64)
         if np.abs((four**2).sum(axis=1) - 1).max() > 1e-3 or np.ptp(four, axis=0).max() < 1e-3:
             continue
+        after = first + 4
         flips = _inside(np.flatnonzero((four[1:] * four[:-1]).sum(axis=1) < -0.5), ends)
         if flips.size:
             episode, step = _where(int(flips[0]) + 1, ends)
@@ -315,7 +337,6 @@ def _quaternions(key: str, rows: npt.NDArray[np.float64], ends: Int64Array) -> I
                 f"{flips.size} times, first in episode {episode}, step {step}: the same rotation "
                 "at two places. Keep one sign within an episode, or store a 6-D rotation",
             )
-        return
 
 
 def _pauses(values: Mapping[str, npt.NDArray[Any]], ends: Int64Array) -> Iterator[Finding]:

@@ -39,8 +39,9 @@ def seal(path: str | Path, *, off: bool = False) -> dict[str, str]:
         ReplayBufferError: it is no directory store, or another process appends to it.
     """
     path = Path(path).expanduser()
-    root = open_root(path, "r+")
+    open_root(path, "r+")  # raises
     with only_writer(path):
+        root = open_root(path, "r+")  # nothing is appended any more
         kept = {key: value for key, value in root.attrs.asdict().items() if key != SEAL}
         names = [] if off else [f"{g}/{n}" for g in ("data", "meta") for n in array_names(root, g)]
         hashes = {name: _hash(root, name) for name in names}

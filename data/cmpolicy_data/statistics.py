@@ -20,6 +20,8 @@ _FAR = 10.0
 _ONE_IN = 2000
 _FEW = 3
 _AT_ONCE = 1 << 22  # numbers
+#: Percentiles 1 and 99 that lie closer together than this part of the range do not scale a column.
+_LEAST_QUANTILES = 0.05
 
 
 #: Half of the distance of two float32 numbers, relative to their size.
@@ -75,13 +77,16 @@ class KeyStatistics:
         """What becomes -1 and 1: two arrays (...).
 
         ``minmax`` takes the range of all values, ``auto`` that of those not out of all bounds,
-        ``quantile`` the percentiles 1 and 99, ``gaussian`` the mean minus and plus the standard
-        deviation.
+        ``quantile`` the percentiles 1 and 99 (but the range where these lie close together, as of
+        a trigger that is rarely pressed: it would be far out of [-1, 1], or lost), ``gaussian`` the
+        mean minus and plus the standard deviation.
         """
         if method == "minmax":
             return self.minimum, self.maximum
         if method == "quantile":
-            return self.percentiles[1], self.percentiles[3]
+            low, high = self.percentiles[1], self.percentiles[3]
+            rare = high - low < _LEAST_QUANTILES * (self.high - self.low)
+            return np.where(rare, self.low, low), np.where(rare, self.high, high)
         if method == "gaussian":
             return self.mean - self.std, self.mean + self.std
         return self.low, self.high

@@ -7,6 +7,7 @@ checked against what files and memory can hold before anything is read or alloca
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import stat
@@ -30,7 +31,8 @@ from cmpolicy_data.chunks import (
 )
 
 # Root attribute of stores that `ReplayBuffer` wrote or appended to: {"format_version": 1,
-# "all_chunks_written": bool}. Where it is true, a chunk that is not there is lost for certain.
+# "all_chunks_written": bool, "converted": int}. Where all chunks are written, one that is not there
+# is lost for certain. A store with as many episodes as were converted has none of somebody else.
 MARK = "cmpolicy_data"
 FORMAT_VERSION = 1
 
@@ -145,9 +147,10 @@ def missing_rule(root: zarr.Group, asked: MissingChunks) -> MissingChunks:
     return "error" if writes_all_chunks(root) else asked
 
 
-def mark(*, all_chunks_written: bool) -> dict[str, Any]:
-    """The root attribute that says who wrote a store."""
-    return {MARK: {"format_version": FORMAT_VERSION, "all_chunks_written": all_chunks_written}}
+def mark(*, all_chunks_written: bool, converted: int | None = None) -> dict[str, Any]:
+    """The root attribute that says who wrote a store; ``converted``: episodes of a converter."""
+    own = {"format_version": FORMAT_VERSION, "all_chunks_written": all_chunks_written}
+    return {MARK: own if converted is None else {**own, "converted": converted}}
 
 
 def arrays(root: zarr.Group, group: str, path: Path) -> tuple[dict[str, Array], dict[str, str]]:
@@ -192,8 +195,8 @@ def array_names(root: zarr.Group, group: str) -> list[str]:
             names += [(Path(place) / file).relative_to(folder).as_posix() for file in files]
             if ".zarray" in files:
                 folders.clear()  # chunks
-            elif "zarr.json" in files and "c" in folders:
-                folders.remove("c")
+            elif "c" in folders and _is_array(Path(place)):
+                folders.remove("c")  # chunks
     tails = ("/.zarray", "/zarr.json")
     found = sorted({n.rpartition("/")[0] for n in names if n.endswith(tails)})
     if len(found) > _MAX_ARRAYS:
@@ -202,6 +205,18 @@ def array_names(root: zarr.Group, group: str) -> list[str]:
             f"are read. {_EXPECTED}"
         )
     return found
+
+
+def _is_array(folder: Path) -> bool:
+    """Whether a folder is an array of format 3, whose chunks lie in ``c``; a group may have a key
+    of that name."""
+    described = folder / "zarr.json"
+    try:
+        if described.stat().st_size > _MAX_METADATA_BYTES:
+            return False
+        return json.loads(described.read_bytes()).get("node_type") == "array"
+    except (OSError, ValueError, AttributeError):
+        return described.exists()
 
 
 def _why_unreadable(error: Exception) -> str:
@@ -300,9 +315,10 @@ def _check_metadata_files(path: Path) -> None:
     else:
         sizes = {}
         for place, folders, files in os.walk(path):
-            folders[:] = [f for f in folders if not (f == "c" and "zarr.json" in files)]
             if ".zarray" in files:
                 folders.clear()  # chunks
+            elif "c" in folders and _is_array(Path(place)):
+                folders.remove("c")  # chunks
             for name in set(files).intersection(_METADATA):
                 status = (Path(place) / name).stat()
                 sizes[f"{place}/{name}"] = status.st_size if stat.S_ISREG(status.st_mode) else -1

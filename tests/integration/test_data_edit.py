@@ -87,10 +87,18 @@ def test_the_command(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "was not written by `cmpolicy data convert`" in capsys.readouterr().err
     assert main([*words, f"out={out}"]) == 0
     assert "1 episode(s), 25 steps" in capsys.readouterr().out
-    assert main(["data", "edit", str(out), "cut={a: [5]}", f"out={out}"]) == 2
-    assert "must be steps by episode number" in capsys.readouterr().err
     assert main(["data", "edit", str(out), "cut={0: [5]}", f"out={out}"]) == 2
     assert "is the store itself" in capsys.readouterr().err
+    assert main([*words, f"out={out}"]) == 0  # it can be made again
+    mine = ReplayBuffer.open(out, "r+")
+    mine.append_episode({key: np.asarray(mine[key][:5]) for key in mine})
+    assert main([*words, f"out={out}"]) == 2
+    assert "what is in it might be lost" in capsys.readouterr().err
+    assert ReplayBuffer.open(out).n_episodes == 2
+    copied = ReplayBuffer.create(tmp_path / "mine.zarr", attrs=mine.attrs)
+    assert main([*words, f"out={copied.path}"]) == 2  # the attributes of another store
+    assert main(["data", "edit", str(out), "cut={a: [5]}", f"out={out}"]) == 2
+    assert "must be steps by episode number" in capsys.readouterr().err
 
 
 # -- ALOHA ----------------------------------------------------------------------------------------
@@ -102,6 +110,8 @@ def write_aloha(path: Path, n: int, *, jpeg: bool = False, seed: int = 0, **more
         file["action"] = rng.normal(size=(n, 14))
         file["observations/qpos"] = rng.normal(size=(n, 14))
         file["observations/qvel"] = rng.normal(size=(n, 14))
+        file["base_action"] = np.full((n, 2), 0.5)
+        file["observations/images_depth/cam_high"] = np.zeros((n, 8, 8), np.uint16)
         frames = np.zeros((n, 24, 32, 3), np.uint8)
         frames[..., 0] = 200  # red
         frames[..., 2] = np.arange(n)[:, None, None]
@@ -129,8 +139,12 @@ def test_aloha_episodes(tmp_path: Path, jpeg: bool, capsys: pytest.CaptureFixtur
         write_aloha(source / f"episode_{number}.hdf5", number + 3, jpeg=jpeg, seed=number)
     out = tmp_path / "o.zarr"
     assert main(["data", "convert", "aloha", str(source), f"out={out}"]) == 0
-    assert "3 episode(s), 21 steps" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3 episode(s), 21 steps" in said
+    assert said.count("left out: ") == said.count("left out: observations/images_depth/cam_high")
     buffer = ReplayBuffer.open(out)
+    assert buffer["action"].shape == (21, 16)  # the base's last, as Mobile ALOHA trains
+    assert (buffer.load("action[14:]") == 0.5).all()
     assert buffer.keys() == ["action", "cam_high", "qpos", "qvel"]
     assert buffer.episode_ends.tolist() == [3, 8, 21]
     assert buffer.attrs["control_hz"] == 50

@@ -83,3 +83,52 @@ def test_what_cannot_be(
 ) -> None:
     with pytest.raises(error, match=words):
         load(store, **setting)
+
+
+def test_what_is_left_out_may_be_broken(store: Path) -> None:
+    """That may be why; and what is said of the data is said of what is trained on."""
+    buffer = ReplayBuffer.open(store, "r+")
+    state = np.linspace(0, 1, 400)[:, None].repeat(2, 1)
+    state[100] = np.nan
+    buffer.append_episode({"state": state, "action": state})
+    with pytest.raises(ConfigError, match="holds NaN or inf at 1 steps, the first is step 260"):
+        load(store)
+    data = load(store, episodes="better", val_fraction=0.25)
+    assert "4 episodes of 9 (data.episodes), 1 of them held out" in data.summary
+    assert "of 80 steps" in data.summary
+
+
+def test_episodes_that_nobody_judged(store: Path) -> None:
+    array = zarr.open_group(store, mode="r+").create_array(
+        "meta/judged", shape=(E,), dtype="float32"
+    )
+    array[...] = [1, 0, np.nan, 1, 1, 0, np.nan, 1]
+    with pytest.raises(
+        ReplayBufferError, match=r"meta/judged holds nan for episode 2 \(and 1 more"
+    ):
+        load(store, episodes="judged")
+
+
+def test_rotations_that_the_store_names_are_those_of_its_actions(store: Path) -> None:
+    buffer = ReplayBuffer.open(store)
+    mine = ReplayBuffer.create(
+        store.parent / "r.zarr", attrs={"action_rotations": ["quaternion:0,1,2,3"]}
+    )
+    for number in range(E):
+        steps = buffer.load("state")[20 * number : 20 * number + 20].repeat(2, 1)
+        mine.append_episode({"state": steps, "action": steps, "joints": steps})
+    rotations = load(mine.path).rotations
+    assert rotations is not None
+    assert rotations[0].dims == (0, 1, 2, 3)
+    assert load(mine.path, action="joints").rotations is None
+    assert load(mine.path, action="'action[1:]'").rotations is None
+
+
+def test_keys_with_dots_are_scaled_by_name(store: Path) -> None:
+    buffer = ReplayBuffer.open(store)
+    mine = ReplayBuffer.create(store.parent / "d.zarr")
+    steps = buffer.load("state")
+    mine.append_episode({"observation.state": steps, "action": steps})
+    words = ["task=custom", f"data.path={mine.path}", "data.obs=[observation.state]"]
+    words += ["control_hz=10", "data.normalize.observation.state=minmax"]
+    assert cmpolicy.compose(*words).data.normalize["observation.state"] == "minmax"

@@ -52,6 +52,16 @@ class TestStatistics:
         np.testing.assert_array_equal(statistics.high, values.max(axis=0))
         np.testing.assert_allclose(statistics.mean, values.mean(axis=0))
 
+    @pytest.mark.parametrize("noise", [0.0, 1e-4])
+    def test_percentiles_do_not_lose_a_trigger_that_is_seldom_pressed(self, noise: float) -> None:
+        values = noise * RNG.normal(size=(N, 2))
+        values[300:304, 0] = 1
+        values[:, 1] = np.sin(np.arange(N))
+        low, high = KeyStatistics.of(values).span("quantile")
+        np.testing.assert_allclose([low[0], high[0]], [0, 1], atol=0.01)
+        np.testing.assert_array_equal([low[1], high[1]], np.percentile(values[:, 1], (1, 99)))
+        assert "=quantile" not in messages(values=values)  # which would not scale it
+
     def test_a_switch_that_is_seldom_pressed_is_no_outlier(self) -> None:
         values = np.zeros((N, 1))
         values[300] = 1
@@ -175,7 +185,7 @@ def test_the_table_is_aligned() -> None:
 def test_decision_steps() -> None:
     sizes = {"horizon": 64, "n_obs_steps": 2, "n_action_steps": 8}
     windows = window_index(ENDS, **sizes)
-    text = decision_steps(ENDS, windows.episode, windows.obs[:, -1])
+    text = decision_steps(ENDS, windows.episode, windows.obs[:, -1], np.arange(len(ENDS)))
     assert text == (
         "training decides at 530 of 600 steps (88%), not at the last 7 of each episode, whose "
         "actions were not recorded"
@@ -186,3 +196,25 @@ def test_one_dimensional_keys(tmp_path: Path) -> None:
     buffer = ReplayBuffer.create(tmp_path / "s.zarr")
     buffer.append_episode({"action": smooth(), "grip": smooth(1)[:, 0]})
     assert examine_store(buffer.path) == []
+
+
+def test_findings_that_the_scaling_answers_are_left_out() -> None:
+    values = {"state": smooth(), "pose": smooth()}
+    values["state"][123, 0] = values["pose"][123, 0] = 5000
+    for method, n in (("auto", 1), ("minmax", 0), ("quantile", 0), ("gaussian", 0)):
+        found = [f for f in examine(values, ENDS, normalize={"state": method}) if f.key == "state"]
+        assert sum("out of all bounds" in f.message for f in found) == n
+    (of_target,) = [
+        f for f in examine(values, ENDS, normalize={"state": "auto"}) if f.key == "pose"
+    ]
+    assert "repair them" in of_target.message
+    assert "data.normalize" not in of_target.message  # a target has no such setting
+
+
+def test_signs_of_the_second_arm_too() -> None:
+    angle = np.linspace(0, 3, N)
+    still = np.stack([np.cos(angle), np.sin(angle), 0 * angle, 0 * angle], axis=1)
+    flipped = still * np.where(np.arange(N) < 100, 1, -1)[:, None]
+    for arms, column in (([flipped, still], 0), ([still, flipped], 4)):
+        found = messages(state=np.concatenate(arms, axis=1))
+        assert f"columns {column} to {column + 3} look like a quaternion" in found

@@ -234,3 +234,22 @@ def test_frames_do_not_look_like_the_episode_before(
     off = np.abs(after[:, None] - before[None]).mean(axis=(2, 3, 4))
     assert off.argmin(axis=1).tolist() == list(range(15))
     assert capfd.readouterr().err == ""
+
+
+def test_keys_that_would_be_one_or_no_name(tmp_path: Path):
+    frames = np.zeros((3, 32, 32, 3), np.uint8)
+    action = np.zeros((3, 2), np.float32)
+    both = ReplayBuffer.create(tmp_path / "both.zarr")
+    both.append_episode({"action": action, "top": frames, "images.top": frames})
+    with pytest.raises(LeRobotError, match=r"\['images.top', 'top'\] would both be"):
+        write(both.path, tmp_path / "d", task="go", fps=10)
+    write(both.path, tmp_path / "one", task="go", fps=10, keys=["action", "top"])
+    nested = ReplayBuffer.create(tmp_path / "nested.zarr")
+    nested.append_episode({"action": action, "observation/state": action})
+    write(nested.path, tmp_path / "two", task="go", fps=10)
+    read(tmp_path / "two", tmp_path / "back.zarr")
+    assert ReplayBuffer.open(tmp_path / "back.zarr").keys() == ["action", "state"]
+    odd = ReplayBuffer.create(tmp_path / "odd.zarr")
+    odd.append_episode({"action": action, "grip\u00e9": action})
+    with pytest.raises(LeRobotError, match="no name there"):
+        write(odd.path, tmp_path / "three", task="go", fps=10)

@@ -42,11 +42,28 @@ def test_steps_beyond_the_first_of_a_pause_go(longest: int, left: list[int] | No
 
 def test_slow_motion_is_no_pause() -> None:
     """Steps too small to count add up; only those within reach of where it stood still go."""
-    creeping = [*np.linspace(0, 0.01, 101), 1.0]
-    found = _moves(creeping, [102]).without_pauses(1)
-    left = found.obs["x"][:, 0]
-    assert np.diff(left[:-1]).max() < 0.0012
+    creeping = [*np.linspace(0, 0.01, 101), *np.linspace(0.03, 1, 50)]
+    found = _moves(creeping, [151]).without_pauses(1)
+    left = found.obs["x"][found.obs["x"] < 0.02]
+    assert np.diff(left).max() < 0.0012
     assert 20 <= len(left) <= 30
+    assert (found.obs["x"] > 0.02).sum() == 50
+
+
+def test_one_glitch_does_not_make_every_motion_a_pause() -> None:
+    moving = np.sin(np.arange(2000) / 20)
+    moving[700] = -9999
+    assert len(_moves(moving.tolist(), [2000]).without_pauses(3).action) == 2000
+
+
+def test_a_joint_that_only_jitters_hides_no_pause() -> None:
+    moving = np.r_[np.arange(40), np.full(60, 40), np.arange(40, 80)].astype(np.float32)
+    noise = 1e-5 * np.random.default_rng(0).normal(size=140).astype(np.float32)
+    state = np.stack([moving, noise], axis=1)
+    data = Demonstrations({"x": state}, state, np.array([140]), np.array([0]))
+    assert len(data.without_pauses(3).action) == 83
+    only = Demonstrations({"x": state[:, 1:]}, state[:, 1:], np.array([140]), np.array([0]))
+    assert len(only.without_pauses(3).action) > 100  # noise alone may be what is recorded
 
 
 def test_a_goal_that_stays_is_no_pause_of_what_only_cameras_see(tmp_path: Path) -> None:

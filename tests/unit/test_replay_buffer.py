@@ -13,6 +13,7 @@ from zarr.storage import LocalStore
 from cmpolicy_data import ReplayBuffer, ReplayBufferError, SelectorError, validate
 from cmpolicy_data.pack import pack
 from cmpolicy_data.parts import Parts
+from cmpolicy_data.seal import seal
 
 RNG = np.random.default_rng(0)
 
@@ -504,3 +505,67 @@ def test_parts_are_compressed_where_that_makes_them_smaller(tmp_path: Path, flat
     np.testing.assert_array_equal(ReplayBuffer.open(buffer.path)["top"][:], frames)
     size = sum(f.stat().st_size for f in (buffer.path / "data/top/c").rglob("*") if f.is_file())
     assert (size < frames.nbytes / 2) == flat
+
+
+class TestAttributesAndNames:
+    def test_what_others_wrote_meanwhile_stays(self, store: Path):
+        first, second = (ReplayBuffer.open(store, "r+") for _ in range(2))
+        second.update_attrs({"control_hz": 10})
+        first.update_attrs({"note": "x"})
+        found = ReplayBuffer.open(store).attrs
+        assert found == {"robot": "arm", "control_hz": 10, "note": "x"}
+        seal(store)
+        first.update_attrs({"note": "y"})
+        with pytest.raises(ReplayBufferError, match="seal"):
+            first.append_episode(episode())  # opened before it was sealed
+        assert ReplayBuffer.open(store).n_episodes == 3
+        with pytest.raises(ReplayBufferError, match="cmpolicy's own"):
+            first.update_attrs({"cmpolicy_seal": {}})
+
+    def test_of_a_store_of_another_writer(self, foreign: Path):
+        ReplayBuffer.open(foreign, "r+").update_attrs({"control_hz": 10})
+        assert ReplayBuffer.open(foreign).attrs["control_hz"] == 10
+        assert validate(foreign) == []
+
+    def test_attributes_that_are_no_json_leave_nothing_behind(self, tmp_path: Path):
+        with pytest.raises(ReplayBufferError, match="attrs must be JSON values"):
+            ReplayBuffer.create(tmp_path / "a.zarr", attrs={"control_hz": np.float32(10)})
+        assert not (tmp_path / "a.zarr").exists()
+
+    def test_a_key_may_be_named_as_the_folder_of_chunks(self, tmp_path: Path):
+        buffer = ReplayBuffer.create(tmp_path / "a.zarr")
+        for _ in range(2):
+            buffer.append_episode({**episode(), "c": np.ones((10, 1)), "x/c": np.ones((10, 3))})
+        again = ReplayBuffer.open(buffer.path)
+        assert again.keys() == ["action", "c", "state", "x/c"]
+        assert again.load("x/c").shape == (20, 3)
+
+    @pytest.mark.parametrize(
+        ("first", "then"),
+        [
+            (np.zeros(3, np.int8), [300]),
+            (np.zeros(3, np.uint8), np.array([256], np.uint16)),
+            (np.zeros(3, "f2"), [1e6]),
+        ],
+    )
+    def test_numbers_do_not_wrap(self, tmp_path: Path, first: np.ndarray, then: list[float]):
+        buffer = ReplayBuffer.create(tmp_path / "a.zarr")
+        buffer.append_episode({"x": first})
+        with pytest.raises(ReplayBufferError, match=r"'x' holds .* more than the store's"):
+            buffer.append_episode({"x": then})
+        buffer.append_episode({"x": np.array([1, 2], np.asarray(then).dtype)})
+        assert ReplayBuffer.open(buffer.path).load("x").tolist() == [[0], [0], [0], [1], [2]]
+
+    def test_a_key_that_holds_nothing(self, tmp_path: Path):
+        buffer = ReplayBuffer.create(tmp_path / "a.zarr")
+        with pytest.raises(ReplayBufferError, match=r"'x' has shape \(0,\) per step"):
+            buffer.append_episode({"x": np.zeros((4, 0))})
+
+    def test_packing_replaces_stores_alone(self, store: Path, tmp_path: Path):
+        target = tmp_path / "photos.zip"
+        with zipfile.ZipFile(target, "w") as archive:
+            archive.writestr("a.jpg", "a")
+        before = target.read_bytes()
+        with pytest.raises(FileExistsError, match="exists and is no store"):
+            pack(store, target)
+        assert target.read_bytes() == before

@@ -3,7 +3,8 @@
 A file has ``action`` (T, A), ``observations/qpos`` (T, A) and perhaps ``qvel`` and ``effort``,
 ``observations/images/<camera>`` (T, H, W, 3) uint8, or JPEG (T, L) uint8 filled up with zeros (the
 attribute ``compress``, or two axes, tell). ALOHA compresses RGB frames with OpenCV, which takes
-them for BGR: what another decoder gives has red and blue exchanged.
+them for BGR: what another decoder gives has red and blue exchanged. Mobile ALOHA's ``base_action``
+(T, 2) becomes the last two numbers of the actions, as in its own training.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from cmpolicy_data.replay_buffer import ReplayBuffer
 CONVERTER = "cmpolicy_data.convert.aloha"
 #: Actions per second of ALOHA's recordings.
 CONTROL_HZ = 50.0
-_STATES = ("qpos", "qvel", "effort")
+BASE = "base_action"
+#: Attribute of the store: names of the files' arrays that it does not have.
+LEFT_OUT = "left_out"
+_STATES, _IMAGES = ("qpos", "qvel", "effort"), "observations/images"
 
 
 class AlohaError(ValueError):
@@ -63,11 +67,13 @@ def convert(
     source, out = Path(source).expanduser(), Path(out).expanduser()
     check_target(out)
     files = _files(source)
+    left_out: set[str] = set()
 
     def episodes() -> Iterator[_Episode]:
         first: set[str] = set()
+        left_out.clear()
         for number, file in enumerate(files):
-            data = _read(file)
+            data = _read(file, left_out)
             first.update(() if first else data)
             if set(data) != first:
                 raise AlohaError(
@@ -78,7 +84,10 @@ def convert(
             if progress is not None:
                 progress(number + 1, len(files))
 
-    attrs = {"control_hz": control_hz, "episodes": [file.name for file in files]}
+    def attrs() -> dict[str, Any]:
+        names = [file.name for file in files]
+        return {"control_hz": control_hz, "episodes": names, LEFT_OUT: sorted(left_out)}
+
     write_store(out, CONVERTER, episodes(), attrs)
     return ReplayBuffer.open(out)
 
@@ -99,8 +108,8 @@ def _files(source: Path) -> list[Path]:
     return sorted(found, key=number)
 
 
-def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """All of an episode."""
+def _read(path: Path, left_out: set[str]) -> dict[str, npt.NDArray[Any]]:
+    """All of an episode; names of what is not taken are added to ``left_out``."""
     try:
         import h5py
     except ImportError as error:
@@ -116,15 +125,30 @@ def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
                 "observations/qpos. robomimic's files are converted with `convert robomimic`"
             )
         data: dict[str, npt.NDArray[Any]] = {"action": np.asarray(file["action"], np.float32)}
+        if BASE in file:
+            base = np.asarray(file[BASE], np.float32)
+            if len(base) != len(data["action"]):
+                raise AlohaError(
+                    f"{path}: all keys need the same number of steps, got {len(base)} of {BASE} "
+                    f"and {len(data['action'])} of action"
+                )
+            data["action"] = np.concatenate([data["action"], base], axis=1)
         for key in _STATES:
             if f"observations/{key}" in file:
                 data[key] = np.asarray(file[f"observations/{key}"], np.float32)
-        images = file["observations"].get("images", {})
+        images = file.get(_IMAGES, {})
         for camera in images:
             data[camera] = _frames(images[camera], f"{path}: images/{camera}")
         lengths = {key: len(value) for key, value in data.items()}
         if len(set(lengths.values())) > 1 or not lengths["action"]:
             raise AlohaError(f"{path}: all keys need the same number of steps, got {lengths}")
+        taken = {"action", BASE, "compress_len", *(f"observations/{key}" for key in _STATES)}
+
+        def note(name: str, item: Any) -> None:
+            if hasattr(item, "shape") and name not in taken | {f"{_IMAGES}/{c}" for c in images}:
+                left_out.add(name)
+
+        file.visititems(note)
         return data
 
 

@@ -61,7 +61,7 @@ class ConvertedEpisode:
 
 
 def check_target(out: Path) -> None:
-    """Refuse to write over anything but a store that a converter wrote.
+    """Refuse to write over anything but a store that a converter wrote and nobody appended to.
 
     Raises:
         FileExistsError: something else is there. FileNotFoundError: its folder is not.
@@ -75,8 +75,8 @@ def check_target(out: Path) -> None:
         raise FileNotFoundError(f"{out.parent} is not a folder. Create it first.")
     if out.exists() and not _is_converted(out):
         raise FileExistsError(
-            f"{out} exists and was not written by `cmpolicy data convert`. Choose another path or "
-            "remove it."
+            f"{out} exists and was not written by `cmpolicy data convert` or `edit` alone: what is "
+            "in it might be lost. Choose another path or remove it."
         )
 
 
@@ -99,12 +99,13 @@ def write_store(
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         new = scratch / "store.zarr"
-        buffer = ReplayBuffer.create(new, attrs={CONVERTER: converter})
+        buffer = ReplayBuffer.create(new)
         models = []
         for episode in episodes:
             buffer.append_episode(episode.arrays())
             models.append(episode.model)
-        buffer.update_attrs(attrs() if callable(attrs) else attrs)
+        buffer.update_attrs({**(attrs() if callable(attrs) else attrs), CONVERTER: converter})
+        buffer.mark_converted()
         scenes = [model for model in models if model is not None]
         if scenes and len(scenes) == len(models):
             write_scenes(new, scenes)
@@ -126,7 +127,7 @@ def _stored(value: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def _is_converted(path: Path) -> bool:
     try:
-        return CONVERTER in ReplayBuffer.open(path).attrs
+        return ReplayBuffer.open(path).is_converted
     except (ReplayBufferError, OSError):
         return False
 

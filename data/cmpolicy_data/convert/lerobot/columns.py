@@ -12,6 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from cmpolicy_data.convert.lerobot.errors import LeRobotError
+from cmpolicy_data.convert.lerobot.layout import KEY
 from cmpolicy_data.frames import Frames, looks_like_frames
 from cmpolicy_data.replay_buffer import ReplayBuffer
 from cmpolicy_data.shown import dimension_names
@@ -54,9 +55,10 @@ class Column:
 
 
 def feature_name(key: str, *, frames: bool) -> str:
-    """LeRobot's name of a store's key."""
+    """LeRobot's name of a store's key: ``observation/state`` and ``state`` are alike there."""
     if key == "action":
         return key
+    key = key.replace("/", ".").removeprefix("observation.")
     return (
         f"observation.images.{key}"
         if frames and not key.startswith("image")
@@ -97,6 +99,18 @@ def columns_of(buffer: ReplayBuffer, keys: Sequence[str], images: str) -> list[C
                 dimension_names(buffer, key),
             )
         )
+    for column in columns:
+        others = [c.key for c in columns if c.name == column.name]
+        if len(others) > 1:
+            raise LeRobotError(
+                f"{buffer.path}: the keys {others} would both be {column.name!r} in LeRobot; leave "
+                "one of them out with keys=[...]."
+            )
+        if not KEY.fullmatch(column.name):
+            raise LeRobotError(
+                f"{buffer.path}: {column.key!r} would be {column.name!r} in LeRobot, which is no "
+                "name there (letters, digits, . _ -); leave it out with keys=[...]."
+            )
     return columns
 
 

@@ -24,7 +24,7 @@ from cmpolicy_data.convert.lerobot.metafiles import (
 
 V3, V2 = "v3.0", "v2.1"
 _OBSERVATION = "observation."
-_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\- ]*")
+KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\- ]*")
 _UPGRADES = {
     "v2.0": "python -m lerobot.datasets.v21.convert_dataset_v20_to_v21 (lerobot 0.3)",
     "v1": "convert_dataset_v1_to_v2.py of lerobot 0.1, then convert_dataset_v20_to_v21 of 0.3",
@@ -181,7 +181,7 @@ def _features(info: Info) -> tuple[tuple[Feature, ...], dict[str, str]]:
         if not isinstance(shape, list) or not all(isinstance(n, int) and n > 0 for n in shape):
             raise LeRobotError(f"{where} has the shape {shape!r}, expected numbers above 0.")
         key = store_key(name)
-        if not _KEY.fullmatch(key) or (key == "action") != (name == "action"):
+        if not KEY.fullmatch(key) or (key == "action") != (name == "action"):
             raise LeRobotError(f"{where} cannot be a key of a store. Rename it in the data set.")
         if dtype in ("video", "image"):
             if (description.get("info") or {}).get("video.is_depth_map"):
