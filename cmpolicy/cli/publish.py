@@ -79,12 +79,12 @@ def publish(settings: PublishSettings) -> Path:
     import torch
 
     from cmpolicy.experiment.model_card import model_card
-    from cmpolicy.policy.bundle import BundleError, read_metadata
+    from cmpolicy.policy.bundle import BundleError
     from cmpolicy.policy.policy import ConsistencyPolicy
 
     results = {Path(path): Result.load(Path(path).expanduser()) for path in settings.results}
     policy = ConsistencyPolicy.from_pretrained(settings.policy)
-    metadata = read_metadata(settings.policy)
+    metadata = policy.metadata
     if settings.noise_scale is not None:
         policy.noise_scale = settings.noise_scale
     policy.nfe = settings.nfe or policy.nfe
@@ -121,5 +121,10 @@ def _results_section(results: Sequence[Result]) -> str:
 
 
 def _file_names(paths: Sequence[Path]) -> list[str]:
-    """``<folder>_<file>``: evaluations of different policies share their file names."""
-    return [f"{path.absolute().parent.name}_{path.name}" for path in paths]
+    """``<folder>_<file>``, with more folders where that is not enough to tell them apart."""
+    whole = [path.absolute().parts[1:] for path in paths]
+    for n in range(2, max(map(len, whole), default=1) + 1):
+        names = ["_".join(parts[-n:]) for parts in whole]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{i}_{path.name}" for i, path in enumerate(paths)]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -159,6 +159,28 @@ class TrainingData:
     def targets(self) -> npt.NDArray[np.float32] | None:
         """All of ``data.targets``, scaled; see :meth:`Demonstrations.scaled_targets`."""
         return self.arrays.scaled_targets(self.windows.select(self.split.train_ids).obs)
+
+    def with_held_out_of(
+        self, before: Mapping[str, Any], val_fraction: float, seed: int
+    ) -> TrainingData:
+        """The same data, holding out what a run before held out, and as much of the new episodes.
+
+        Args:
+            before: :attr:`facts` of that run. Episodes are known by their content.
+            val_fraction, seed: see :func:`split_episodes`.
+        """
+        if not before:
+            return self
+        old, now = before["data"]["episodes"], self.fingerprint["episodes"]
+        held_out = {old[i] for i in before["val_episodes"]}
+        numbers = {h: int(s) for h, s in zip(now, self.arrays.source_episode, strict=True)}
+        chosen = set(self.arrays.source_episode[[*self.split.train_ids, *self.split.val_ids]])
+        kept = chosen & {numbers[h] for h in held_out if h in numbers}
+        new = np.array(sorted(chosen - {numbers[h] for h in old if h in numbers}), np.int64)
+        if len(new) > 1:
+            kept |= set(new[split_episodes(len(new), val_fraction, seed).val_ids])
+        val, train = (np.array(sorted(s), np.int64) for s in (kept, chosen - kept))
+        return replace(self, split=self.arrays.expand(EpisodeSplit(train_ids=train, val_ids=val)))
 
     @property
     def fingerprint_digest(self) -> str:

@@ -70,7 +70,7 @@ def run_demo(demo: DemoSettings, config: TrainConfig, *, command: str) -> int:
     if config.task.protocol is None:
         raise ConfigError(f"the demo needs a task with a simulator, not {config.task.name!r}")
     protocol = get_protocol(config.task.protocol)
-    out = Path(demo.out)
+    out = Path(demo.out).expanduser()
 
     begin = time.monotonic()
     finished, resumable = _clear_the_place(out, config)

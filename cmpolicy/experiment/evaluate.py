@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +25,7 @@ from cmpolicy_eval import evaluate as scoring
 from cmpolicy_eval.policy import ActionChunkPolicy
 from cmpolicy_eval.protocol import ROBOMIMIC, EvalProtocol, check_protocol
 from cmpolicy_eval.report import write_report
-from cmpolicy_eval.result import Result
+from cmpolicy_eval.result import Result, ResultError
 from cmpolicy_eval.seeds import parse_seeds
 
 Seeds = int | str | Sequence[int] | None
@@ -149,6 +152,8 @@ def evaluate(
         policy=policy if is_object else None,
         protocol=protocol if isinstance(protocol, EvalProtocol) else None,
     )
+    if out is not None:
+        write_report([result], Path(out).expanduser())
     return result
 
 
@@ -203,10 +208,36 @@ def score(
         )
         results.append(found.result)
         if out is not None:
-            found.result.save(out / f"result_nfe{nfe}.json")
+            file = out / f"result_nfe{nfe}.json"
+            _keep_other(file, found.result)
+            found.result.save(file)
             crops = _crops(scored.policy)
-            _write_videos(out / "videos", chosen, found, settings.videos, crops)
+            try:
+                _write_videos(out / "videos", chosen, found, settings.videos, crops)
+            except (NotImplementedError, RuntimeError) as error:  # the scores are what counts
+                why = str(error) or "its environment has no render()"
+                warnings.warn(f"no videos of {chosen.name}: {why}", stacklevel=2)
     return results
+
+
+def _keep_other(file: Path, result: Result) -> None:
+    """Put a file with another result aside: it may have taken hours."""
+    if not file.is_file():
+        return
+    try:
+        if _outcomes(Result.load(file)) == _outcomes(result):
+            return
+    except ResultError:
+        pass  # something else, which is kept as well
+    names = (file.with_name(f"{file.stem}-before-{n}.json") for n in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
+    file.rename(aside)
+    print(f"{file} held another result, which is now in {aside}", file=sys.stderr)
+
+
+def _outcomes(result: Result) -> list[tuple[int, float, bool, int]]:
+    """Of the episodes, without what the clock says."""
+    return [(e.seed, e.score, e.success, e.length) for e in result.episodes]
 
 
 def report(results: Sequence[str | Path], out: str | Path) -> tuple[list[Result], list[Path]]:
@@ -290,8 +321,17 @@ def _given(policy: Any, settings: EvalSettings) -> _Scored:
         if not hasattr(policy, "nfe"):
             raise ConfigError(f"nfe={settings.nfe[0]}, but {type(policy).__name__} has no nfe")
         policy = _WithNfe(policy, settings.nfe[0])
-    device = str(getattr(policy, "device", "cpu"))
-    return _Scored(policy, own, lambda nfe: None, settings.name or settings.policy, device=device)
+    metadata = getattr(policy, "metadata", {})
+    return _Scored(
+        policy,
+        own,
+        lambda nfe: None,
+        settings.name or settings.policy,
+        metadata.get("data"),
+        str(getattr(policy, "device", "cpu")),
+        own_protocol(metadata),
+        Simulator.from_mapping(metadata.get("simulator", {})),
+    )
 
 
 class _WithNfe:
@@ -324,7 +364,6 @@ class _WithNfe:
 def _open_bundle(settings: EvalSettings) -> _Scored:
     import torch
 
-    from cmpolicy.policy.bundle import read_metadata
     from cmpolicy.policy.policy import ConsistencyPolicy
     from cmpolicy.training.device import choose_device
 
@@ -343,7 +382,7 @@ def _open_bundle(settings: EvalSettings) -> _Scored:
     if settings.time_floor is not None:
         label += f" [floor {settings.time_floor}]"
         policy.time_floor = settings.time_floor
-    metadata = read_metadata(settings.policy)
+    metadata = policy.metadata
     is_gpu = device.type == "cuda"
     return _Scored(
         policy,

@@ -23,7 +23,7 @@ from cmpolicy.training.checkpoint import load_state, state_path
 from cmpolicy.training.config import LoopConfig
 from cmpolicy.training.curves import draw_curves
 from cmpolicy.training.guard import NonFiniteError
-from cmpolicy.training.trackers import LOG_FILE, run_trackers
+from cmpolicy.training.trackers import LOG_FILE, WANDB_FILES, run_trackers
 from cmpolicy.training.trainer import Batches, DrawStep, Keep, RunEnd, Score, Trainer
 
 CONFIG_FILE, COMMAND_FILE, FACTS_FILE = "config.yaml", "command.txt", "facts.json"
@@ -36,6 +36,7 @@ _BEFORE_A_STATE = {
     LOG_FILE,
     "tensorboard",
     state_path(Path()).parent.name,
+    *WANDB_FILES,
 }
 #: What may change between the parts of any run. The rest would make it another run.
 RESUME_SETTINGS = (
@@ -63,6 +64,7 @@ class RunFolder:
         facts: what a resumed run has to find unchanged, JSON-ready; kept in ``facts.json``.
         resumed: whether the run goes on.
         change: the command by which it goes on with other settings, if it does.
+        other_data: whether it goes on with other data: the best policy of before has no say then.
     """
 
     path: Path
@@ -71,6 +73,7 @@ class RunFolder:
     facts: Mapping[str, Any] = field(default_factory=dict)
     resumed: bool = False
     change: str | None = None
+    other_data: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,8 +164,12 @@ def resumed_settings(run_dir: Path, changes: Mapping[str, Any], known: tuple[str
     restart = changes.pop("schedule", "extend")
     choose({"extend": 0, "restart": 0}, str(restart), "schedule")
     if restart == "restart":
-        changes["optim.begin"] = int(load_state(run_dir).values["examples"])
-        known = (*known, "optim.begin")
+        done = int(load_state(run_dir).values["examples"])
+        begun = settings.get("optim", {}).get("begin", 0)
+        again = begun and settings.get("examples") == changes.get("examples") and done > begun
+        if not again:  # of the same command, after an interruption: that schedule goes on
+            changes["optim.begin"] = done
+            known = (*known, "optim.begin")
     for key, value in changes.items():
         if key not in known:
             raise ConfigError(
@@ -235,6 +242,8 @@ def run_training(
         )
         if folder.resumed:
             trainer.resume()
+            if folder.other_data:
+                trainer.best = None
             if trainer.examples - config.batch_size * accelerator.num_processes >= config.examples:
                 raise ConfigError(
                     f"examples={config.examples} is less than the {trainer.examples} that "

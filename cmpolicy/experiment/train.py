@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from cmpolicy.experiment.run import (
 )
 from cmpolicy.experiment.scoring import PolicyScorer
 from cmpolicy.nn.target_head import TargetHead
+from cmpolicy.normalize import Normalizer
 from cmpolicy.policy.bundle import read_metadata
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.schema import ConfigError
@@ -132,6 +134,7 @@ def _train(
     data = load_training_data(config)
     before = read_facts(folder.path) if resume else {}
     if resume:
+        data = data.with_held_out_of(before, config.data.val_fraction, config.seed)
         check_same_data(before, data, folder.path, accept=config.data.changed == "accept")
         config = dataclasses.replace(  # it was for this change alone
             config, data=dataclasses.replace(config.data, changed="refuse")
@@ -143,13 +146,21 @@ def _train(
     policy = new_policy(config, data).to(device)
     if config.init is not None and not resume:  # a resumed run has the weights of its own
         start_from(policy, config.init)
+        if any(method != "auto" for method in config.data.normalize.values()):
+            warnings.warn(
+                "data.normalize has no effect with init=...: its scaling stays", stacklevel=2
+            )
     if config.compile and isinstance(policy.flow_map.net, nn.Module):
         policy.flow_map.net.compile()  # in place: names of weights stay; the loss itself is cheap
     loader = training_loader(config, data, policy, device)
     scorer = PolicyScorer(config, data, _validator(config, data, device), command=folder.command)
     scorer.check(policy)
     start = before.get("start") if resume else _start(config.init)
-    folder = dataclasses.replace(folder, facts={**data.facts, "start": start})
+    folder = dataclasses.replace(
+        folder,
+        facts={**data.facts, "start": start},
+        other_data=bool(before) and before.get("data") != data.facts["data"],
+    )
     result = run_training(
         policy,
         config,
@@ -207,10 +218,15 @@ def training_loader(
     return loader
 
 
-def start_from(policy: ConsistencyPolicy, name_or_path: str) -> None:
-    """Give ``policy`` the weights and the normaliser of a trained one, to train it further.
+#: Data that reach so many times as far as those of the policy that a run starts from are told of.
+_FAR = 1.2
 
-    The normaliser comes along because the weights mean actions in its units.
+
+def start_from(policy: ConsistencyPolicy, name_or_path: str) -> None:
+    """Give ``policy`` the weights and the scaling of a trained one, to train it further.
+
+    The scaling comes along because the weights mean actions in its units; the limits, to which
+    values are cut, are those of the data that is trained on now.
 
     Raises:
         BundleError: there is no such policy, or it is damaged.
@@ -234,7 +250,30 @@ def start_from(policy: ConsistencyPolicy, name_or_path: str) -> None:
             )
     policy.net.load_state_dict(source.net.state_dict())
     policy.encoder.load_state_dict(source.encoder.state_dict())
-    policy.normalizer.load_state_dict(source.normalizer.state_dict())
+    policy.normalizer = _rescaled(policy.normalizer, source.normalizer).to(policy.device)
+
+
+def _rescaled(own: Normalizer, source: Normalizer) -> Normalizer:
+    """The scaling of ``source``, with the limits of ``own``: those of the data trained on now."""
+    mine, arrays = own.to_arrays(), source.to_arrays()
+    for key in own.keys:
+        origin = mine.get(f"{key}.origin", 0.0) - arrays.get(f"{key}.origin", torch.zeros(()))
+        for kind in ("low", "high"):
+            limit = mine.get(f"{key}.{kind}")
+            arrays.pop(f"{key}.{kind}", None)
+            if limit is not None:
+                arrays[f"{key}.{kind}"] = (limit + origin).to(limit.dtype)
+        scale, offset = mine[f"{key}.scale"], mine[f"{key}.offset"]
+        ends = torch.stack([(side - offset) / scale for side in (-1, 1)])  # of what varies
+        ends = torch.where(scale == 0, offset, ends) + origin
+        reach = float((ends * arrays[f"{key}.scale"] + arrays[f"{key}.offset"]).abs().max())
+        if reach > _FAR:
+            warnings.warn(
+                f"init: {key} reaches {reach:.2g} times as far in this data as in that of the "
+                "policy, whose scaling stays. Training from scratch (init=null) scales anew",
+                stacklevel=4,
+            )
+    return Normalizer.from_arrays(arrays)
 
 
 def describe(config: TrainConfig) -> str:

@@ -59,7 +59,7 @@ def unpack(bundle: Bundle, kind: type[Policy]) -> Policy:
             nfe=bundle.nfe,
         )
         policy.noise_scale, policy.control_hz = bundle.noise_scale, bundle.control_hz
-        policy.warm_start = bundle.warm_start
+        policy.warm_start, policy.metadata = bundle.warm_start, bundle.metadata
         for name, module in {"net": policy.net, "encoder": policy.encoder}.items():
             start = f"{name}."
             module.load_state_dict(

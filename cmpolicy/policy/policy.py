@@ -92,6 +92,8 @@ class ConsistencyPolicy(nn.Module):
         self.time_floor = 0.0  # start of the last of several evaluations; not saved, see time_grid
         self._warm_start: float | None = None
         self.control_hz: float | None = None  # rate of the actions it was trained on, if known
+        #: What a bundle tells of it (data, protocol, simulator, command, result); JSON-ready.
+        self.metadata: Mapping[str, Any] = {}
         self.objective = objective
         self.target_head: TargetHead | None = None  # in training; not part of a saved policy
         self.pad_loss = True  # whether repeated actions beyond an episode's ends are trained on
@@ -151,6 +153,7 @@ class ConsistencyPolicy(nn.Module):
 
     @nfe.setter
     def nfe(self, nfe: int) -> None:
+        get_sampler(self._sampler).grid(nfe)  # raises
         self._nfe = nfe
         self._fit_noise()
 
@@ -432,10 +435,11 @@ class ConsistencyPolicy(nn.Module):
         Args:
             directory: the bundle; replaced if it is one, refused if it is something else.
             card: text of the model card.
-            metadata: JSON-ready facts kept in ``config.json`` (command, versions, result).
+            metadata: JSON-ready facts kept in ``config.json`` (command, versions, result); None
+                keeps those of the bundle that the policy came from.
             weights_dtype: of the stored weights; ``torch.float16`` halves the file.
         """
-        bundle = pack(self, metadata or {})
+        bundle = pack(self, self.metadata if metadata is None else metadata)
         write_bundle(bundle, directory, card=card, weights_dtype=weights_dtype)
 
     @classmethod

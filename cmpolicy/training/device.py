@@ -7,9 +7,11 @@ import platform
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from cmpolicy.schema import ConfigError
@@ -46,6 +48,10 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
     Raises:
         ConfigError: a GPU is asked for where there is none.
     """
+    state: Any = AcceleratorState
+    if state._shared_state and state().num_processes == 1:
+        # of a run before in this process: it would keep that one's device
+        state._reset_state(True)
     return Accelerator(
         cpu=choose_device(config.device).type == "cpu",
         mixed_precision="no",  # the trainer's own autocast: this one is global to the process

@@ -19,6 +19,7 @@ from cmpolicy.files import WriteError, write_atomically
 from cmpolicy.training.config import LoopConfig
 
 LOG_FILE = "log.jsonl"
+WANDB_FILES = ("wandb-id.txt", "wandb")
 #: ``train``: averages since the last entry; ``eval``: an evaluation.
 Kind = Literal["train", "eval"]
 
@@ -99,6 +100,7 @@ class Accelerated:
 
     Raises:
         ImportError: the tracker's package is not installed.
+        ValueError: it cannot start, such as wandb without a login.
     """
 
     def __init__(self, name: str, run_dir: Path, *, start: int = 0) -> None:
@@ -119,6 +121,11 @@ class Accelerated:
             raise ImportError(
                 f"log.trackers={name} needs the package {error.name or name}: "
                 f"pip install 'cmpolicy[{name}]'"
+            ) from error
+        except Exception as error:  # of wandb's own kinds: no login, no network
+            raise ValueError(
+                f"log.trackers={name} cannot start: {error}. Mend that (`wandb login`, or "
+                "WANDB_MODE=offline), or leave it out of log.trackers"
             ) from error
 
     def log(self, kind: Kind, examples: int, values: Mapping[str, float]) -> None:
@@ -147,7 +154,7 @@ class Accelerated:
 
 def _id(run_dir: Path) -> str:
     """The same for every part of a run: made up once, kept in the run's folder."""
-    file = run_dir / "wandb-id.txt"
+    file = run_dir / WANDB_FILES[0]
     if not file.is_file():
         write_atomically(file, secrets.token_hex(8).encode())
     return file.read_text().strip()

@@ -279,7 +279,6 @@ class Trainer:
             tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
         values = {
             "examples": self.examples,
-            "steps": self.schedule.last_epoch,
             "ema_counter": self.ema.counter,
             "best": self.best,
             "evaluated_at": self.evaluated_at,
@@ -314,7 +313,8 @@ class Trainer:
             slots.setdefault(int(index), {})[slot] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
-        jump_schedule(self.schedule, int(values["steps"]))
+        # in steps of this run: it may have had another number of processes
+        jump_schedule(self.schedule, round(int(values["examples"]) / self._step_examples))
         self.ema.counter = int(values["ema_counter"])
         self.examples = self.saved_at = int(values["examples"])
         self.best = None if values["best"] is None else tuple(values["best"])

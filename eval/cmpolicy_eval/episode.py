@@ -54,7 +54,8 @@ class ChunkedEpisode:
         self._length = 0
         observation = self._checked(self.env.reset(seed=seed, options=options)[0])
         self._history.extend([observation] * (self._history.maxlen or 1))
-        self._done, self._success, self._score, self._length = False, False, 0.0, 0
+        # the largest reward, which may be below 0: every episode that is scored has a step
+        self._done, self._success, self._score, self._length = False, False, -math.inf, 0
         return self._outcome()
 
     def step_chunk(self, actions: Array) -> ChunkOutcome:

@@ -1,18 +1,22 @@
 """``cmpolicy eval`` from end to end with a tiny real policy, and every way to get it wrong."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+import cmpolicy
 from cmpolicy.cli.main import main as command
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.spec import PolicySpec
 from cmpolicy_data import ReplayBuffer, bundled_path
+from cmpolicy_envs.pusht import PushTEnv
 from cmpolicy_eval import get_protocol, rollout
 from cmpolicy_eval.result import Result
 
@@ -92,6 +96,32 @@ def test_results_and_report_are_written(scored: Path) -> None:
     assert {e.length for e in result.episodes} <= set(range(1, 301))
     raw = json.loads((scored / "result_nfe1.json").read_text())
     assert raw["infer_ms"]["batch_size"] == 3
+
+
+def test_another_result_is_put_aside_and_the_same_one_replaced(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"policy={bundle}", "nfe=1", "workers=1", f"out={tmp_path}"]
+    for seed, name in ((100_000, "first"), (100_000, "again"), (100_001, "other")):
+        assert main([*words, f"seeds={seed}", f"name={name}"]) == 0
+    assert "held another result" in capsys.readouterr().err
+    assert Result.load(tmp_path / "result_nfe1.json").policy == "other"
+    assert Result.load(tmp_path / "result_nfe1-before-1.json").policy == "again"
+    assert not (tmp_path / "result_nfe1-before-2.json").exists()
+
+
+def test_a_simulator_without_pictures_is_scored_all_the_same(bundle: Path, tmp_path: Path) -> None:
+    class Blind(PushTEnv):
+        def render(self) -> Any:
+            raise NotImplementedError
+
+    protocol = dataclasses.replace(get_protocol("pusht-dp"), make_env=Blind)
+    with pytest.warns(UserWarning, match=r"no videos of .*: its environment has no render\(\)"):
+        result = cmpolicy.evaluate(
+            str(bundle), protocol=protocol, seeds=[500_000], videos=1, out=tmp_path, workers=1
+        )
+    assert Result.load(tmp_path / "result_nfe1.json").episodes == result.episodes
+    assert (tmp_path / "report.md").is_file()
 
 
 def test_reports_are_made_from_result_files(

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import cmpolicy
 from cmpolicy.cli.main import main as command
 from cmpolicy.cli.train import compose
 from cmpolicy.experiment.data import load_training_data
@@ -159,14 +160,18 @@ def test_a_run_can_be_prolonged_but_not_changed(
 def test_a_run_can_start_from_a_policy(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Weights and normaliser come along: a second data set has other ranges."""
+    """Weights and scaling come along: a second data set has other ranges, and its own limits."""
     assert main(custom(store, "out=first")) == 0
     other = write_store(tmp_path / "other.zarr", [10, 11], state=(5,), action=(3,))
     still = ["optim.lr=1e-12", "optim.weight_decay=0", "optim.warmup=0", "init=first/policy_last"]
     assert main(custom(other, "out=second", *still)) == 0
     first = ConsistencyPolicy.from_pretrained(tmp_path / "first/policy_last")
     second = ConsistencyPolicy.from_pretrained(tmp_path / "second/policy_last")
+    own = load_training_data(compose(*custom(other))).normalizer()
+    torch.testing.assert_close(second.normalizer.limits("action"), own.limits("action"))
     for name, value in second.state_dict().items():
+        if name.startswith(("normalizer.low", "normalizer.high")):
+            continue
         torch.testing.assert_close(value, first.state_dict()[name], rtol=0, atol=1e-6, msg=name)
     assert (
         "Trained further, from `first/policy_last`"
@@ -398,3 +403,19 @@ def test_of_policies_that_score_alike_the_later_ranks_higher() -> None:
     ranks = [scorer(policy, examples).rank for examples in (32, 64)]
     assert ranks[0][:-1] == ranks[1][:-1]
     assert ranks[0] < ranks[1]
+
+
+def test_starting_on_data_that_reach_further_says_so(store: Path, tmp_path: Path) -> None:
+    assert main(custom(store, "out=first")) == 0
+    wide = ReplayBuffer.create(tmp_path / "wide.zarr")
+    for number in range(4):
+        state = 50 * np.random.default_rng(number).normal(size=(12, 5)).astype(np.float32)
+        wide.append_episode({"state": state, "action": state[:, :3]})
+    words = ["init=first/policy_last", "data.normalize=gaussian", "data.clamp_actions=false"]
+    with pytest.warns(UserWarning, match="data.normalize has no effect") as warned:
+        cmpolicy.train(compose(*custom(wide.path, *words)), tmp_path / "second")
+    said = "\n".join(str(w.message) for w in warned)
+    assert "init: action reaches" in said
+    assert "data.normalize has no effect with init" in said
+    policy = ConsistencyPolicy.from_pretrained(tmp_path / "second/policy_last")
+    assert policy.normalizer.limits("action") is None

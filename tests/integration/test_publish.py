@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import cmpolicy
 from cmpolicy.cli.main import main as command
 from cmpolicy.policy.bundle import read_metadata
 from cmpolicy.policy.policy import ConsistencyPolicy
@@ -68,10 +69,43 @@ def test_bad_input(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main([f"policy={trained}", f"out={out}", "weights=int8"]) == 2
     assert "weights" in capsys.readouterr().err
     bare = tmp_path / "bare"
-    ConsistencyPolicy.from_pretrained(trained).save_pretrained(bare)
+    ConsistencyPolicy.from_pretrained(trained).save_pretrained(bare, metadata={})
     assert main([f"policy={bare}", f"out={out}"]) == 2
     assert "does not say how it was trained" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_what_a_policy_tells_of_itself_survives_loading_and_saving(
+    trained: Path, tmp_path: Path
+) -> None:
+    policy = ConsistencyPolicy.from_pretrained(trained)
+    policy.save_pretrained(tmp_path / "again")
+    assert read_metadata(tmp_path / "again") == read_metadata(trained) != {}
+    assert main([f"policy={tmp_path / 'again'}", f"out={tmp_path / 'mine'}"]) == 0
+    result = cmpolicy.evaluate(policy, seeds=[500_000])  # its own protocol
+    assert (result.protocol, result.data) == ("pusht-dp", read_metadata(trained)["data"])
+
+
+def test_evaluations_that_the_sampler_cannot_do_are_not_published(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = ConsistencyPolicy.from_pretrained(trained)
+    policy.sampler = "regression"
+    policy.save_pretrained(tmp_path / "one")
+    before = (tmp_path / "one/config.json").read_bytes()
+    assert main([f"policy={tmp_path / 'one'}", f"out={tmp_path / 'one'}", "nfe=4"]) == 2
+    assert "exactly 1" in capsys.readouterr().err
+    assert (tmp_path / "one/config.json").read_bytes() == before
+
+
+def test_results_of_the_same_name_are_all_kept(trained: Path, tmp_path: Path) -> None:
+    files = [tmp_path / run / "eval/result_nfe1.json" for run in ("a", "b")]
+    for file in files:
+        cmpolicy.evaluate(str(trained), seeds=[500_000], name=file.parts[-3], out=file.parent)
+    listed = ",".join(map(str, files))
+    assert main([f"policy={trained}", f"out={tmp_path / 'mine'}", f"results=[{listed}]"]) == 0
+    names = sorted(p.name for p in (tmp_path / "mine/results").iterdir())
+    assert names == ["a_eval_result_nfe1.json", "b_eval_result_nfe1.json"]
 
 
 def test_noise_scale_travels(trained: Path, tmp_path: Path) -> None:

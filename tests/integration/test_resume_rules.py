@@ -12,6 +12,7 @@ import cmpolicy
 from cmpolicy.cli.main import main
 from cmpolicy.experiment.data import DataWarning
 from cmpolicy.experiment.run import read_facts
+from cmpolicy.policy.bundle import read_metadata
 from cmpolicy.schema import ConfigError
 from cmpolicy.training.trackers import read_log
 from cmpolicy_data import ReplayBuffer
@@ -103,6 +104,35 @@ def test_a_restart_that_is_cut_off_goes_on_bit_by_bit(run: Path, tmp_path: Path)
         }
 
 
+def test_a_restart_that_is_queued_again_goes_on(run: Path, tmp_path: Path) -> None:
+    change = {"examples": 384, "schedule": "restart"}
+    cmpolicy.resume(run, change, until=288)
+    cmpolicy.resume(run, change)
+    assert rates(run)[288] == pytest.approx(5e-4, rel=0.02)
+    assert rates(run)[304] < rates(run)[288]
+    assert rates(run)[384] == pytest.approx(0, abs=1e-9)
+
+
+def test_other_data_has_its_own_best_policy_and_the_old_held_out_episodes(
+    store: Path, tmp_path: Path
+) -> None:
+    """Errors on other episodes are no measure for the policy of before."""
+    append(store, 9)
+    config = cmpolicy.compose(*settings(store), "data.val_fraction=0.25")
+    run = tmp_path / "run"
+    cmpolicy.train(config, run)
+    held_out = read_facts(run)["val_episodes"]
+    wide = ReplayBuffer.open(store, "r+")
+    for number in range(8):
+        steps = 50 * np.random.default_rng(100 + number).normal(size=(30, 2)).astype(np.float32)
+        wide.append_episode({"state": steps, "action": steps})
+    cmpolicy.resume(run, {"data.changed": "accept", "examples": 384})
+    now = read_facts(run)["val_episodes"]
+    assert set(held_out) < set(now)
+    assert all(episode >= 12 for episode in set(now) - set(held_out))
+    assert read_metadata(run / "policy")["examples"] > 192
+
+
 def test_an_unknown_schedule(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", f"resume={run}", "schedule=again"]) == 2
     assert "schedule" in capsys.readouterr().err
@@ -111,11 +141,13 @@ def test_an_unknown_schedule(run: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_grown_data_is_accepted_only_when_asked(store: Path, tmp_path: Path) -> None:
     config = cmpolicy.compose(*settings(store))
     cmpolicy.train(config, tmp_path / "run", until=96)
+    before = set(read_facts(tmp_path / "run")["val_episodes"])
     append(store, 2)
     with pytest.raises(ConfigError, match=r"2 episodes were added.*data\.changed=accept"):
         cmpolicy.resume(tmp_path / "run")
     with pytest.warns(DataWarning, match="goes on with other data: 2 episodes were added"):
         cmpolicy.resume(tmp_path / "run", {"data.changed": "accept"}, until=128)
+    assert set(read_facts(tmp_path / "run")["val_episodes"]) >= before
     with warnings.catch_warnings():
         warnings.simplefilter("error", DataWarning)
         cmpolicy.resume(tmp_path / "run")  # this is its data now

@@ -1,5 +1,6 @@
 """The training loop on a tiny policy: resume, EMA, stops, disks; everything real but the size."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -166,6 +167,22 @@ def test_ema_counter_and_schedule_survive_a_resume(tmp_path: Path) -> None:
         straight.step()
     assert resumed.schedule.get_last_lr() == straight.schedule.get_last_lr()
     assert resumed.optimizer.param_groups[0]["lr"] == straight.optimizer.param_groups[0]["lr"]
+
+
+def test_the_schedule_counts_examples_also_with_another_number_of_processes(
+    tmp_path: Path,
+) -> None:
+    """A step of two processes takes as many examples as one of one process with twice the batch."""
+    config = loop_config()
+    train(tmp_path, config, until=BATCH * 4)
+    other = dataclasses.replace(config, batch_size=BATCH // 2)
+    resumed = make_trainer(tmp_path, other)
+    resumed.resume()
+    straight = make_trainer(tmp_path, other)
+    for _ in range(8):
+        straight.step()
+    assert resumed.examples == straight.examples
+    assert resumed.schedule.get_last_lr() == straight.schedule.get_last_lr()
 
 
 def test_ema_is_the_warmed_up_average(tmp_path: Path) -> None:

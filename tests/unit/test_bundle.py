@@ -457,6 +457,13 @@ def test_hub_without_a_network(bundle: Path) -> None:
 def test_bundled_names_load() -> None:
     for name in bundled_names():
         policy = ConsistencyPolicy.from_pretrained(name)
-        assert policy.predict_action_chunk(
-            {k: torch.zeros(1, policy.n_obs_steps, *s) for k, s in policy.spec.obs.items()}
-        ).shape == (1, policy.n_action_steps, policy.spec.action_dim)
+        kinds = dict.fromkeys(policy.spec.images, torch.uint8)
+        obs = {
+            key: torch.zeros(1, policy.n_obs_steps, *shape, dtype=kinds.get(key))
+            for key, shape in policy.spec.obs.items()
+        }
+        assert policy.predict_action_chunk(obs).shape == (
+            1,
+            policy.n_action_steps,
+            policy.spec.action_dim,
+        )

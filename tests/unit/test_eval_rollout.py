@@ -118,6 +118,18 @@ def test_score_is_the_largest_reward_and_success_any_success() -> None:
     assert (long.score, long.success) == (4.0, True)
 
 
+def test_rewards_below_zero_are_scores_as_well() -> None:
+    """As minus a distance: 0 would be better than any of them."""
+
+    class Far(Walk):
+        def step(self, action: np.ndarray) -> Any:
+            obs, reward, *rest = super().step(action)
+            return obs, reward - 10, *rest
+
+    found = run(Constant(n_action_steps=4), [0, 1], make_env=Far)
+    assert [r.score for r in found] == [-7.0, -6.0]
+
+
 def test_the_episode_ends_within_a_chunk_at_max_steps() -> None:
     (result,) = run(Constant(n_action_steps=2), [4], max_steps=5)
     assert result.length == 5

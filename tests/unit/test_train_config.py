@@ -176,3 +176,11 @@ def test_the_yaml_files_hold_only_what_differs_from_the_defaults(group: str) -> 
 def test_text_stays_text(word: str) -> None:
     assert COMPOSITION.compose([word])["out"] == word.partition("=")[2]
     assert compose("task=custom", "data.obs=[a]", "data.path=20240115").data.path == "20240115"
+
+
+def test_a_path_may_begin_with_a_tilde() -> None:
+    """No shell expands it behind ``data.path=``."""
+    config = compose("task=custom", "data.path=~/x.zarr", "data.obs=[state]", "control_hz=10")
+    assert config.data.path == "~/x.zarr"
+    with pytest.raises(ConfigError, match=r"write batch_size=\[1,2\] for a list"):
+        compose("batch_size=1,2")
