@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,14 @@ import numpy.typing as npt
 import torch
 
 from cmpolicy.experiment.config import DataConfig, PolicyConfig, TrainConfig, parse_rotation
+from cmpolicy.experiment.data_checks import (
+    ACTION,
+    check_finite,
+    check_state,
+    fingerprint,
+    report,
+    rows_of,
+)
 from cmpolicy.experiment.protocols import Simulator
 from cmpolicy.experiment.sources import find_source
 from cmpolicy.normalize import Normalizer
@@ -30,13 +36,10 @@ from cmpolicy_data import (
     window_index,
 )
 from cmpolicy_data.demonstrations import Demonstrations, load_demonstrations
-from cmpolicy_data.report import decision_steps, examine
+from cmpolicy_data.report import decision_steps
 from cmpolicy_data.statistics import KeyStatistics
 from cmpolicy_data.windows import WindowError, min_episode_length
 
-ACTION = "action"
-#: Numbers in one observation step from which on it must be an image or a point cloud.
-MAX_STATE_SIZE = 4096
 _ARM = 10  # numbers of an absolute action per arm: position 3, 6-D rotation 6, gripper 1
 
 
@@ -216,15 +219,15 @@ def load_training_data(config: TrainConfig) -> TrainingData:
         arrays = arrays.without_pauses(data.max_pause)
     buffer = ReplayBuffer.open(path, missing_chunks=data.missing_chunks)
     chosen = chosen_episodes(buffer, data.episodes)
-    rows, ends = _rows_of(arrays, chosen)
+    rows, ends = rows_of(arrays, chosen)
     for key in data.normalize:
         choose({"default": 0, ACTION: 0, **arrays.obs}, key, "key of data.normalize")
     states = {key: value for key, value in arrays.obs.items() if key not in arrays.images}
     for key, values in {**states, **arrays.targets}.items():
-        _check_state(key, values, path)
-        _check_finite(key, values, rows, path)
-    _check_finite(data.action, arrays.action, rows, path)
-    _report(arrays, rows, ends, path, data)
+        check_state(key, values, path)
+        check_finite(key, values, rows, path)
+    check_finite(data.action, arrays.action, rows, path)
+    report(arrays, rows, ends, path, data)
     sizes = {
         "horizon": config.policy.horizon,
         "n_obs_steps": config.policy.n_obs_steps,
@@ -291,57 +294,6 @@ def _times(buffer: ReplayBuffer, name: str, arrays: Demonstrations) -> npt.NDArr
     return whole[arrays.source_episode]
 
 
-def fingerprint(arrays: Demonstrations) -> dict[str, Any]:
-    """Shapes of the arrays and a hash of every episode's content."""
-    named = {**arrays.obs, **arrays.targets, ACTION: arrays.action}
-    ends = arrays.episode_ends
-    hashes = []
-    for start, end in zip(ends - np.diff(ends, prepend=0), ends, strict=True):
-        digest = hashlib.blake2b(digest_size=8)
-        for key in sorted(named):
-            digest.update(np.ascontiguousarray(named[key][start:end]).tobytes())
-        hashes.append(digest.hexdigest())
-    shapes = {key: [*value.shape[1:], str(value.dtype)] for key, value in sorted(named.items())}
-    return {"arrays": shapes, "episodes": hashes}
-
-
-def check_same_data(
-    facts: Mapping[str, Any], data: TrainingData, run_dir: Path, *, accept: bool = False
-) -> None:
-    """Whether a run that goes on finds the data that it was started on.
-
-    Raises:
-        ConfigError: what changed, unless ``accept``, which makes it a warning.
-    """
-    before, now = facts.get("data", {}), data.facts["data"]
-    if not before or facts == {**facts, **data.facts}:
-        return
-    old, new = before.get("episodes", []), now["episodes"]
-    if before.get("arrays") != now["arrays"]:
-        what = f"its arrays were {before.get('arrays')}, they are {now['arrays']}"
-    elif new[: len(old)] == old:
-        what = f"{len(new) - len(old)} episodes were added to the {len(old)} that it had"
-    elif len(new) < len(old):
-        what = f"it had {len(old)} episodes, it has {len(new)}"
-    else:
-        first = next(i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b)
-        what = f"episode {first} is another one"
-    same = before.get("arrays") == now["arrays"]
-    if accept and same:
-        warnings.warn(
-            f"the run in {run_dir} goes on with other data: {what}. Its scaling stays that of the "
-            "data it was started on",
-            DataWarning,
-            stacklevel=3,
-        )
-        return
-    how = "go on with this data all the same with data.changed=accept, " if same else ""
-    raise ConfigError(
-        f"the data is not the one that {run_dir} was started on: {what}. Give the old data with "
-        f"data.path=..., {how}or start a new run on this one, from the old policy with init=..."
-    )
-
-
 def is_position(size: int) -> npt.NDArray[np.bool_]:
     """(A,) true where an absolute action holds a position; per arm [position, rotation 6, gripper].
 
@@ -393,71 +345,3 @@ def _rotations(
         arms = range(0, size, _ARM)
         return tuple(Rotation("rotation_6d", tuple(range(a + 3, a + 9))) for a in arms)
     return None
-
-
-class DataWarning(UserWarning):
-    """Data that trains without an error and may give a useless policy."""
-
-
-def _rows_of(
-    arrays: Demonstrations, chosen: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The rows of some stored episodes, and where each of these ends among them."""
-    lengths = np.diff(arrays.episode_ends, prepend=0)
-    used = np.isin(arrays.source_episode, chosen)
-    return np.flatnonzero(np.repeat(used, lengths)), np.cumsum(lengths[used])
-
-
-def _report(
-    arrays: Demonstrations,
-    rows: npt.NDArray[np.int64],
-    ends: npt.NDArray[np.int64],
-    path: Path,
-    data: DataConfig,
-) -> None:
-    """Say what looks healthy in the data that is trained on and is not.
-
-    Raises:
-        ConfigError: there is something, and ``data.strict``.
-    """
-    default = data.normalize.get("default", "auto")
-    findings = examine(
-        {key: values[rows] for key, values in {**arrays.numbers, **arrays.targets}.items()},
-        ends,
-        actions=(ACTION,),
-        pauses=arrays.tells_pauses,
-        normalize={key: data.normalize.get(key, default) for key in arrays.numbers},
-    )
-    if not findings:
-        return
-    which = "" if len(rows) == len(arrays.action) else " (episodes counted in data.episodes)"
-    text = "\n  ".join([f"{path}{which}:", *map(str, findings)])
-    if data.strict:
-        raise ConfigError(f"{text}\nleave out data.strict to train all the same")
-    warnings.warn(text, DataWarning, stacklevel=3)
-
-
-def _check_state(key: str, values: npt.NDArray[Any], path: Path) -> None:
-    """Refuse numbers that are too many for an observation of the robot's state."""
-    shape = values.shape[1:]
-    size = int(np.prod(shape))
-    if size <= MAX_STATE_SIZE:
-        return
-    raise ConfigError(
-        f"{path}: observation {key!r} has shape {shape} {values.dtype} per step, {size} numbers; a "
-        f"state has at most {MAX_STATE_SIZE}. Frames are (H, W, 3) and hold whole numbers in "
-        f"[0, 255]; channels first are data.obs.{key}={{key: ..., layout: chw}}. Point clouds are "
-        "not supported: leave them out of data.obs, or store features of them"
-    )
-
-
-def _check_finite(
-    selector: str, values: npt.NDArray[Any], rows: npt.NDArray[np.int64], path: Path
-) -> None:
-    finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
-    bad = rows[~finite[rows]]
-    if bad.size:
-        raise ConfigError(
-            f"{path}: {selector!r} holds NaN or inf at {bad.size} steps, the first is step "
-            f"{int(bad[0])}; repair or remove them (`cmpolicy data validate {path}` lists them)"
-        )

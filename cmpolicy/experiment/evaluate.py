@@ -5,20 +5,18 @@ from __future__ import annotations
 import itertools
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from cmpolicy.experiment.protocols import (
-    Simulator,
     open_protocol,
-    own_protocol,
     read_env_args,
     require_protocol,
 )
-from cmpolicy.export.runtime import is_exported, open_exported
-from cmpolicy.flow.sampler import SamplerKind, check_sampler, get_sampler
+from cmpolicy.experiment.scored import ScoredPolicy, given_policy, open_policy
+from cmpolicy.flow.sampler import SamplerKind
 from cmpolicy.schema import ConfigError
 from cmpolicy.spec import check_warm_start
 from cmpolicy_eval import evaluate as scoring
@@ -181,7 +179,7 @@ def score(
     if settings.protocol is not None:
         check_protocol(settings.protocol)
     given = None if settings.seeds is None else parse_seeds(settings.seeds)
-    scored = _given(policy, settings) if policy is not None else _open(settings)
+    scored = given_policy(policy, settings) if policy is not None else open_policy(settings)
     chosen = protocol or _protocol(settings, scored)
     first, last = chosen.default_seeds
     seeds = given or list(range(first, last + 1))
@@ -276,24 +274,7 @@ def _write_videos(
     write_grid(folder / f"grid{suffix}.gif", protocol, episodes)
 
 
-@dataclass(frozen=True)
-class _Scored:
-    """A policy ready to be scored: its label in tables, the data it was trained on, its device.
-
-    ``nfe`` is its own number of evaluations, ``protocol`` and ``simulator`` tell of its task.
-    """
-
-    policy: ActionChunkPolicy
-    nfe: int
-    set_nfe: Callable[[int], None]
-    label: str
-    data: str | None = None
-    device: str = "cpu"
-    protocol: str | None = None
-    simulator: Simulator = field(default_factory=Simulator)
-
-
-def _protocol(settings: EvalSettings, scored: _Scored) -> EvalProtocol:
+def _protocol(settings: EvalSettings, scored: ScoredPolicy) -> EvalProtocol:
     """The protocol asked for, else that of the policy's own task."""
     name = require_protocol(settings.protocol or scored.protocol, settings.policy)
     if settings.env_args is not None and name not in ROBOMIMIC:
@@ -305,130 +286,6 @@ def _protocol(settings: EvalSettings, scored: _Scored) -> EvalProtocol:
     if settings.env_args is not None:
         simulator = replace(simulator, env_args=read_env_args(settings.env_args))
     return open_protocol(name, settings.task, simulator)
-
-
-def _open(settings: EvalSettings) -> _Scored:
-    return _open_exported(settings) if is_exported(settings.policy) else _open_bundle(settings)
-
-
-def _given(policy: Any, settings: EvalSettings) -> _Scored:
-    """A policy object of the caller's; its settings are put back by nobody, so none are changed."""
-    for name in ("sampler", "noise_scale", "time_floor", "warm_start"):
-        if getattr(settings, name) is not None:
-            raise ConfigError(f"{name}={getattr(settings, name)}: set it on the policy itself")
-    own = int(getattr(policy, "nfe", 1))
-    if settings.nfe is not None and settings.nfe != (own,):
-        if not hasattr(policy, "nfe"):
-            raise ConfigError(f"nfe={settings.nfe[0]}, but {type(policy).__name__} has no nfe")
-        policy = _WithNfe(policy, settings.nfe[0])
-    metadata = getattr(policy, "metadata", {})
-    return _Scored(
-        policy,
-        own,
-        lambda nfe: None,
-        settings.name or settings.policy,
-        metadata.get("data"),
-        str(getattr(policy, "device", "cpu")),
-        own_protocol(metadata),
-        Simulator.from_mapping(metadata.get("simulator", {})),
-    )
-
-
-class _WithNfe:
-    """A policy asked with another number of evaluations than its own, without changing it."""
-
-    def __init__(self, policy: Any, nfe: int) -> None:
-        self._policy, self._nfe = policy, nfe
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._policy, name)
-
-    @property
-    def spec(self) -> Any:
-        """The policy's, with the noise that so many evaluations take."""
-        spec = self._policy.spec
-        kind = getattr(self._policy, "sampler", None)
-        if kind is None:
-            return spec
-        return replace(spec, n_noises=get_sampler(kind).n_noises(self._nfe))
-
-    def infer(self, obs: Any, noise: Any = None) -> Any:
-        """The policy's."""
-        return self._policy.infer(obs, noise, nfe=self._nfe)
-
-    def infer_plan(self, obs: Any, noise: Any = None, plan: Any = None) -> Any:
-        """The policy's."""
-        return self._policy.infer_plan(obs, noise, nfe=self._nfe, plan=plan)
-
-
-def _open_bundle(settings: EvalSettings) -> _Scored:
-    import torch
-
-    from cmpolicy.policy.policy import ConsistencyPolicy
-    from cmpolicy.training.device import choose_device
-
-    device = choose_device(settings.device)
-    policy = ConsistencyPolicy.from_pretrained(settings.policy, device).eval()
-    label = settings.name or settings.policy
-    if settings.sampler is not None and settings.sampler != policy.sampler:
-        check_sampler(settings.sampler, policy.sampler)
-        label += f" [{settings.sampler}]"
-        policy.sampler = settings.sampler
-    for name, word in (("noise_scale", "noise"), ("warm_start", "warm")):
-        value = getattr(settings, name)
-        if value is not None and value != getattr(policy, name):
-            label += f" [{word} {value}]"
-            setattr(policy, name, value)
-    if settings.time_floor is not None:
-        label += f" [floor {settings.time_floor}]"
-        policy.time_floor = settings.time_floor
-    metadata = policy.metadata
-    is_gpu = device.type == "cuda"
-    return _Scored(
-        policy,
-        policy.nfe,
-        lambda nfe: setattr(policy, "nfe", nfe),
-        label,
-        metadata.get("data"),
-        f"cuda ({torch.cuda.get_device_name(policy.device)})" if is_gpu else "cpu",
-        own_protocol(metadata),
-        Simulator.from_mapping(metadata.get("simulator", {})),
-    )
-
-
-def _open_exported(settings: EvalSettings) -> _Scored:
-    """What was fixed at export cannot be set here."""
-    policy = open_exported(settings.policy)
-    facts = policy.facts
-    again = f"export it again: cmpolicy export policy=<bundle> out={settings.policy}"
-    if settings.nfe not in (None, (facts.nfe,)):
-        raise ConfigError(
-            f"{settings.policy} makes {facts.nfe} evaluation(s), not nfe={list(settings.nfe or ())}"
-            f"; leave nfe out, or {again} nfe=..."
-        )
-    for name in ("sampler", "noise_scale", "warm_start"):
-        own = getattr(facts, name)
-        if getattr(settings, name) not in (None, own):
-            raise ConfigError(
-                f"{settings.policy} has {name}={own}, not {getattr(settings, name)}; set it in the "
-                f"bundle and {again}"
-            )
-    if settings.time_floor is not None:
-        raise ConfigError(
-            f"{settings.policy} has fixed times; leave out time_floor, or give a bundle"
-        )
-    if settings.device == "cuda":
-        raise ConfigError(f"{settings.policy} runs on the CPU; give device=cpu or a bundle")
-    return _Scored(
-        policy,
-        facts.nfe,
-        lambda nfe: None,
-        settings.name or settings.policy,
-        facts.data,
-        "cpu",
-        facts.protocol,
-        Simulator.from_mapping(facts.simulator),
-    )
 
 
 def _training_seeds(source: str | None) -> Iterable[int] | None:

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from cmpolicy.experiment.config import TrainConfig
-from cmpolicy.experiment.data import TrainingData, check_same_data, load_training_data
+from cmpolicy.experiment.data import TrainingData, load_training_data
+from cmpolicy.experiment.data_checks import check_same_data
 from cmpolicy.experiment.model_card import BEST, LAST, PolicyKeeper
 from cmpolicy.experiment.run import (
     RESUME_SETTINGS,
@@ -135,7 +136,7 @@ def _train(
     before = read_facts(folder.path) if resume else {}
     if resume:
         data = data.with_held_out_of(before, config.data.val_fraction, config.seed)
-        check_same_data(before, data, folder.path, accept=config.data.changed == "accept")
+        check_same_data(before, data.facts, folder.path, accept=config.data.changed == "accept")
         config = dataclasses.replace(  # it was for this change alone
             config, data=dataclasses.replace(config.data, changed="refuse")
         )

@@ -16,7 +16,7 @@ import zarr
 from numcodecs import blosc
 from zarr.codecs import BloscCodec, Crc32cCodec
 
-from cmpolicy_data.chunks import Array
+from cmpolicy_data.chunks import Array, ReplayBufferError
 
 _MAX_CHUNK_STEPS = 2048
 _CHUNK_BYTES = 1 << 20  # numbers, which are read all at once
@@ -152,3 +152,69 @@ def encoding(*, fast: bool = False, compress: bool = True) -> dict[str, Any]:
         "fill_value": 0,
         "config": {"write_empty_chunks": True},
     }
+
+
+def check_episode(
+    values: Mapping[str, npt.NDArray[Any] | Parts],
+    arrays: Mapping[str, zarr.Array[Any]] | None,
+    where: str,
+) -> int:
+    """The number of steps of an episode that is to be appended.
+
+    Args:
+        values: by key.
+        arrays: those of the store; None for its first episode, which fixes them.
+        where: begins messages.
+
+    Raises:
+        ReplayBufferError: other keys, shapes or kinds of numbers than the store's, lengths that
+            differ, an empty episode, or numbers that the store's cannot hold.
+    """
+    known = set(values if arrays is None else arrays)
+    if not values or set(values) != known:
+        raise ReplayBufferError(
+            f"{where}: the episode has keys {sorted(values)}, the store has {sorted(known)}."
+        )
+    lengths = {key: value.shape[0] if value.ndim else 0 for key, value in values.items()}
+    if len(set(lengths.values())) > 1 or min(lengths.values()) < 1:
+        raise ReplayBufferError(
+            f"{where}: every key needs the same number of steps, at least 1; got {lengths}."
+        )
+    for key, value in values.items():
+        if value.dtype.kind not in "biuf":
+            raise ReplayBufferError(
+                f"{where}: {key!r} has dtype {value.dtype}; only numbers can be stored."
+            )
+        if 0 in value.shape[1:]:
+            raise ReplayBufferError(
+                f"{where}: {key!r} has shape {value.shape[1:]} per step, which holds nothing; "
+                "leave it out."
+            )
+        if arrays is None:
+            continue
+        array = arrays[key]
+        if value.shape[1:] != array.shape[1:]:
+            raise ReplayBufferError(
+                f"{where}: {key!r} has shape {value.shape[1:]} per step, the store has "
+                f"{array.shape[1:]}."
+            )
+        if not np.can_cast(value.dtype, array.dtype, "same_kind"):
+            raise ReplayBufferError(
+                f"{where}: {key!r} has dtype {value.dtype}, which does not fit the store's "
+                f"{array.dtype}."
+            )
+        if isinstance(value, np.ndarray) and not _fits(value, array.dtype):
+            raise ReplayBufferError(
+                f"{where}: {key!r} holds {value.min()} to {value.max()}, more than the store's "
+                f"{array.dtype} can hold."
+            )
+    return next(iter(lengths.values()))
+
+
+def _fits(values: npt.NDArray[Any], dtype: np.dtype[Any]) -> bool:
+    """Whether numbers keep their size as ``dtype``: integers do not wrap, floats stay finite."""
+    if np.can_cast(values.dtype, dtype, "safe") or dtype.kind not in "iuf":
+        return True
+    limits: Any = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
+    known = values[np.isfinite(values)] if values.dtype.kind == "f" else values
+    return not known.size or bool(known.min() >= limits.min and known.max() <= limits.max)

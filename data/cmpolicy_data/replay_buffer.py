@@ -30,7 +30,7 @@ from cmpolicy_data.chunks import (
     lost_message,
     read_rows,
 )
-from cmpolicy_data.parts import Parts, encoding, in_parts, new_array
+from cmpolicy_data.parts import Parts, check_episode, encoding, in_parts, new_array
 from cmpolicy_data.seal import SEAL, broken_seal, refuse_to_append
 from cmpolicy_data.selector import Selector, SelectorError
 from cmpolicy_data.statistics import needs_float64
@@ -333,7 +333,8 @@ class ReplayBuffer:
                 f"Cannot append to {self.path}: data/{next(iter(self.unreadable))} cannot be opened"
             )
         self.episode_ends = self._read_episode_ends()
-        length = self._check_episode(values)
+        known = self._data if self.n_episodes else None
+        length = check_episode(values, known, f"Cannot append to {self.path}")
         self._repair()
         start = self.n_steps
         for array in self._data.values():
@@ -382,48 +383,6 @@ class ReplayBuffer:
                 raise ReplayBufferError(f"{self.path}: {error}") from error
         return ends
 
-    def _check_episode(self, values: Mapping[str, npt.NDArray[Any] | Parts]) -> int:
-        where = f"Cannot append to {self.path}"
-        known = set(self._data) if self.n_episodes else set(values)
-        if not values or set(values) != known:
-            raise ReplayBufferError(
-                f"{where}: the episode has keys {sorted(values)}, the store has {sorted(known)}."
-            )
-        lengths = {key: value.shape[0] if value.ndim else 0 for key, value in values.items()}
-        if len(set(lengths.values())) > 1 or min(lengths.values()) < 1:
-            raise ReplayBufferError(
-                f"{where}: every key needs the same number of steps, at least 1; got {lengths}."
-            )
-        for key, value in values.items():
-            if value.dtype.kind not in "biuf":
-                raise ReplayBufferError(
-                    f"{where}: {key!r} has dtype {value.dtype}; only numbers can be stored."
-                )
-            if 0 in value.shape[1:]:
-                raise ReplayBufferError(
-                    f"{where}: {key!r} has shape {value.shape[1:]} per step, which holds nothing; "
-                    "leave it out."
-                )
-            if self.n_episodes == 0:
-                continue
-            array = self._data[key]
-            if value.shape[1:] != array.shape[1:]:
-                raise ReplayBufferError(
-                    f"{where}: {key!r} has shape {value.shape[1:]} per step, the store has "
-                    f"{array.shape[1:]}."
-                )
-            if not np.can_cast(value.dtype, array.dtype, "same_kind"):
-                raise ReplayBufferError(
-                    f"{where}: {key!r} has dtype {value.dtype}, which does not fit the store's "
-                    f"{array.dtype}."
-                )
-            if isinstance(value, np.ndarray) and not _fits(value, array.dtype):
-                raise ReplayBufferError(
-                    f"{where}: {key!r} holds {value.min()} to {value.max()}, more than the store's "
-                    f"{array.dtype} can hold."
-                )
-        return next(iter(lengths.values()))
-
     def _repair(self) -> None:
         """Remove what an interrupted append left behind; mark the store as one we append to."""
         if not self._marked:
@@ -448,12 +407,3 @@ class ReplayBuffer:
                 f"{self.path} is open for reading. Use ReplayBuffer.open(path, mode='r+') on a "
                 "directory store."
             )
-
-
-def _fits(values: npt.NDArray[Any], dtype: np.dtype[Any]) -> bool:
-    """Whether numbers keep their size as ``dtype``: integers do not wrap, floats stay finite."""
-    if np.can_cast(values.dtype, dtype, "safe") or dtype.kind not in "iuf":
-        return True
-    limits: Any = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
-    known = values[np.isfinite(values)] if values.dtype.kind == "f" else values
-    return not known.size or bool(known.min() >= limits.min and known.max() <= limits.max)

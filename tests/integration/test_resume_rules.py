@@ -10,7 +10,7 @@ import pytest
 
 import cmpolicy
 from cmpolicy.cli.main import main
-from cmpolicy.experiment.data import DataWarning
+from cmpolicy.experiment.data_checks import DataWarning
 from cmpolicy.experiment.run import read_facts
 from cmpolicy.policy.bundle import read_metadata
 from cmpolicy.schema import ConfigError

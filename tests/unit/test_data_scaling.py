@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import cmpolicy
-from cmpolicy.experiment.data import DataWarning, TrainingData, load_training_data
+from cmpolicy.experiment.data import TrainingData, load_training_data
+from cmpolicy.experiment.data_checks import DataWarning
 from cmpolicy.experiment.train import new_policy
 from cmpolicy.schema import ConfigError
 from cmpolicy_data import ReplayBuffer

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import cmpolicy
-from cmpolicy.experiment.data import DataWarning, load_training_data
+from cmpolicy.experiment.data import load_training_data
+from cmpolicy.experiment.data_checks import DataWarning
 from cmpolicy.schema import ConfigError
 from cmpolicy_data import ReplayBuffer
 from cmpolicy_data.demonstrations import Demonstrations

@@ -1,0 +1,141 @@
+"""What is said of data before a training, and whether a run that goes on finds its own."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cmpolicy.experiment.config import DataConfig
+from cmpolicy.schema import ConfigError
+from cmpolicy_data.demonstrations import Demonstrations
+from cmpolicy_data.report import examine
+
+ACTION = "action"
+#: Numbers in one observation step from which on it must be an image or a point cloud.
+MAX_STATE_SIZE = 4096
+
+
+class DataWarning(UserWarning):
+    """Data that trains without an error and may give a useless policy."""
+
+
+def rows_of(
+    arrays: Demonstrations, chosen: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The rows of some stored episodes, and where each of these ends among them."""
+    lengths = np.diff(arrays.episode_ends, prepend=0)
+    used = np.isin(arrays.source_episode, chosen)
+    return np.flatnonzero(np.repeat(used, lengths)), np.cumsum(lengths[used])
+
+
+def report(
+    arrays: Demonstrations,
+    rows: npt.NDArray[np.int64],
+    ends: npt.NDArray[np.int64],
+    path: Path,
+    data: DataConfig,
+) -> None:
+    """Say what looks healthy in the data that is trained on and is not.
+
+    Raises:
+        ConfigError: there is something, and ``data.strict``.
+    """
+    default = data.normalize.get("default", "auto")
+    findings = examine(
+        {key: values[rows] for key, values in {**arrays.numbers, **arrays.targets}.items()},
+        ends,
+        actions=(ACTION,),
+        pauses=arrays.tells_pauses,
+        normalize={key: data.normalize.get(key, default) for key in arrays.numbers},
+    )
+    if not findings:
+        return
+    which = "" if len(rows) == len(arrays.action) else " (episodes counted in data.episodes)"
+    text = "\n  ".join([f"{path}{which}:", *map(str, findings)])
+    if data.strict:
+        raise ConfigError(f"{text}\nleave out data.strict to train all the same")
+    warnings.warn(text, DataWarning, stacklevel=3)
+
+
+def check_state(key: str, values: npt.NDArray[Any], path: Path) -> None:
+    """Refuse numbers that are too many for an observation of the robot's state."""
+    shape = values.shape[1:]
+    size = int(np.prod(shape))
+    if size <= MAX_STATE_SIZE:
+        return
+    raise ConfigError(
+        f"{path}: observation {key!r} has shape {shape} {values.dtype} per step, {size} numbers; a "
+        f"state has at most {MAX_STATE_SIZE}. Frames are (H, W, 3) and hold whole numbers in "
+        f"[0, 255]; channels first are data.obs.{key}={{key: ..., layout: chw}}. Point clouds are "
+        "not supported: leave them out of data.obs, or store features of them"
+    )
+
+
+def check_finite(
+    selector: str, values: npt.NDArray[Any], rows: npt.NDArray[np.int64], path: Path
+) -> None:
+    """Refuse NaN and infinite numbers in the rows that are trained on."""
+    finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+    bad = rows[~finite[rows]]
+    if bad.size:
+        raise ConfigError(
+            f"{path}: {selector!r} holds NaN or inf at {bad.size} steps, the first is step "
+            f"{int(bad[0])}; repair or remove them (`cmpolicy data validate {path}` lists them)"
+        )
+
+
+def fingerprint(arrays: Demonstrations) -> dict[str, Any]:
+    """Shapes of the arrays and a hash of every episode's content."""
+    named = {**arrays.obs, **arrays.targets, ACTION: arrays.action}
+    ends = arrays.episode_ends
+    hashes = []
+    for start, end in zip(ends - np.diff(ends, prepend=0), ends, strict=True):
+        digest = hashlib.blake2b(digest_size=8)
+        for key in sorted(named):
+            digest.update(np.ascontiguousarray(named[key][start:end]).tobytes())
+        hashes.append(digest.hexdigest())
+    shapes = {key: [*value.shape[1:], str(value.dtype)] for key, value in sorted(named.items())}
+    return {"arrays": shapes, "episodes": hashes}
+
+
+def check_same_data(
+    facts: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path, *, accept: bool = False
+) -> None:
+    """Whether a run that goes on finds the data that it was started on.
+
+    Raises:
+        ConfigError: what changed, unless ``accept``, which makes it a warning.
+    """
+    before, after = facts.get("data", {}), now["data"]
+    if not before or facts == {**facts, **now}:
+        return
+    old, new = before.get("episodes", []), after["episodes"]
+    if before.get("arrays") != after["arrays"]:
+        what = f"its arrays were {before.get('arrays')}, they are {after['arrays']}"
+    elif new[: len(old)] == old:
+        what = f"{len(new) - len(old)} episodes were added to the {len(old)} that it had"
+    elif len(new) < len(old):
+        what = f"it had {len(old)} episodes, it has {len(new)}"
+    else:
+        first = next(i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b)
+        what = f"episode {first} is another one"
+    same = before.get("arrays") == after["arrays"]
+    if accept and same:
+        warnings.warn(
+            f"the run in {run_dir} goes on with other data: {what}. Its scaling stays that of the "
+            "data it was started on",
+            DataWarning,
+            stacklevel=3,
+        )
+        return
+    how = "go on with this data all the same with data.changed=accept, " if same else ""
+    raise ConfigError(
+        f"the data is not the one that {run_dir} was started on: {what}. Give the old data with "
+        f"data.path=..., {how}or start a new run on this one, from the old policy with init=..."
+    )
