@@ -5,10 +5,11 @@ import pytest
 
 from cmpolicy_data import ReplayBuffer
 from cmpolicy_data.catalog import bundled_path
-from cmpolicy_data.generate.pusht import demonstrate, initial_state, replay
+from cmpolicy_data.generate.pusht import demonstrate, replay
 from cmpolicy_data.generate.tee import OUTLINE, Pose, to_body
 from cmpolicy_data.validation import validate
 from cmpolicy_envs import keypoints_from_pose
+from cmpolicy_envs.pusht_states import dp_initial_state
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_played_again_it_succeeds(store: ReplayBuffer, part: float) -> None:
     action, state = store.load("action"), store.load("state")
     index = round(part * (store.n_episodes - 1))
     rows = episodes(store)[index]
-    assert replay(action[rows], initial_state(store.attrs["seeds"][index])) > 0.95
+    assert replay(action[rows], dp_initial_state(store.attrs["seeds"][index])) > 0.95
     assert replay(action[rows], state[rows.start], exact_pose=True) > 0.95
 
 
@@ -54,7 +55,7 @@ def test_the_generator_makes_these_episodes(store: ReplayBuffer) -> None:
     lengths = np.diff(store.episode_ends, prepend=0)
     index = int(np.argmin(lengths))  # the quickest to make again
     rows = episodes(store)[index]
-    start = initial_state(store.attrs["seeds"][index])
+    start = dp_initial_state(store.attrs["seeds"][index])
     np.testing.assert_allclose(store.load("state")[rows.start][2:4], _settled(start), atol=2.0)
     episode = demonstrate(store.attrs["seeds"][index])
     assert episode.succeeds

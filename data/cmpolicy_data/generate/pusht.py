@@ -31,6 +31,7 @@ from cmpolicy_data.pack import pack
 from cmpolicy_data.replay_buffer import ReplayBuffer
 from cmpolicy_envs import keypoints_from_pose
 from cmpolicy_envs.pusht import ARENA, SUCCESS_COVERAGE, PushTEnv
+from cmpolicy_envs.pusht_states import dp_initial_state
 
 VERSION = 2
 GENERATOR = "cmpolicy_data.generate.pusht"
@@ -76,18 +77,6 @@ class Episode:
         return bool(self.coverage.max(initial=0.0) > SUCCESS_COVERAGE)
 
 
-def initial_state(seed: int) -> list[float]:
-    """Agent xy, block xy, angle for `reset_to_state`: Diffusion Policy's law of test seeds."""
-    rs = np.random.RandomState(seed)
-    return [
-        float(rs.randint(50, 450)),
-        float(rs.randint(50, 450)),
-        float(rs.randint(100, 400)),
-        float(rs.randint(100, 400)),
-        float(rs.randn() * 2 * np.pi - np.pi),
-    ]
-
-
 def demonstrate(seed: int) -> Episode:
     """One attempt; it ends at coverage 0.975, after 300 steps, or when no push can be made.
 
@@ -95,7 +84,7 @@ def demonstrate(seed: int) -> Episode:
     decision, so without these the last decisions would have none.
     """
     env = PushTEnv()
-    _, info = env.reset(options={"reset_to_state": initial_state(seed)})
+    _, info = env.reset(options={"reset_to_state": dp_initial_state(seed)})
     demonstrator = Demonstrator(np.random.default_rng([VERSION, seed]))
     states, actions, coverages = [], [], [0.0]
 
@@ -204,7 +193,7 @@ def _attempt(seed: int) -> Episode:
     episode = demonstrate(seed)
     if episode.succeeds:
         again = min(
-            replay(episode.action, initial_state(seed)),
+            replay(episode.action, dp_initial_state(seed)),
             replay(episode.action, episode.state[0], exact_pose=True),
         )
         if again <= SUCCESS_COVERAGE:
