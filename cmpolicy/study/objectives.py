@@ -243,7 +243,7 @@ def _run_job(job: _Job) -> None:
         {} if diverged is not None else _health(entries),
         () if diverged is not None else tuple(_score(job)),
     )
-    text = json.dumps(dataclasses.asdict(found), indent=1)
+    text = json.dumps(dataclasses.asdict(found)) + "\n"
     job.result.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(job.result, text.encode())
 
