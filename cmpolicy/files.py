@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import glob
+import itertools
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +52,15 @@ def only_writer(folder: Path, what: str) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)  # and with it the lock; the file stays, see RobotLock
+
+
+def put_aside(file: Path) -> Path:
+    """Rename a file to ``<name>-before-<n>``, so that another can be written; its new path."""
+    names = (file.with_name(f"{file.stem}-before-{n}{file.suffix}") for n in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
+    file.rename(aside)
+    print(f"{file} held another result, which is now in {aside}", file=sys.stderr)
+    return aside
 
 
 def replace_directory(target: Path, fill: Callable[[Path], None]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +14,7 @@ from cmpolicy.experiment.protocols import (
     require_protocol,
 )
 from cmpolicy.experiment.scored import ScoredPolicy, given_policy, open_policy
+from cmpolicy.files import put_aside
 from cmpolicy.flow.sampler import SamplerKind
 from cmpolicy.schema import ConfigError
 from cmpolicy.spec import check_warm_start
@@ -212,7 +211,7 @@ def score(
             crops = _crops(scored.policy)
             try:
                 _write_videos(out / "videos", chosen, found, settings.videos, crops)
-            except (NotImplementedError, RuntimeError) as error:  # the scores are what counts
+            except Exception as error:  # of a simulator's own: the scores are what counts
                 why = str(error) or "its environment has no render()"
                 warnings.warn(f"no videos of {chosen.name}: {why}", stacklevel=2)
     return results
@@ -227,10 +226,7 @@ def _keep_other(file: Path, result: Result) -> None:
             return
     except ResultError:
         pass  # something else, which is kept as well
-    names = (file.with_name(f"{file.stem}-before-{n}.json") for n in itertools.count(1))
-    aside = next(name for name in names if not name.exists())
-    file.rename(aside)
-    print(f"{file} held another result, which is now in {aside}", file=sys.stderr)
+    put_aside(file)
 
 
 def _outcomes(result: Result) -> list[tuple[int, float, bool, int]]:

@@ -146,8 +146,12 @@ class _Diffusion(Sampler):
     def _grid(
         self, nfe: int, device: torch.device | None, dtype: torch.dtype | None, floor: float
     ) -> Tensor:
-        if not 1 <= nfe <= STEPS:
-            raise ValueError(f"nfe={nfe}: a diffusion of {STEPS} steps makes 1 to {STEPS}")
+        # between a half and all of them the spacing is one step, so it would start half-way
+        if not (1 <= nfe <= STEPS // 2 or nfe == STEPS):
+            raise ValueError(
+                f"nfe={nfe}: a diffusion of {STEPS} steps makes 1 to {STEPS // 2} of them, evenly "
+                f"spaced, or all {STEPS}"
+            )
         steps = torch.arange(nfe - 1, -2, -1, device=device) * (STEPS // nfe)
         return steps.to(torch.get_default_dtype() if dtype is None else dtype) / STEPS
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
@@ -24,7 +25,7 @@ from torch import Tensor
 from cmpolicy.files import replace_directory, space_note
 from cmpolicy.flow.flow_map import FlowMap
 from cmpolicy.flow.path import PATHS, get_path
-from cmpolicy.flow.sampler import SAMPLERS, SamplerKind
+from cmpolicy.flow.sampler import SAMPLERS, SamplerKind, check_sampler
 from cmpolicy.hub import HubError, download
 from cmpolicy.image.model import Generators, generate_images, generate_trajectory
 from cmpolicy.image.net import ImageNet
@@ -169,8 +170,8 @@ class ConsistencyImagePipeline(DiffusionPipeline):  # type: ignore[misc]
 
         Raises:
             ImageModelError: no labels, or one that is no class.
-            ValueError: fewer than one step, an unknown sampler, or another number of generators
-                than of labels.
+            ValueError: fewer than one step, an unknown sampler or one for networks that predict
+                something else, or another number of generators than of labels.
         """
         self._check_labels(labels)
         return generate_images(
@@ -178,7 +179,7 @@ class ConsistencyImagePipeline(DiffusionPipeline):  # type: ignore[misc]
             labels,
             nfe=nfe,
             generator=generator,
-            sampler=sampler or self.sampler,
+            sampler=self._fitting(sampler),
         )
 
     def trajectory(
@@ -198,8 +199,14 @@ class ConsistencyImagePipeline(DiffusionPipeline):  # type: ignore[misc]
             labels,
             nfe=nfe,
             generator=generator,
-            sampler=sampler or self.sampler,
+            sampler=self._fitting(sampler),
         )
+
+    def _fitting(self, sampler: SamplerKind | None) -> SamplerKind:
+        if sampler is None:
+            return self.sampler
+        check_sampler(sampler, self.sampler)
+        return sampler
 
     def _flow_map(self) -> FlowMap:
         return FlowMap(self.net, get_path(self.config.path))
@@ -212,14 +219,15 @@ class ConsistencyImagePipeline(DiffusionPipeline):  # type: ignore[misc]
 
     def _label(self, label: object) -> int:
         names = self.class_names
+        n = len(names)
         if isinstance(label, str):
             if label in names:
                 return names.index(label)
-        elif isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(names):
-            return label
+        elif isinstance(label, int | np.integer) and not isinstance(label, bool) and 0 <= label < n:
+            return int(label)
         shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
         raise ImageModelError(
-            f"there is no class {label!r}: labels run from 0 to {len(names) - 1} ({shown})"
+            f"there is no class {label!r}: labels run from 0 to {n - 1} ({shown})"
         )
 
     # -- files ----------------------------------------------------------------------------------

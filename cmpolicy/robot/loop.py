@@ -315,7 +315,9 @@ class ControlLoop:
         self._unreported = name
 
     def _new_filter(self, start: PerDimension | None = None) -> SafetyFilter:
-        return SafetyFilter(self._limits, self._window.action_dim, 1 / self._hz, start)
+        window = self._window
+        rotations = window.rotations or ()
+        return SafetyFilter(self._limits, window.action_dim, 1 / self._hz, start, rotations)
 
     def _halt(self) -> list[tuple[str, BaseException]]:
         """Bring the robot to rest; what went wrong."""

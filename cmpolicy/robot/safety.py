@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cmpolicy.robot.rotations import rewritten
+from cmpolicy.spec import Rotation
+
 Array = NDArray[Any]
 PerDimension = float | Sequence[float] | Array
 
@@ -91,6 +94,7 @@ class SafetyFilter:
         action_dim: A.
         period: seconds between two actions.
         start: the action that the robot stands at, (A,), e.g. its joint positions; None: unknown.
+        rotations: of the action, which the rate counts the short way round.
 
     Raises:
         ValueError: a limit of another size than the action, no number, or impossible.
@@ -102,7 +106,9 @@ class SafetyFilter:
         action_dim: int,
         period: float,
         start: PerDimension | None = None,
+        rotations: tuple[Rotation, ...] = (),
     ) -> None:
+        self._rotations = rotations
         self._low = _inward(_vector("low", limits.low, action_dim, -math.inf), math.inf)
         self._high = _inward(_vector("high", limits.high, action_dim, math.inf), -math.inf)
         rate = _vector("max_rate", limits.max_rate, action_dim, math.inf)
@@ -154,12 +160,24 @@ class SafetyFilter:
             if (safe != action).any():
                 self.counts[OUT_OF_BOUNDS] += 1
         if self._rated and self._has_last:
-            low, high = before - self._step, before + self._step
-            if ((safe < low) | (safe > high)).any():
-                self.counts[TOO_FAST] += 1
-                np.clip(safe, low, high, out=safe)
+            self._slow_down(safe, before)
         self._has_last = True
         return safe.astype(np.float32)
+
+    def _slow_down(self, safe: Array, before: Array) -> None:
+        """Bring ``safe`` within one step of ``before``."""
+        wanted = safe
+        if self._rotations:  # -3.1 rad are near 3.1, and -q is q
+            wanted = rewritten(safe[None], before[None], self._rotations)[0]
+        low, high = before - self._step, before + self._step
+        if ((wanted >= low) & (wanted <= high)).all():
+            return
+        self.counts[TOO_FAST] += 1
+        slow = np.clip(wanted, low, high)
+        if self._rotations:  # described as the policy does
+            slow = rewritten(slow[None], safe[None], self._rotations)[0]
+            slow = np.clip(slow, self._low, self._high)
+        safe[...] = slow
 
     def rested(self) -> None:
         """The robot was sent ``rest``: the next action starts from there."""

@@ -42,6 +42,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cmpolicy.robot.rotations import rewritten
 from cmpolicy.spec import Rotation
 
 Array = NDArray[Any]
@@ -50,29 +51,6 @@ _log = logging.getLogger(__name__)
 
 LATENCY_WINDOW = 64
 """Latest latencies that the estimate looks at."""
-
-
-def _rewritten(actions: Array, like: Array, rotations: tuple[Rotation, ...]) -> Array:
-    """The same rotations (n, A), each in its description that is nearest to that in ``like``."""
-    if all(rotation.kind == "rotation_6d" for rotation in rotations):
-        return actions
-    actions = actions.copy()
-    for rotation in rotations:
-        dims = list(rotation.dims)
-        part, target = actions[:, dims], like[:, dims]
-        if rotation.kind == "angle":
-            turns = np.round((target - part) / (2 * np.pi))
-            actions[:, dims] = part + 2 * np.pi * turns
-        elif rotation.kind == "quaternion":  # q and -q are one rotation
-            sign = np.where((part * target).sum(1, keepdims=True) < 0, -1, 1)
-            length = np.linalg.norm(part, axis=1, keepdims=True)
-            actions[:, dims] = sign * part / np.where(length > 0, length, 1)
-        elif rotation.kind == "axis_angle":  # a turn more about the same axis changes nothing
-            angle = np.linalg.norm(part, axis=1, keepdims=True)
-            axis = part / np.where(angle > 0, angle, 1)
-            turns = np.round(((target * axis).sum(1, keepdims=True) - angle) / (2 * np.pi))
-            actions[:, dims] = part + 2 * np.pi * turns * axis
-    return actions
 
 
 @dataclass(frozen=True)
@@ -104,8 +82,8 @@ class Window:
         Returns:
             (n, A).
         """
-        near = _rewritten(new, old, self.rotations or ())
-        return _rewritten(old + share * (near - old), new, self.rotations or ())
+        near = rewritten(new, old, self.rotations or ())
+        return rewritten(old + share * (near - old), new, self.rotations or ())
 
 
 class Planner(Protocol):

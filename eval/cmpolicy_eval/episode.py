@@ -100,7 +100,8 @@ class ChunkedEpisode:
                 )
             if value.dtype.kind == "f" and not np.isfinite(value).all():
                 raise BadObservationError(f"{at} {key!r} holds NaN or infinite numbers")
-        return observation
+        # copies: an environment may give views of a state that it goes on to change
+        return {key: np.array(value) for key, value in observation.items()}
 
     def _outcome(self) -> ChunkOutcome:
         keys = self._history[-1]

@@ -78,10 +78,10 @@ def replay(protocol: EvalProtocol, episode: EpisodeResult, *, every: int = 1) ->
             if step % every and step != episode.length:
                 continue
             yield Moment(
-                image=np.asarray(env.render(), dtype=np.uint8),
+                image=_picture(env.render()),
                 step=step,
                 coverage=float(info["coverage"]) if "coverage" in info else None,
-                success=bool(info["is_success"]),
+                success=bool(info.get("is_success", False)),  # of a reset it need not say
                 plan=plan,
                 n_executed=step - current * chunk_length,
                 seen={key: value for key, value in obs.items() if np.asarray(value).ndim == 3},
@@ -93,6 +93,15 @@ def replay(protocol: EvalProtocol, episode: EpisodeResult, *, every: int = 1) ->
             )
     finally:
         env.close()
+
+
+def _picture(rendered: Any) -> NDArray[np.uint8]:
+    """What ``render()`` gave, (H, W, 3) uint8."""
+    image = np.asarray(rendered)
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        what = "None" if rendered is None else f"{image.dtype} of shape {image.shape}"
+        raise RuntimeError(f"render() gave {what}, expected (H, W, 3) uint8")
+    return image
 
 
 def write_video(

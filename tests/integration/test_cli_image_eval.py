@@ -92,6 +92,9 @@ def test_sample_writes_what_was_asked_for(model, tmp_path, capsys):
     assert list(written) == [f"{k}_{i:04d}.png" for k in (0, 1) for i in range(3)]
     assert Image.open(tmp_path / "f" / "0_0000.png").size == (8, 8)
     assert len(set(written.values())) == 6
+    capsys.readouterr()
+    assert sample(model, tmp_path, "per_class=1", f"files={tmp_path / 'f'}") == 2  # of two models
+    assert "choose an empty folder" in capsys.readouterr().err
 
 
 def test_an_image_depends_on_seed_class_and_number_alone(model, tmp_path):
@@ -172,6 +175,8 @@ def test_parse_classes():
     assert parse_classes(None, names) == list(range(11))
     assert parse_classes("0-3, j,5", names) == [0, 1, 2, 3, 9, 5]
     assert parse_classes(["7", 1], names) == [10, 1]  # a name comes before a number
+    months = sorted(map(str, range(1, 13)))  # 1, 10, 11, 12, 2, ...
+    assert [months[label] for label in parse_classes("2-4", months)] == ["2", "3", "4"]
     with pytest.raises(ConfigError, match="there is no class 11"):
         parse_classes(11, names)
 

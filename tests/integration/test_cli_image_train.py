@@ -201,15 +201,39 @@ def test_bad_input_is_one_message(
     assert not Path("outputs").exists()
 
 
-def test_a_folder_of_ones_own_in_colour(tmp_path: Path) -> None:
+def _write_pictures(folder: Path, levels: dict[str, int], count: int = 6) -> None:
     from PIL import Image
 
     rng = np.random.default_rng(0)
-    for name, level in (("dark", 0), ("light", 128)):
-        (tmp_path / "mine" / name).mkdir(parents=True)
-        for i in range(6):
+    for name, level in levels.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
             pixels = rng.integers(level, level + 127, (8, 8, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "mine" / name / f"{i}.png")
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+
+
+def test_a_run_goes_on_with_its_own_pictures_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With others, labels would mean other classes, and held-out pictures would train."""
+    _write_pictures(tmp_path / "mine", {"dark": 0, "light": 128})
+    rest = [w for w in TINY if not w.startswith("dataset")]
+    assert main(["train", *rest, "dataset=folder", "dataset.path=mine", "out=run"]) == 0
+    assert main(["train", "resume=run", "examples=96"]) == 0
+    capsys.readouterr()
+    (tmp_path / "mine/light").rename(tmp_path / "mine/amber")
+    assert main(["train", "resume=run", "examples=128"]) == 2
+    assert (
+        "its classes were ['dark', 'light'], they are ['amber', 'dark']" in capsys.readouterr().err
+    )
+    (tmp_path / "mine/amber").rename(tmp_path / "mine/light")
+    (tmp_path / "mine/dark/5.png").unlink()
+    assert main(["train", "resume=run", "examples=128"]) == 2
+    assert "are not those that run was started on" in capsys.readouterr().err
+
+
+def test_a_folder_of_ones_own_in_colour(tmp_path: Path) -> None:
+    _write_pictures(tmp_path / "mine", {"dark": 0, "light": 128})
     rest = [w for w in TINY if not w.startswith("dataset")]
     words = ["dataset=folder", "dataset.path=mine", "dataset.flip=true", "out=run"]
     assert main(["train", *rest, *words]) == 0

@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import imageio.v2 as imageio
 import numpy as np
 import pytest
 from PIL import Image
 
+from cmpolicy_envs.pusht import PushTEnv
 from cmpolicy_eval import EpisodeResult, get_protocol, rollout
 from cmpolicy_eval.video import Moment, annotate, replay, write_grid, write_videos
 
@@ -112,3 +114,32 @@ def test_a_caption_on_a_small_image_keeps_its_parts_apart() -> None:
     assert not ink[told[0] - 4 : told[0]].any()
     assert np.flatnonzero(ink)[0] >= 8
     assert told[-1] <= 250
+
+
+class Silent(PushTEnv):
+    """Its reset says nothing of success, and it may have nothing to show."""
+
+    shows: Any = True
+
+    def reset(self, **kwargs: Any) -> Any:
+        return super().reset(**kwargs)[0], {}
+
+    def render(self) -> Any:
+        return super().render() if self.shows is True else self.shows
+
+
+def test_a_reset_need_not_say_anything(episodes: list[EpisodeResult]) -> None:
+    moments = list(replay(replace(PROTOCOL, make_env=Silent), episodes[0]))
+    assert [m.success for m in moments] == [False] * 21
+
+
+@pytest.mark.parametrize(
+    ("shown", "words"),
+    [(None, "gave None"), (np.zeros((8, 8, 4), np.uint8), r"gave uint8 of shape \(8, 8, 4\)")],
+)
+def test_what_is_no_picture(
+    episodes: list[EpisodeResult], monkeypatch: pytest.MonkeyPatch, shown: Any, words: str
+) -> None:
+    monkeypatch.setattr(Silent, "shows", shown)
+    with pytest.raises(RuntimeError, match=rf"render\(\) {words}"):
+        list(replay(replace(PROTOCOL, make_env=Silent), episodes[0]))

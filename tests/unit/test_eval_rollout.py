@@ -130,6 +130,27 @@ def test_rewards_below_zero_are_scores_as_well() -> None:
     assert [r.score for r in found] == [-7.0, -6.0]
 
 
+def test_views_of_a_state_that_goes_on_to_change_are_copied() -> None:
+    """As of an environment that returns MuJoCo's own arrays."""
+
+    class Views(Walk):
+        def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+            obs, info = super().reset(seed=seed, options=options)
+            self._view = obs["x"].copy()
+            return {"x": self._view}, info
+
+        def step(self, action: np.ndarray) -> Any:
+            obs, *rest = super().step(action)
+            self._view[:] = obs["x"]
+            return {"x": self._view}, *rest
+
+    plain, views = Constant(n_obs_steps=3), Constant(n_obs_steps=3)
+    run(plain, [1], batch_size=1)
+    run(views, [1], batch_size=1, make_env=Views)
+    for expected, seen in zip(plain.seen, views.seen, strict=True):
+        np.testing.assert_array_equal(seen, expected)
+
+
 def test_the_episode_ends_within_a_chunk_at_max_steps() -> None:
     (result,) = run(Constant(n_action_steps=2), [4], max_steps=5)
     assert result.length == 5

@@ -163,10 +163,13 @@ def test_a_collapsed_class_shows_in_the_variety():
     assert collapsed.ratio == pytest.approx(0.5, abs=0.05)
 
 
-def test_variety_needs_two_images_of_each_class():
+def test_variety_leaves_out_classes_of_one_image():
     data = bars(3, 0)
-    with pytest.raises(ValueError, match=r"there is one of class 1"):
-        spread_by_class(data.images, data.labels)
+    spread = spread_by_class(data.images, data.labels)
+    assert set(spread) == {0}  # there is one of class 1
+    assert diversity(spread, spread).ratio == 1
+    with pytest.raises(ValueError, match="needs 2 real and 2 generated images of some class"):
+        diversity(spread, {1: 0.5})
 
 
 def test_large_classes_are_sampled():

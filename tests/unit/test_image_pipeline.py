@@ -114,6 +114,7 @@ def test_classes_by_number_name_or_tensor() -> None:
     expected = images(pipe, [2, 0])
     assert torch.equal(images(pipe, ["eel", "cat"]), expected)
     assert torch.equal(images(pipe, torch.tensor([2, 0])), expected)
+    assert torch.equal(images(pipe, np.array([2, 0])), expected)
     assert torch.equal(images(pipe, "dog"), images(pipe, 1))
     assert not torch.allclose(images(pipe, [0]), images(pipe, [1]), atol=1e-3)
 
@@ -176,6 +177,7 @@ def test_images_take_every_objective(tmp_path: Path, name: str) -> None:
         ({"class_labels": 0, "num_inference_steps": 0}, "must be at least 1"),
         ({"class_labels": 0, "output_type": "jpg"}, "output_type='jpg' is not one of pil, np, pt"),
         ({"class_labels": 0, "sampler": "euler"}, "unknown sampler 'euler'"),
+        ({"class_labels": 0, "sampler": "ddim"}, "networks that predict the noise"),
         (
             {"class_labels": [0, 1], "generator": [torch.Generator()]},
             "1 generators were given",

@@ -12,6 +12,7 @@ from cmpolicy.robot.safety import (
     SafetyFilter,
     SafetyLimits,
 )
+from cmpolicy.spec import Rotation
 
 
 def _filter(dim: int = 2, period: float = 0.1, start: Any = None, **limits: Any) -> SafetyFilter:
@@ -115,3 +116,36 @@ def test_an_action_of_another_shape_is_an_error() -> None:
 def test_impossible_limits(limits: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         _filter(**limits)
+
+
+def _turning(kind: Any, *dims: int, rate: float = 2.0) -> SafetyFilter:
+    limits = SafetyLimits(max_rate=rate)
+    return SafetyFilter(limits, len(dims), 0.1, rotations=(Rotation(kind, dims),))
+
+
+def test_an_angle_is_slowed_down_the_short_way_round() -> None:
+    safety = _turning("angle", 0)
+    sent = []
+    for wanted in np.linspace(2.9, 3.9, 11):  # 1 rad per second, below the limit
+        wrapped = (wanted + np.pi) % (2 * np.pi) - np.pi
+        sent.append(_apply(safety, wrapped))
+    assert safety.counts[TOO_FAST] == 0
+    found = [_apply(safety, -1.5) for _ in range(4)]  # 0.9 rad on: 0.2 a tick
+    angles = np.unwrap([sent[-1][0], *(f[0] for f in found)])  # type: ignore[index]
+    np.testing.assert_allclose(np.diff(angles), 0.2, atol=1e-5)
+    assert safety.counts[TOO_FAST] == 4
+
+
+def test_a_quaternion_may_change_its_sign_and_stays_of_length_one() -> None:
+    safety = _turning("quaternion", 0, 1, 2, 3)
+    q = np.array([1.0, 0, 0, 0])
+    assert _apply(safety, *q) == [1, 0, 0, 0]
+    assert _apply(safety, *-q) == [-1, 0, 0, 0]  # the same rotation
+    assert safety.counts[TOO_FAST] == 0
+    turned = [np.cos(0.5), np.sin(0.5), 0, 0]
+    for _ in range(3):
+        sent = _apply(safety, *turned)
+        assert sent is not None
+        assert np.linalg.norm(sent) == pytest.approx(1, abs=1e-6)
+        assert sent[0] > 0.8
+    np.testing.assert_allclose(sent, turned, atol=1e-6)

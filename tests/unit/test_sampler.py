@@ -184,8 +184,9 @@ def _ancestral(scheduler: Any, f: Tensor, k: Tensor, x: Tensor, noise: Tensor | 
     [
         ("regression", 2, "nfe=2.*exactly 1"),
         ("mip", 1, "nfe=1.*exactly 2"),
-        ("ddpm", 101, "nfe=101.*1 to 100"),
-        ("ddim", 0, "nfe=0.*1 to 100"),
+        ("ddpm", 101, "nfe=101.*or all 100"),
+        ("ddim", 0, "nfe=0.*1 to 50"),
+        ("ddim", 60, "nfe=60.*1 to 50"),  # it would start half-way, at noise taken for data
         ("restart", 0, "nfe=0.*at least 1"),
     ],
 )

@@ -28,6 +28,7 @@ from cmpolicy.experiment.image.sampling import (
     spread_over,
 )
 from cmpolicy.experiment.run import CONFIG_FILE, read_yaml
+from cmpolicy.files import put_aside
 from cmpolicy.flow.sampler import SamplerKind
 from cmpolicy.image.datasets import ImageData, ImageDataConfig, load_images
 from cmpolicy.image.metrics import (
@@ -157,7 +158,10 @@ def evaluate_images(
             fidelity=fidelity,
             **origin(describe_device(pipe.device), command),
         )
-        result.save(out / f"result_nfe{nfe}.json")
+        file = out / f"result_nfe{nfe}.json"
+        if file.is_file() and not _is_alike(file, result):
+            put_aside(file)
+        result.save(file)
         results.append(result)
         if config.pictures:
             pictures += _draw(made, data, nfe, config.seed, out)
@@ -167,6 +171,13 @@ def evaluate_images(
             draw_paths(pipe, shown, seed=config.seed, sampler=config.sampler, out=out / "paths.png")
         )
     return results, write_image_report(results, out, pictures)
+
+
+def _is_alike(file: Path, result: ImageResult) -> bool:
+    try:
+        return ImageResult.load(file).scores == result.scores
+    except ValueError:
+        return False
 
 
 def trained_on(model: str, pipe: ConsistencyImagePipeline) -> ImageDataConfig:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cmpolicy.flow.sampler import SamplerKind
+from cmpolicy.flow.sampler import SamplerKind, get_sampler
 from cmpolicy.image.datasets.resize import as_image
 from cmpolicy.image.pictures import paths_picture, samples_picture, save_picture
 from cmpolicy.image.pipeline import INDEX, ConsistencyImagePipeline
@@ -66,8 +66,11 @@ def parse_classes(wanted: Any, names: Sequence[str]) -> list[int]:
     for item in items:
         text = str(item).strip()
         span = _RANGE.fullmatch(text)
+        named = [] if span is None else list(map(str, range(int(span[1]), int(span[2]) + 1)))
         if text in names:
             labels.append(list(names).index(text))
+        elif named and set(named) <= set(names):  # classes that are called by numbers
+            labels += [list(names).index(name) for name in named]
         elif span is not None and int(span[1]) <= int(span[2]):
             labels += range(int(span[1]), int(span[2]) + 1)
         elif text.isdecimal():
@@ -118,7 +121,9 @@ def make_images(
     """Images of these classes. The time is the network's: a first small call is not counted."""
     generators = noise_generators(labels, seed)
     wanted = torch.from_numpy(labels)
-    pipe.generate(wanted[:1], nfe=1, generator=noise_generators(labels[:1], seed))
+    pipe.generate(
+        wanted[:1], nfe=nfe, generator=noise_generators(labels[:1], seed), sampler=sampler
+    )
     parts: list[npt.NDArray[np.uint8]] = []
     seconds = 0.0
     with tqdm(total=len(labels), unit="image", desc=f"nfe={nfe}", disable=None) as bar:
@@ -142,10 +147,13 @@ def draw_paths(
     sampler: SamplerKind | None,
     out: Path,
 ) -> Path:
-    """A picture of one image per class on its way from the same noise in 1, 2 and 4 evaluations."""
+    """A picture of one image per class on its way from the same noise in 1, 2 and 4 evaluations.
+
+    Of these only what the sampler can do; one that makes a fixed number makes that.
+    """
     labels = np.asarray(classes, dtype=np.int64)
     states: dict[int, Tensor] = {}
-    for n in PATH_STEPS:
+    for n in _path_steps(sampler or pipe.sampler):
         states[n] = pipe.trajectory(
             torch.from_numpy(labels),
             nfe=n,
@@ -153,8 +161,19 @@ def draw_paths(
             sampler=sampler,
         )
     names = [pipe.class_names[label] for label in classes]
-    title = f"from the same noise in {', '.join(map(str, PATH_STEPS))} evaluations (seed {seed})"
+    title = f"from the same noise in {', '.join(map(str, states))} evaluations (seed {seed})"
     return save_picture(paths_picture(states, names, title), out)
+
+
+def _path_steps(kind: SamplerKind) -> list[int]:
+    possible = []
+    for n in PATH_STEPS:
+        try:
+            get_sampler(kind).grid(n)
+        except ValueError:
+            continue
+        possible.append(n)
+    return possible
 
 
 def _shown(names: Sequence[str]) -> str:
@@ -234,6 +253,8 @@ def sample_images(config: SampleSettings) -> tuple[list[Path], float]:
 
 def _save_each(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], folder: str) -> Path:
     target = Path(folder).expanduser()
+    if target.is_dir() and any(target.iterdir()):
+        raise ConfigError(f"files={folder} holds something; choose an empty folder or a new one")
     counts: dict[int, int] = {}
     for image, label in zip(images, labels.tolist(), strict=True):
         i = counts[label] = counts.get(label, -1) + 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +17,7 @@ from cmpolicy.experiment.run import (
     RESUME_SETTINGS,
     RunResult,
     open_run,
+    read_facts,
     resumed_settings,
     run_training,
 )
@@ -25,12 +28,14 @@ from cmpolicy.image.net import build_net
 from cmpolicy.image.pictures import samples_picture, save_picture
 from cmpolicy.image.pipeline import ConsistencyImagePipeline
 from cmpolicy.image.pixels import as_input, as_pictures
+from cmpolicy.schema import ConfigError
 from cmpolicy.training.checkpoint import state_path
 from cmpolicy.training.curves import CURVES_FILE
 from cmpolicy.training.device import make_accelerator
 from cmpolicy.training.image_loader import ImageLoader
 from cmpolicy.training.trainer import Scores
 from cmpolicy.training.validation import HeldOutLosses, health_metrics
+from cmpolicy_data.catalog import data_dir
 from cmpolicy_eval.evaluate import git_commit, versions
 
 BEST, LAST, SAMPLES = "model", "model_last", "samples"
@@ -84,7 +89,12 @@ def _train(
     accelerator = make_accelerator(config)
     stem = f"{config.dataset.name}-{config.objective.name}"
     folder = open_run(accelerator, stem, out, command=command, resume=resume, verb="image train")
-    data = load_images(config.dataset)
+    with accelerator.main_process_first():  # one of them downloads
+        data = load_images(config.dataset, download_dir=data_dir())
+    facts = {"images": _facts(data)}
+    if resume:
+        _check_same_images(read_facts(folder.path).get("images"), facts["images"], folder.path)
+    folder = dataclasses.replace(folder, facts=facts)
     torch.manual_seed(config.seed)
     device = accelerator.device
     model = new_model(config, data).to(device)
@@ -107,6 +117,31 @@ def _train(
         score=HeldOutScorer(config, data, folder.path),
         keep=ModelKeeper(config, data, folder.path, command=folder.command),
         until=until,
+    )
+
+
+def _facts(data: ImageData) -> dict[str, Any]:
+    """What tells whether other data is the same; JSON-ready."""
+    hashes = {}
+    for name, part in (("train", data.train), ("test", data.test)):
+        digest = hashlib.blake2b(part.labels.tobytes(), digest_size=16)
+        digest.update(np.ascontiguousarray(part.images).tobytes())
+        hashes[name] = {"images": len(part), "hash": digest.hexdigest()}
+    return {"classes": list(data.class_names), **hashes}
+
+
+def _check_same_images(before: Any, now: Mapping[str, Any], run_dir: Path) -> None:
+    """Refuse other pictures: labels may mean other classes, and what was held out may train."""
+    if before in (None, now):
+        return
+    what = "other pictures"
+    if before.get("classes") != now["classes"]:
+        what = f"its classes were {before.get('classes')}, they are {now['classes']}"
+    elif before["train"]["images"] != now["train"]["images"]:
+        what = f"it had {before['train']['images']} to train on, there are {now['train']['images']}"
+    raise ConfigError(
+        f"the pictures are not those that {run_dir} was started on ({what}); give the old ones "
+        "back, or start a new run on these"
     )
 
 

@@ -1,4 +1,4 @@
-"""A test part that does not depend on the order of files or the size of the rest."""
+"""A test part drawn class by class: the same pictures give the same parts, wherever they lie."""
 
 from __future__ import annotations
 

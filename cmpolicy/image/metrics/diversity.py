@@ -37,25 +37,26 @@ class Diversity:
 def spread_by_class(images: Images, labels: Labels) -> dict[int, float]:
     """Mean distance of two images of a class, by label; images (N, H, W, C), labels (N,).
 
-    Of a large class only :data:`SPREAD_IMAGES`, drawn from a fixed seed, are compared.
-
-    Raises:
-        ValueError: a class with one image.
+    Of a large class only :data:`SPREAD_IMAGES`, drawn from a fixed seed, are compared. A class with
+    one image has no such distance and is left out.
     """
     spread: dict[int, float] = {}
     for label in np.unique(labels).tolist():
         rows = some(np.flatnonzero(labels == label), SPREAD_IMAGES)
-        if len(rows) < 2:
-            raise ValueError(
-                f"variety within a class needs 2 images of it; there is one of class {label}"
-            )
-        spread[label] = mean_pairwise_distance(images[rows])
+        if len(rows) > 1:
+            spread[label] = mean_pairwise_distance(images[rows])
     return spread
 
 
 def diversity(real: Mapping[int, float], generated: Mapping[int, float]) -> Diversity:
-    """Of the classes that were generated; both from :func:`spread_by_class`."""
-    ratios = {label: spread / real[label] for label, spread in generated.items()}
+    """Of the classes that were generated; both from :func:`spread_by_class`.
+
+    Raises:
+        ValueError: no class has two images in both.
+    """
+    ratios = {label: spread / real[label] for label, spread in generated.items() if label in real}
+    if not ratios:
+        raise ValueError("variety within a class needs 2 real and 2 generated images of some class")
     lowest = min(ratios, key=lambda label: ratios[label])
     return Diversity(float(np.mean(list(ratios.values()))), ratios[lowest], lowest)
 

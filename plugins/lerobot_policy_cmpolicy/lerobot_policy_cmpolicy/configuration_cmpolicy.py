@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from cmpolicy.experiment.config import parse_rotation
 from cmpolicy.flow.objectives import FlowMatching, Isd, Objective, build_objective
 from cmpolicy.flow.path import get_path
-from cmpolicy.flow.sampler import SAMPLERS, SamplerKind
+from cmpolicy.flow.sampler import SAMPLERS, SamplerKind, check_sampler, get_sampler
 from cmpolicy.nn.encoders.image import CompactEncoderConfig, ResNet18EncoderConfig
 from cmpolicy.nn.encoders.state import StateEncoderConfig
 from cmpolicy.nn.registry import EncoderConfig, NetConfig, net_config
@@ -150,8 +150,9 @@ class CmpolicyConfig(PreTrainedConfig):
         choose({"cosine": 0, "constant": 0}, self.scheduler_name, "scheduler_name")
         if self.sampler is not None:
             choose(dict.fromkeys(SAMPLERS, 0), self.sampler, "sampler")
+            check_sampler(self.sampler, self.build_objective().sampler)
         get_path(self.path)
-        self.build_objective()
+        get_sampler(self.sampler_kind).grid(self.evaluations)  # raises
         self.build_net().check_horizon(self.horizon)
         choose(dict.fromkeys((*_ENCODERS, "auto"), 0), self.encoder, "encoder")
         PolicySpec({"any": (1,)}, 1, self.horizon, self.n_obs_steps, self.n_action_steps)

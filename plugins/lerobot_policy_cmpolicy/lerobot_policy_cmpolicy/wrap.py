@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 
 P = TypeVar("P", bound="CmpolicyPolicy")
 _ENV = "observation.environment_state"
+#: Objectives whose networks predict what these samplers take; any other predicts a velocity.
+_OBJECTIVES = {
+    "restart": "ct",
+    "regression": "regression",
+    "mip": "mip",
+    "ddpm": "ddpm",
+    "ddim": "ddpm",
+}
 
 
 def is_bundle(name_or_path: str | PathLike[str]) -> bool:
@@ -72,6 +80,7 @@ def config_of(policy: ConsistencyPolicy, names: Mapping[str, str] | None = None)
         input_features=inputs,
         output_features={"action": PolicyFeature(FeatureType.ACTION, (spec.action_dim,))},
         path=policy.path_name,
+        objective=_OBJECTIVES.get(policy.sampler, "isd"),  # that trains such a network further
         sampler=policy.sampler,
         nfe=policy.nfe,
         noise_scale=policy.noise_scale,
