@@ -21,21 +21,31 @@ from cmpolicy_eval.metrics import Interval, nested_bootstrap_interval
 from cmpolicy_eval.report import COLOURS, MARKERS, aligned
 
 Measure = Literal["success", "score"]
+#: The default objective, to which the others are compared.
+_REFERENCE = "isd"
 
 
 @dataclass(frozen=True)
 class Estimate:
     """A mean over training seeds and episodes, and its interval of 95 % over both."""
 
+    values: npt.NDArray[np.float64]
     mean: float
     ci95: Interval
-    by_seed: tuple[float, ...]
 
     @classmethod
     def over(cls, values: npt.NDArray[np.float64]) -> Estimate:
         """Of (training seeds, episodes)."""
-        by_seed = tuple(float(v) for v in values.mean(1))
-        return cls(float(values.mean()), nested_bootstrap_interval(values), by_seed)
+        return cls(values, float(values.mean()), nested_bootstrap_interval(values))
+
+    @property
+    def by_seed(self) -> tuple[float, ...]:
+        """Means over the episodes."""
+        return tuple(float(v) for v in self.values.mean(1))
+
+    def __sub__(self, other: Estimate) -> Estimate:
+        """The difference, run by run and episode by episode."""
+        return Estimate.over(self.values - other.values)
 
     def __str__(self) -> str:
         low, high = self.ci95
@@ -78,21 +88,51 @@ def rows(runs: Sequence[RunScores]) -> list[Row]:
         trained = [run for run in own if run.scores]
         kinds = [(s.sampler, s.nfe) for run in trained[:1] for s in run.scores]
         for kind, nfe in kinds:
-            several = [_of(run, kind, nfe) for run in trained]
-            length = len(several[0].success)
-            nothing = [[0.0] * length] * (len(own) - len(trained))
-            success = np.array([*(s.success for s in several), *nothing], float)
-            score = np.array([*(s.score for s in several), *nothing], float)
+            several = [_of(run, kind, nfe) for run in own]
+            length = max(len(s.success) for s in several if s is not None)
+            nothing = (0.0,) * length
+            success = np.array([nothing if s is None else s.success for s in several], float)
+            score = np.array([nothing if s is None else s.score for s in several], float)
             found.append(Row(name, kind, nfe, Estimate.over(success), Estimate.over(score)))
     return found
 
 
-def _of(run: RunScores, kind: str, nfe: int) -> Scores:
-    return next(s for s in run.scores if (s.sampler, s.nfe) == (kind, nfe))
+def _of(run: RunScores, kind: str, nfe: int) -> Scores | None:
+    return next((s for s in run.scores if (s.sampler, s.nfe) == (kind, nfe)), None)
+
+
+def _fewest(table: Sequence[Row]) -> list[Row]:
+    """Each objective at its fewest evaluations."""
+    first = {}
+    for row in sorted(table, key=lambda r: -r.nfe):
+        first[row.objective] = row
+    return [row for row in table if first[row.objective] is row]
+
+
+def _against(table: Sequence[Row]) -> str:
+    """A table of differences to isd at the fewest evaluations; empty where isd was not run."""
+    first = _fewest(table)
+    reference = next((row for row in first if row.objective == _REFERENCE), None)
+    if reference is None or len({row.success.values.shape for row in first}) > 1:
+        return ""
+    lines = [
+        [
+            row.objective + (f" ({row.nfe} evaluations)" if row.nfe > 1 else ""),
+            str(row.success - reference.success),
+            str(row.score - reference.score),
+        ]
+        for row in sorted(first, key=lambda r: -r.score.mean)
+        if row is not reference
+    ]
+    return (
+        f"\nAt the fewest evaluations, less {_REFERENCE}, paired by training seed and episode:\n\n"
+        + aligned(["objective", "success", "score"], lines, left=1)
+        + "\n"
+    )
 
 
 def markdown(runs: Sequence[RunScores]) -> str:
-    """Two aligned tables: success by number of evaluations, and how the runs went."""
+    """Aligned tables: success by number of evaluations, against isd, and how the runs went."""
     table = rows(runs)
     numbers = sorted({row.nfe for row in table})
     head = ["objective", *(f"{n} evaluation{'s' if n > 1 else ''}" for n in numbers)]
@@ -105,7 +145,9 @@ def markdown(runs: Sequence[RunScores]) -> str:
     return (
         "Success / score, 95 % intervals over training seeds and episodes:\n\n"
         + aligned(head, lines, left=1)
-        + "\n\nHow the runs went, medians over training seeds:\n\n"
+        + "\n"
+        + _against(table)
+        + "\nHow the runs went, medians over training seeds:\n\n"
         + aligned(
             second, [_facts(n, runs) for n in dict.fromkeys(r.objective for r in runs)], left=1
         )
@@ -156,16 +198,16 @@ def plot(runs: Sequence[RunScores], path: Path) -> Path:
     for (left, right), measure in zip(panels, get_args(Measure), strict=True):
         _plot_first(left, table, measure)
         _plot_evaluations(right, table, measure)
-    figure.axes[1].legend(fontsize=8, ncols=2)
-    figure.tight_layout()
+    lines, names = panels[0][1].get_legend_handles_labels()
+    figure.legend(lines, names, loc="lower center", ncols=7, fontsize=8)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(path)
     return path
 
 
 def _plot_first(axes: Axes, table: Sequence[Row], measure: Measure) -> None:
     """Each objective at its fewest evaluations."""
-    fewest = {r.objective: min(q.nfe for q in table if q.objective == r.objective) for r in table}
-    first = [(row, row.of(measure)) for row in table if row.nfe == fewest[row.objective]]
+    first = [(row, row.of(measure)) for row in _fewest(table)]
     first.sort(key=lambda pair: pair[1].mean)
     for i, (_, found) in enumerate(first):
         axes.plot(found.ci95, [i, i], color="#555555", lw=2, zorder=1)

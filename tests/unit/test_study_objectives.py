@@ -48,6 +48,20 @@ def test_the_table_counts_the_runs_that_the_alarm_speaks_of() -> None:
     assert [cell.strip() for cell in line.split("|")][2:5] == ["3", "0", "1"]
 
 
+def test_differences_are_paired_by_training_seed_and_episode() -> None:
+    """Two objectives that succeed in the same episodes differ by nothing, however these vary."""
+    mixed = [[True, False, True, False], [False, False, False, True], [True] * 4]
+    runs = [_run(name, seed, mixed[seed]) for name in ("fm", "isd") for seed in range(3)]
+    runs.append(_run("esd", 0, [], diverged=64))  # no success at all
+    runs += [_run("esd", seed, mixed[seed]) for seed in (1, 2)]
+    table = markdown(runs).split("less isd, paired")[1].split("How the runs went")[0]
+    lines = {line.split("|")[1].strip(): line for line in table.splitlines() if "[" in line}
+    assert set(lines) == {"fm", "esd"}
+    assert lines["fm"].count("0.000 [0.000, 0.000]") == 2
+    assert lines["esd"].count(" -0.167 [-0.") == 2
+    assert "less isd" not in markdown([_run("fm", 0, [True])])
+
+
 def test_objectives_without_a_trained_run_stay_in_the_table(tmp_path: Path) -> None:
     runs = [_run("isd", 0, [True, False]), _run("esd", 0, [], diverged=128)]
     text = markdown(runs)
