@@ -24,6 +24,8 @@ def help_text(words: Sequence[str]) -> str:
 def run(words: Sequence[str]) -> int:
     """Run the demo; the exit status."""
     demo, rest = split(DemoSettings, words)
-    settings = Composition(TrainConfig, extra={}).compose(["task=pusht", "preset=demo", *rest])
+    settings = Composition(TrainConfig, extra={}).compose(
+        ["task=pusht", "preset=demo", "data.augment=[mirror]", *rest]
+    )
     command = shlex.join(["cmpolicy", "demo", *words])
     return run_demo(demo, TrainConfig.from_mapping(settings), command=command)

@@ -172,10 +172,14 @@ class TrainingData:
             before: :attr:`facts` of that run. Episodes are known by their content.
             val_fraction, seed: see :func:`split_episodes`.
         """
-        if not before:
+        if not before.get("data"):
             return self
+        if before["data"] == self.fingerprint:  # as it was, also where an episode is there twice
+            both = np.r_[self.split.train_ids, self.split.val_ids]
+            val = np.array(before.get("val_episodes", ()), np.int64)
+            return replace(self, split=EpisodeSplit(np.setdiff1d(both, val), val))
         old, now = before["data"]["episodes"], self.fingerprint["episodes"]
-        held_out = {old[i] for i in before["val_episodes"]}
+        held_out = {old[i] for i in before.get("val_episodes", ())}
         numbers = {h: int(s) for h, s in zip(now, self.arrays.source_episode, strict=True)}
         chosen = set(self.arrays.source_episode[[*self.split.train_ids, *self.split.val_ids]])
         kept = chosen & {numbers[h] for h in held_out if h in numbers}
@@ -214,7 +218,7 @@ def load_training_data(config: TrainConfig) -> TrainingData:
         image_memory=data.image_memory,
         missing_chunks=data.missing_chunks,
     )
-    n_steps = len(arrays.action)
+    n_steps, found = len(arrays.action), fingerprint(arrays)
     if data.max_pause is not None:
         arrays = arrays.without_pauses(data.max_pause)
     buffer = ReplayBuffer.open(path, missing_chunks=data.missing_chunks)
@@ -251,7 +255,7 @@ def load_training_data(config: TrainConfig) -> TrainingData:
         control_hz=_control_hz(config, attrs),
         pad_loss=simulator.actions != "delta" if data.pad_loss is None else data.pad_loss,
         rotations=_rotations(data, attrs, simulator, arrays.action.shape[1]),
-        fingerprint=fingerprint(arrays),
+        fingerprint=found,
         n_paused=n_steps - len(arrays.action),
         n_short=int((lengths < min_episode_length(**sizes)).sum()),
         normalize={"default": "auto", **data.normalize},

@@ -91,7 +91,7 @@ def check_finite(
 
 
 def fingerprint(arrays: Demonstrations) -> dict[str, Any]:
-    """Shapes of the arrays and a hash of every episode's content."""
+    """Shapes of the arrays and a hash of every episode's content, before pauses are left out."""
     named = {**arrays.obs, **arrays.targets, ACTION: arrays.action}
     ends = arrays.episode_ends
     hashes = []

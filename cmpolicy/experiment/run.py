@@ -166,8 +166,8 @@ def resumed_settings(run_dir: Path, changes: Mapping[str, Any], known: tuple[str
     if restart == "restart":
         done = int(load_state(run_dir).values["examples"])
         begun = settings.get("optim", {}).get("begin", 0)
-        again = begun and settings.get("examples") == changes.get("examples") and done > begun
-        if not again:  # of the same command, after an interruption: that schedule goes on
+        same = all(_at(settings, key) == value for key, value in changes.items())
+        if not (same and 0 < begun < done < settings["examples"]):  # else it was interrupted
             changes["optim.begin"] = done
             known = (*known, "optim.begin")
     for key, value in changes.items():
@@ -179,6 +179,12 @@ def resumed_settings(run_dir: Path, changes: Mapping[str, Any], known: tuple[str
         for part in reversed(key.split(".")):
             value = {part: value}
         settings = merge(settings, value)
+    return settings
+
+
+def _at(settings: Any, key: str) -> Any:
+    for part in key.split("."):
+        settings = settings.get(part) if isinstance(settings, Mapping) else None
     return settings
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,9 @@ def given_policy(policy: Any, settings: EvalSettings) -> ScoredPolicy:
         if not hasattr(policy, "nfe"):
             raise ConfigError(f"nfe={settings.nfe[0]}, but {type(policy).__name__} has no nfe")
         policy = _WithNfe(policy, settings.nfe[0])
-    metadata = getattr(policy, "metadata", {})
+    metadata = getattr(policy, "metadata", None)
+    if not isinstance(metadata, Mapping):  # of another kind of policy
+        metadata = {}
     return ScoredPolicy(
         policy,
         own,

@@ -149,7 +149,8 @@ def _train(
         start_from(policy, config.init)
         if any(method != "auto" for method in config.data.normalize.values()):
             warnings.warn(
-                "data.normalize has no effect with init=...: its scaling stays", stacklevel=2
+                "data.normalize does not change the scaling of init=...; only the limits follow it",
+                stacklevel=2,
             )
     if config.compile and isinstance(policy.flow_map.net, nn.Module):
         policy.flow_map.net.compile()  # in place: names of weights stay; the loss itself is cheap
@@ -256,7 +257,8 @@ def start_from(policy: ConsistencyPolicy, name_or_path: str) -> None:
 
 def _rescaled(own: Normalizer, source: Normalizer) -> Normalizer:
     """The scaling of ``source``, with the limits of ``own``: those of the data trained on now."""
-    mine, arrays = own.to_arrays(), source.to_arrays()
+    mine = {name: value.cpu() for name, value in own.to_arrays().items()}
+    arrays = {name: value.cpu() for name, value in source.to_arrays().items()}
     for key in own.keys:
         origin = mine.get(f"{key}.origin", 0.0) - arrays.get(f"{key}.origin", torch.zeros(()))
         for kind in ("low", "high"):
@@ -265,14 +267,20 @@ def _rescaled(own: Normalizer, source: Normalizer) -> Normalizer:
             if limit is not None:
                 arrays[f"{key}.{kind}"] = (limit + origin).to(limit.dtype)
         scale, offset = mine[f"{key}.scale"], mine[f"{key}.offset"]
-        ends = torch.stack([(side - offset) / scale for side in (-1, 1)])  # of what varies
-        ends = torch.where(scale == 0, offset, ends) + origin
-        reach = float((ends * arrays[f"{key}.scale"] + arrays[f"{key}.offset"]).abs().max())
-        if reach > _FAR:
+        theirs = arrays[f"{key}.scale"]
+        ends = torch.stack([(side - offset) / scale for side in (-1, 1)]) + origin
+        reach = (ends * theirs + arrays[f"{key}.offset"]).abs()[:, (theirs != 0) & (scale != 0)]
+        said = []
+        if reach.numel() and float(reach.max()) > _FAR:
+            said.append(
+                f"{key} reaches {float(reach.max()):.2g} times as far in this data as in that of "
+                "the policy, whose scaling stays"
+            )
+        if bool(((theirs == 0) & (scale != 0)).any()):
+            said.append(f"{key} has dimensions that never varied in the policy's data: not seen")
+        for text in said:
             warnings.warn(
-                f"init: {key} reaches {reach:.2g} times as far in this data as in that of the "
-                "policy, whose scaling stays. Training from scratch (init=null) scales anew",
-                stacklevel=4,
+                f"init: {text}. Training from scratch (init=null) scales anew", stacklevel=4
             )
     return Normalizer.from_arrays(arrays)
 

@@ -12,8 +12,13 @@ from cmpolicy.spec import Rotation
 Array = NDArray[Any]
 
 
-def rewritten(actions: Array, like: Array, rotations: tuple[Rotation, ...]) -> Array:
-    """The same rotations (n, A), each in its description that is nearest to that in ``like``."""
+def rewritten(
+    actions: Array, like: Array, rotations: tuple[Rotation, ...], *, unit: bool = True
+) -> Array:
+    """The same rotations (n, A), each in its description that is nearest to that in ``like``.
+
+    ``unit``: bring quaternions to length one.
+    """
     if all(rotation.kind == "rotation_6d" for rotation in rotations):
         return actions
     actions = actions.copy()
@@ -25,7 +30,7 @@ def rewritten(actions: Array, like: Array, rotations: tuple[Rotation, ...]) -> A
             actions[:, dims] = part + 2 * np.pi * turns
         elif rotation.kind == "quaternion":  # q and -q are one rotation
             sign = np.where((part * target).sum(1, keepdims=True) < 0, -1, 1)
-            length = np.linalg.norm(part, axis=1, keepdims=True)
+            length = np.linalg.norm(part, axis=1, keepdims=True) if unit else np.ones(1)
             actions[:, dims] = sign * part / np.where(length > 0, length, 1)
         elif rotation.kind == "axis_angle":  # a turn more about the same axis changes nothing
             angle = np.linalg.norm(part, axis=1, keepdims=True)

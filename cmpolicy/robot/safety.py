@@ -168,14 +168,14 @@ class SafetyFilter:
         """Bring ``safe`` within one step of ``before``."""
         wanted = safe
         if self._rotations:  # -3.1 rad are near 3.1, and -q is q
-            wanted = rewritten(safe[None], before[None], self._rotations)[0]
+            wanted = rewritten(safe[None], before[None], self._rotations, unit=False)[0]
         low, high = before - self._step, before + self._step
         if ((wanted >= low) & (wanted <= high)).all():
             return
         self.counts[TOO_FAST] += 1
         slow = np.clip(wanted, low, high)
         if self._rotations:  # described as the policy does
-            slow = rewritten(slow[None], safe[None], self._rotations)[0]
+            slow = rewritten(slow[None], safe[None], self._rotations, unit=False)[0]
             slow = np.clip(slow, self._low, self._high)
         safe[...] = slow
 

@@ -20,6 +20,7 @@ from cmpolicy_data.windows import EpisodeSplit
 
 #: What a number may change in a pause, as a share of its range: a hand at rest trembles.
 STILL = 1e-3
+_SWITCH = 16
 
 
 @dataclass(frozen=True)
@@ -123,12 +124,14 @@ def _jitters(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
     """Which columns of (N, D) are noise: a step says little of the next one.
 
     White noise has a correlation of 0 from one step to the next, and what moves has nearly 1.
+    Columns of few different values are switches, whose pulses are short.
     """
+    switch = np.array([len(np.unique(column)) <= _SWITCH for column in rows.T], bool)
     middle = np.median(rows, axis=0)
     away = np.clip(rows - middle, *np.percentile(rows - middle, (1, 99), axis=0))  # no glitches
     away -= away.mean(axis=0)
     power = (away**2).mean(axis=0)
-    return (power > 0) & ((away[1:] * away[:-1]).mean(axis=0) < 0.5 * power)
+    return ~switch & (power > 0) & ((away[1:] * away[:-1]).mean(axis=0) < 0.5 * power)
 
 
 @dataclass(frozen=True)

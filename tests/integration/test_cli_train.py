@@ -412,10 +412,10 @@ def test_starting_on_data_that_reach_further_says_so(store: Path, tmp_path: Path
         state = 50 * np.random.default_rng(number).normal(size=(12, 5)).astype(np.float32)
         wide.append_episode({"state": state, "action": state[:, :3]})
     words = ["init=first/policy_last", "data.normalize=gaussian", "data.clamp_actions=false"]
-    with pytest.warns(UserWarning, match="data.normalize has no effect") as warned:
+    with pytest.warns(UserWarning, match="data.normalize does not change") as warned:
         cmpolicy.train(compose(*custom(wide.path, *words)), tmp_path / "second")
     said = "\n".join(str(w.message) for w in warned)
     assert "init: action reaches" in said
-    assert "data.normalize has no effect with init" in said
+    assert "data.normalize does not change the scaling of init" in said
     policy = ConsistencyPolicy.from_pretrained(tmp_path / "second/policy_last")
     assert policy.normalizer.limits("action") is None

@@ -84,7 +84,7 @@ def test_the_command(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(words) == 2
     assert "out is not set" in capsys.readouterr().err
     assert main([*words, f"out={store}"]) == 2
-    assert "was not written by `cmpolicy data convert`" in capsys.readouterr().err
+    assert "it is not known that `cmpolicy data convert`" in capsys.readouterr().err
     assert main([*words, f"out={out}"]) == 0
     assert "1 episode(s), 25 steps" in capsys.readouterr().out
     assert main(["data", "edit", str(out), "cut={0: [5]}", f"out={out}"]) == 2

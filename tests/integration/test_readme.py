@@ -129,7 +129,7 @@ def workplace(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.filterwarnings("ignore::cmpolicy.experiment.data.DataWarning")
+@pytest.mark.filterwarnings("ignore::cmpolicy.experiment.data_checks.DataWarning")
 @pytest.mark.parametrize("readme", READMES)
 def test_commands_and_code(
     readme: str,

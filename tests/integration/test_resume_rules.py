@@ -113,6 +113,18 @@ def test_a_restart_that_is_queued_again_goes_on(run: Path, tmp_path: Path) -> No
     assert rates(run)[384] == pytest.approx(0, abs=1e-9)
 
 
+def test_a_run_on_an_episode_that_is_there_twice_goes_on(store: Path, tmp_path: Path) -> None:
+    append(store, 9)
+    buffer = ReplayBuffer.open(store, "r+")
+    ends = [0, *buffer.episode_ends.tolist()]
+    for number in (3, 5, 8):
+        rows = slice(ends[number], ends[number + 1])
+        buffer.append_episode({key: np.asarray(buffer[key][rows]) for key in buffer})
+    config = cmpolicy.compose(*settings(store), "data.val_fraction=0.3")
+    cmpolicy.train(config, tmp_path / "run", until=96)
+    assert cmpolicy.resume(tmp_path / "run").finished
+
+
 def test_other_data_has_its_own_best_policy_and_the_old_held_out_episodes(
     store: Path, tmp_path: Path
 ) -> None:

@@ -57,6 +57,15 @@ def test_one_glitch_does_not_make_every_motion_a_pause() -> None:
     assert len(_moves(moving.tolist(), [2000]).without_pauses(3).action) == 2000
 
 
+def test_pulses_of_a_button_are_no_noise() -> None:
+    moving = np.r_[np.arange(40), np.full(100, 40)].astype(np.float32)
+    button = np.zeros(140, np.float32)
+    button[50:140:6] = 1
+    state = np.stack([moving, button], axis=1)
+    data = Demonstrations({"x": state}, state, np.array([140]), np.array([0]))
+    assert data.without_pauses(2).action[:, 1].sum() == button.sum()
+
+
 def test_a_joint_that_only_jitters_hides_no_pause() -> None:
     moving = np.r_[np.arange(40), np.full(60, 40), np.arange(40, 80)].astype(np.float32)
     noise = 1e-5 * np.random.default_rng(0).normal(size=140).astype(np.float32)

@@ -75,8 +75,9 @@ def check_target(out: Path) -> None:
         raise FileNotFoundError(f"{out.parent} is not a folder. Create it first.")
     if out.exists() and not _is_converted(out):
         raise FileExistsError(
-            f"{out} exists and was not written by `cmpolicy data convert` or `edit` alone: what is "
-            "in it might be lost. Choose another path or remove it."
+            f"{out} exists, and it is not known that `cmpolicy data convert` or `edit` (of this "
+            "version) wrote all of it: what is in it might be lost. Choose another path, or remove "
+            "it."
         )
 
 
