@@ -85,7 +85,7 @@ def test_resume_with_targets_from_ema_weights(store: Path, tmp_path: Path) -> No
     [
         (["objective=mip", "eval.nfe=1"], "eval.nfe=1 does not go with objective=mip.*exactly 2"),
         (["objective=regression", "eval.nfe=4"], "exactly 1"),
-        (["objective=ddpm", "eval.nfe=200"], "nfe=200.*1 to 100"),
+        (["objective=ddpm", "eval.nfe=200"], "nfe=200.*1 to 50 of them"),
         (["objective=isd", "objective.sampler=heun"], "heun"),
         (["objective=psd", "objective.middle_end=0.9"], "middle_end=0.9"),
         (["objective=dct", "objective.steps_end=5"], "steps_end=5"),
