@@ -294,7 +294,10 @@ def _times(buffer: ReplayBuffer, name: str, arrays: Demonstrations) -> npt.NDArr
             "how often the windows of an episode come in an epoch"
         )
     if not whole.any():
-        raise ConfigError(f"data.weights={name}: meta/{name} of {buffer.path} is 0 everywhere")
+        raise ConfigError(
+            f"data.weights={name}: meta/{name} of {buffer.path} is 0 everywhere: nothing would be "
+            "trained on; give some episodes 1 or more"
+        )
     return whole[arrays.source_episode]
 
 

@@ -56,11 +56,18 @@ def given_policy(policy: Any, settings: EvalSettings) -> ScoredPolicy:
         own,
         lambda nfe: None,
         settings.name or settings.policy,
-        metadata.get("data"),
-        str(getattr(policy, "device", "cpu")),
-        own_protocol(metadata),
-        Simulator.from_mapping(metadata.get("simulator", {})),
+        device=str(getattr(policy, "device", "cpu")),
+        **_told(metadata),
     )
+
+
+def _told(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What a bundle tells of its task."""
+    return {
+        "data": metadata.get("data"),
+        "protocol": own_protocol(metadata),
+        "simulator": Simulator.from_mapping(metadata.get("simulator", {})),
+    }
 
 
 class _WithNfe:
@@ -111,17 +118,14 @@ def _open_bundle(settings: EvalSettings) -> ScoredPolicy:
     if settings.time_floor is not None:
         label += f" [floor {settings.time_floor}]"
         policy.time_floor = settings.time_floor
-    metadata = policy.metadata
     is_gpu = device.type == "cuda"
     return ScoredPolicy(
         policy,
         policy.nfe,
         lambda nfe: setattr(policy, "nfe", nfe),
         label,
-        metadata.get("data"),
-        f"cuda ({torch.cuda.get_device_name(policy.device)})" if is_gpu else "cpu",
-        own_protocol(metadata),
-        Simulator.from_mapping(metadata.get("simulator", {})),
+        device=f"cuda ({torch.cuda.get_device_name(policy.device)})" if is_gpu else "cpu",
+        **_told(policy.metadata),
     )
 
 

@@ -159,7 +159,7 @@ class ReplayBuffer:
         self._require_writable()
         own = [key for key in attrs if key in (MARK, SEAL)]
         if own:
-            raise ReplayBufferError(f"{self.path}: the attributes {own} are cmpolicy's own.")
+            raise ReplayBufferError(f"{self.path}: {own} are cmpolicy's own; choose other names.")
         with only_writer(self.path):
             self._root = open_root(self.path, "r+")  # as it is now, not as it was when opened
             self._root.attrs.update(attrs)
