@@ -9,8 +9,7 @@ from pathlib import Path
 
 from cmpolicy.cli.parse import describe, read
 from cmpolicy.experiment.evaluate import EvalSettings, report, score
-from cmpolicy_eval.report import difference_table, table, write_report
-from cmpolicy_eval.result import Result
+from cmpolicy_eval.report import difference_table, runs_table, table, write_report
 
 _HEADER = """\
 usage: cmpolicy eval policy=outputs/<run>/policy|<name>|<file>.onnx [key=value ...]
@@ -26,10 +25,13 @@ class ReportSettings:
     Args:
         results: result files.
         out: folder of the report.
+        pool: results of one name are training runs of one recipe: they are averaged, with intervals
+            over runs and episodes. Name them alike by name= when they are scored.
     """
 
     results: tuple[str, ...]
     out: str = "outputs/report"
+    pool: bool = False
 
 
 def help_text(words: Sequence[str]) -> str:
@@ -41,19 +43,16 @@ def run(words: Sequence[str]) -> int:
     """Score as the words say; the exit status."""
     if words and words[0] == "report":
         compared = read(ReportSettings, words[1:])
-        results, written = report(compared.results, compared.out)
+        pool = compared.pool
+        results, written = report(compared.results, compared.out, pool=pool)
     else:
-        settings = read(EvalSettings, words)
+        settings, pool = read(EvalSettings, words), False
         results = score(settings, command=shlex.join(["cmpolicy", "eval", *words]))
         out = Path(settings.out).expanduser()
         written = [*write_report(results, out), *([out / "videos"] if settings.videos else [])]
-    _show(results, written)
-    return 0
-
-
-def _show(results: Sequence[Result], written: Sequence[Path]) -> None:
     print(table(results))
-    differences = difference_table(results)
-    if differences:
-        print(f"\n{differences}")
+    for more in (runs_table(results) if pool else "", difference_table(results, pool=pool)):
+        if more:
+            print(f"\n{more}")
     print("\n" + "\n".join(f"  {path}" for path in written))
+    return 0

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cmpolicy.experiment.protocols import (
     open_protocol,
@@ -24,6 +24,9 @@ from cmpolicy_eval.protocol import ROBOMIMIC, EvalProtocol, check_protocol
 from cmpolicy_eval.report import write_report
 from cmpolicy_eval.result import Result, ResultError
 from cmpolicy_eval.seeds import parse_seeds
+
+if TYPE_CHECKING:  # it draws, which most evaluations do not
+    from cmpolicy_eval.video import View
 
 Seeds = int | str | Sequence[int] | None
 
@@ -208,9 +211,9 @@ def score(
             file = out / f"result_nfe{nfe}.json"
             _keep_other(file, found.result)
             found.result.save(file)
-            crops = _crops(scored.policy)
+            views = _views(scored.policy)
             try:
-                _write_videos(out / "videos", chosen, found, settings.videos, crops)
+                _write_videos(out / "videos", chosen, found, settings.videos, views)
             except Exception as error:  # of a simulator's own: the scores are what counts
                 why = str(error) or "its environment has no render()"
                 warnings.warn(f"no videos of {chosen.name}: {why}", stacklevel=2)
@@ -234,23 +237,36 @@ def _outcomes(result: Result) -> list[tuple[int, float, bool, int]]:
     return [(e.seed, e.score, e.success, e.length) for e in result.episodes]
 
 
-def report(results: Sequence[str | Path], out: str | Path) -> tuple[list[Result], list[Path]]:
+def report(
+    results: Sequence[str | Path], out: str | Path, *, pool: bool = False
+) -> tuple[list[Result], list[Path]]:
     """Compare result files; the results, and what was written.
 
+    Args:
+        results: the files.
+        out: folder of the report.
+        pool: results of one name are training runs of one recipe, and are averaged.
+
     Raises:
-        ConfigError: no files. ResultError: a file that is no result.
+        ConfigError: no files. ResultError: a file that is no result, or one run given twice.
     """
     if not results:
         raise ConfigError("results is empty; give result files: results=[a.json,b.json]")
     loaded = [Result.load(Path(path).expanduser()) for path in results]
-    return loaded, list(write_report(loaded, Path(out).expanduser()))
+    return loaded, list(write_report(loaded, Path(out).expanduser(), pool=pool))
 
 
-def _crops(policy: ActionChunkPolicy) -> dict[str, tuple[int, int]]:
-    """Height and width that the policy sees of each camera; empty where it has none."""
-    encoder = getattr(policy, "encoder", None)
-    crops = getattr(encoder, "crops", ())
-    return dict(zip(getattr(encoder, "keys", ()), crops, strict=True)) if crops else {}
+def _views(policy: ActionChunkPolicy) -> dict[str, View]:
+    """What the policy sees of each camera; empty where it has none."""
+    from cmpolicy_eval.video import View
+
+    encoder, spec = getattr(policy, "encoder", None), getattr(policy, "spec", None)
+    crops = getattr(encoder, "crops", None)
+    if not crops or spec is None:
+        return {}
+    return {
+        key: View(spec.obs[key][:2], crop) for key, crop in zip(spec.images, crops, strict=True)
+    }
 
 
 def _write_videos(
@@ -258,7 +274,7 @@ def _write_videos(
     protocol: EvalProtocol,
     scored: scoring.ScoredEpisodes,
     count: int,
-    crops: dict[str, tuple[int, int]],
+    views: dict[str, View],
 ) -> None:
     if not count:
         return
@@ -266,7 +282,7 @@ def _write_videos(
 
     episodes = scored.episodes[:count]
     suffix = f"_nfe{scored.result.nfe}"
-    write_videos(folder, protocol, episodes, suffix, crops)
+    write_videos(folder, protocol, episodes, suffix, views)
     write_grid(folder / f"grid{suffix}.gif", protocol, episodes)
 
 

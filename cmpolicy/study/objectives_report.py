@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -17,39 +16,12 @@ from cmpolicy.files import write_atomically
 from cmpolicy.flow.alarm import health_alarm
 from cmpolicy.flow.sampler import SamplerKind
 from cmpolicy.study.objectives import RunScores, Scores
-from cmpolicy_eval.metrics import Interval, nested_bootstrap_interval
+from cmpolicy_eval.metrics import Estimate
 from cmpolicy_eval.report import COLOURS, MARKERS, aligned
 
 Measure = Literal["success", "score"]
 #: The default objective, to which the others are compared.
 _REFERENCE = "isd"
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over training seeds and episodes, and its interval of 95 % over both."""
-
-    values: npt.NDArray[np.float64]
-    mean: float
-    ci95: Interval
-
-    @classmethod
-    def over(cls, values: npt.NDArray[np.float64]) -> Estimate:
-        """Of (training seeds, episodes)."""
-        return cls(values, float(values.mean()), nested_bootstrap_interval(values))
-
-    @property
-    def by_seed(self) -> tuple[float, ...]:
-        """Means over the episodes."""
-        return tuple(float(v) for v in self.values.mean(1))
-
-    def __sub__(self, other: Estimate) -> Estimate:
-        """The difference, run by run and episode by episode."""
-        return Estimate.over(self.values - other.values)
-
-    def __str__(self) -> str:
-        low, high = self.ci95
-        return f"{self.mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,34 @@ def nested_bootstrap_interval(
     return float(low), float(high)
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over training runs and episodes, and its interval of 95 % over both."""
+
+    values: NDArray[np.float64]
+    mean: float
+    ci95: Interval
+
+    @classmethod
+    def over(cls, values: ArrayLike) -> "Estimate":
+        """Of (training runs, episodes)."""
+        sample = np.asarray(values, dtype=np.float64)
+        return cls(sample, float(sample.mean()), nested_bootstrap_interval(sample))
+
+    @property
+    def by_seed(self) -> tuple[float, ...]:
+        """Means over the episodes."""
+        return tuple(float(v) for v in self.values.mean(1))
+
+    def __sub__(self, other: "Estimate") -> "Estimate":
+        """The difference, run by run and episode by episode."""
+        return Estimate.over(self.values - other.values)
+
+    def __str__(self) -> str:
+        low, high = self.ci95
+        return f"{self.mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
 def paired_share_interval(first: ArrayLike, second: ArrayLike, z: float = Z95) -> Interval:
     """Interval of the difference of two shares (first minus second) on the same n subjects.
 

@@ -63,7 +63,13 @@ def check_policy_fits(
     if spec is None:
         return tuple(given)
     wanted = {key: tuple(shape) for key, shape in spec.obs.items()}
-    wrong = [key for key, shape in wanted.items() if given.get(key) != shape]
+    any_size = spec.images if getattr(spec, "resize", False) else ()
+    wrong = [
+        key
+        for key, shape in wanted.items()
+        if given.get(key) != shape
+        and not (key in any_size and len(given.get(key, ())) == 3 and given[key][2:] == shape[2:])
+    ]
     if wrong:
         raise PolicyMismatchError(
             f"the policy observes {_describe(wanted)}, but the environment gives "

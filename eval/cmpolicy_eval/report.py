@@ -1,16 +1,19 @@
 """Several results side by side: an aligned table, paired differences, and a figure."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from cmpolicy_eval.metrics import Interval
-from cmpolicy_eval.result import Result, ResultError, write_atomically
+from cmpolicy_eval.metrics import Estimate, Interval
+from cmpolicy_eval.result import EpisodeScore, Result, ResultError, write_atomically
 from cmpolicy_eval.seeds import format_seeds
 
+_RUNS_HEAD = ("policy", "protocol", "runs", "episodes", "evaluations", "score", "success", "each")
 _HEAD = ("policy", "protocol", "episodes", "evaluations", "score", "success", "ms per call")
 # Okabe and Ito's colours: told apart by colour-blind readers, too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -35,26 +38,42 @@ def table(results: Sequence[Result]) -> str:
     return aligned(_HEAD, rows, left=2)
 
 
-def difference_table(results: Sequence[Result]) -> str:
-    """Every later result minus the first, on the same seeds; "" where nothing can be paired."""
-    names = _labels(results)
-    rows = []
-    for name, result in zip(names[1:], results[1:], strict=True):
-        try:
-            difference = result.minus(results[0])
-        except ResultError:
-            continue  # other seeds or another protocol: said in the text below the table
-        rows.append(
-            (
-                f"{name}, {_evaluations(result.nfe)}",
-                _signed(difference.score, difference.score_ci95),
-                _signed(difference.success, difference.success_ci95),
-            )
+def runs_table(results: Sequence[Result]) -> str:
+    """A row for every recipe of several training runs: means over them, with intervals."""
+    rows = [
+        (
+            group.name,
+            group.results[0].protocol,
+            str(len(group.results)),
+            str(len(group.results[0].seeds)),
+            str(group.results[0].nfe),
+            str(group.score),
+            str(group.success),
+            ", ".join(f"{share:.3f}" for share in sorted(group.success.by_seed)),
         )
+        for group in _groups(results, pool=True)
+    ]
+    return aligned(_RUNS_HEAD, rows, left=2)
+
+
+def difference_table(results: Sequence[Result], *, pool: bool = False) -> str:
+    """Every later result minus the first, on the same seeds; "" where nothing can be paired.
+
+    With ``pool`` results of one name are training runs of one recipe and make one row; two recipes
+    are paired run by run, in the order given, and episode by episode.
+    """
+    first, *others = _groups(results, pool)
+    rows = []
+    for group in others:
+        found = group.minus(first)
+        if found is None:
+            continue  # other seeds or another protocol: said in the text below the table
+        name = f"{group.name}, {_evaluations(group.results[0].nfe)}"
+        rows.append((name, *(_signed(value, interval) for value, interval in found)))
     return aligned(("minus the first", "score", "success"), rows, left=1) if rows else ""
 
 
-def markdown(results: Sequence[Result], figure: str | None = None) -> str:
+def markdown(results: Sequence[Result], figure: str | None = None, *, pool: bool = False) -> str:
     """The report: table, differences, how to read them, where the numbers come from."""
     first = results[0]
     parts = ["# Evaluation report", table(results)]
@@ -65,14 +84,23 @@ def markdown(results: Sequence[Result], figure: str | None = None) -> str:
         "ms per call: median / 99th percentile for a batch of "
         f"{', '.join(sorted({str(r.infer_ms.batch_size) for r in results}))} observations."
     )
-    differences = difference_table(results)
+    if pool:
+        parts.append("## Over training runs")
+        parts.append(
+            "Results of one name, on the same episodes at the same number of evaluations, are "
+            "training runs of one recipe. 95 % intervals over runs and episodes (both resampled; "
+            "from few runs they are too narrow), and the success of each run."
+        )
+        parts.append(runs_table(results))
+    differences = difference_table(results, pool=pool)
     if differences:
         parts.append("## Differences on the same seeds")
         parts.append(
             f"To the first row ({_labels(results)[0]}, {_evaluations(first.nfe)}), episode by "
             "episode; an interval that leaves out 0 is a difference at the 5 % level. "
-            "Score: paired bootstrap; success: Bonett and Price's paired interval. Results on "
-            "other seeds or another protocol are left out."
+            "Score: paired bootstrap; success: Bonett and Price's paired interval; of several "
+            "training runs both by the bootstrap over runs and episodes. Results on other seeds or "
+            "another protocol are left out."
         )
         parts.append(differences)
     if figure is not None:
@@ -82,29 +110,29 @@ def markdown(results: Sequence[Result], figure: str | None = None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def plot(results: Sequence[Result], path: str | Path) -> Path:
+def plot(results: Sequence[Result], path: str | Path, *, pool: bool = False) -> Path:
     """Score and success with intervals against evaluations, one line per policy and protocol."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    groups: dict[str, list[Result]] = {}
-    for name, result in zip(_labels(results), results, strict=True):
-        groups.setdefault(name, []).append(result)
+    lines: dict[str, list[_Group]] = {}
+    for group in _groups(results, pool):
+        lines.setdefault(group.name, []).append(group)
     figure = Figure(figsize=(9.0, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     evaluations = sorted({result.nfe for result in results})
-    for index, (name, group) in enumerate(groups.items()):
-        group.sort(key=lambda result: result.nfe)
+    for index, (name, line) in enumerate(lines.items()):
+        line.sort(key=lambda group: group.results[0].nfe)
         # A few per cent to the side, so that intervals at one x do not cover each other.
-        nudge = 1.04 ** (index - (len(groups) - 1) / 2)
-        x = [result.nfe * nudge for result in group]
+        nudge = 1.04 ** (index - (len(lines) - 1) / 2)
+        x = [group.results[0].nfe * nudge for group in line]
         style = {
             "color": COLOURS[index % len(COLOURS)],
             "marker": MARKERS[index % len(MARKERS)],
             "label": name,
         }
-        _curve(left, x, [(r.score_mean, r.score_ci95) for r in group], style)
-        _curve(right, x, [(r.success_rate, r.success_ci95) for r in group], style)
+        _curve(left, x, [group.score_interval for group in line], style)
+        _curve(right, x, [group.success_interval for group in line], style)
     for axes, label in ((left, "score"), (right, "success rate")):
         axes.set_xscale("log", base=2)
         axes.set_xticks(evaluations, [str(nfe) for nfe in evaluations])
@@ -119,7 +147,7 @@ def plot(results: Sequence[Result], path: str | Path) -> Path:
     figure.legend(
         *left.get_legend_handles_labels(),
         loc="outside lower center",
-        ncols=min(3, len(groups)),
+        ncols=min(3, len(lines)),
         frameon=False,
         fontsize=9,
     )
@@ -127,8 +155,13 @@ def plot(results: Sequence[Result], path: str | Path) -> Path:
     return target
 
 
-def write_report(results: Sequence[Result], folder: str | Path) -> tuple[Path, Path]:
+def write_report(
+    results: Sequence[Result], folder: str | Path, *, pool: bool = False
+) -> tuple[Path, Path]:
     """Write ``report.md`` and ``report.png`` into ``folder``; returns their paths.
+
+    With ``pool`` results of one name, protocol, number of evaluations and seeds are training runs
+    of one recipe, and are averaged.
 
     Raises:
         ValueError: no results.
@@ -136,10 +169,80 @@ def write_report(results: Sequence[Result], folder: str | Path) -> tuple[Path, P
     if not results:
         raise ValueError("a report needs at least one result")
     target = Path(folder)
-    figure = plot(results, target / "report.png")
+    figure = plot(results, target / "report.png", pool=pool)
     text = target / "report.md"
-    write_atomically(text, markdown(results, figure.name))
+    write_atomically(text, markdown(results, figure.name, pool=pool))
     return text, figure
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The training runs of one recipe that were scored alike; mostly one."""
+
+    name: str
+    results: tuple[Result, ...]
+
+    @cached_property
+    def score(self) -> Estimate:
+        return self._over(lambda episode: episode.score)
+
+    @cached_property
+    def success(self) -> Estimate:
+        return self._over(lambda episode: float(episode.success))
+
+    @property
+    def score_interval(self) -> tuple[float, Interval]:
+        only = self.results[0]
+        if len(self.results) == 1:
+            return only.score_mean, only.score_ci95
+        return self.score.mean, self.score.ci95
+
+    @property
+    def success_interval(self) -> tuple[float, Interval]:
+        only = self.results[0]
+        if len(self.results) == 1:
+            return only.success_rate, only.success_ci95
+        return self.success.mean, self.success.ci95
+
+    def minus(self, other: "_Group") -> list[tuple[float, Interval]] | None:
+        """Differences of score and success with intervals; None where they cannot be paired."""
+        if len(self.results) != len(other.results):
+            return None
+        if len(self.results) == 1:
+            try:
+                found = self.results[0].minus(other.results[0])
+            except ResultError:
+                return None
+            return [(found.score, found.score_ci95), (found.success, found.success_ci95)]
+        mine, theirs = self.results[0], other.results[0]
+        if mine.protocol != theirs.protocol or set(mine.seeds) != set(theirs.seeds):
+            return None
+        both = (self.score - other.score, self.success - other.success)
+        return [(difference.mean, difference.ci95) for difference in both]
+
+    def _over(self, value: Callable[[EpisodeScore], float]) -> Estimate:
+        return Estimate.over(
+            [
+                [value(episode) for episode in sorted(result.episodes, key=lambda e: e.seed)]
+                for result in self.results
+            ]
+        )
+
+
+def _groups(results: Sequence[Result], pool: bool) -> list[_Group]:
+    """With ``pool`` results of one name, protocol, evaluations and seeds; else each by itself."""
+    found: dict[Any, list[Result]] = {}
+    for index, (name, result) in enumerate(zip(_labels(results), results, strict=True)):
+        alike = tuple(sorted(result.seeds)) if pool else index
+        found.setdefault((name, result.nfe, alike), []).append(result)
+    for (name, nfe, _), group in found.items():
+        scores = {tuple((e.seed, e.score, e.length) for e in r.episodes) for r in group}
+        if len(scores) < len(group):
+            raise ResultError(
+                f"two results of {name!r} with {_evaluations(nfe)} are of one run, so they cannot "
+                "be pooled: give the result of each training run once"
+            )
+    return [_Group(key[0], tuple(group)) for key, group in found.items()]
 
 
 def _curve(

@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import imageio.v2 as imageio
@@ -27,6 +27,13 @@ _DONE = (120, 120, 120)  # executed part of the chunk
 _AHEAD = (222, 66, 32)  # part still to be executed
 _TEXT = (40, 40, 40)
 _SUCCESS = (24, 128, 56)
+
+
+class View(NamedTuple):
+    """What a policy sees of a camera: height and width of its frames, and of their crop."""
+
+    frame: tuple[int, ...]
+    crop: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -110,11 +117,11 @@ def write_video(
     episode: EpisodeResult,
     *,
     fps: int | None = None,
-    crops: Mapping[str, tuple[int, int]] | None = None,
+    views: Mapping[str, View] | None = None,
 ) -> Path:
     """Write an mp4 of one episode, ``length + 1`` frames; returns the path.
 
-    ``fps`` None is real time: the rate of the protocol's steps. ``crops``: see :func:`annotate`.
+    ``fps`` None is real time: the rate of the protocol's steps. ``views``: see :func:`annotate`.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +136,7 @@ def write_video(
     )
     with closing(writer):
         for moment in replay(protocol, episode):
-            writer.append_data(annotate(moment, episode.seed, crops))
+            writer.append_data(annotate(moment, episode.seed, views))
     return target
 
 
@@ -138,12 +145,12 @@ def write_videos(
     protocol: EvalProtocol,
     episodes: Sequence[EpisodeResult],
     label: str = "",
-    crops: Mapping[str, tuple[int, int]] | None = None,
+    views: Mapping[str, View] | None = None,
 ) -> list[Path]:
-    """One mp4 per episode, ``seed_<seed><label>.mp4``; ``crops``: see :func:`annotate`."""
+    """One mp4 per episode, ``seed_<seed><label>.mp4``; ``views``: see :func:`annotate`."""
     return [
         write_video(
-            Path(folder) / f"seed_{episode.seed}{label}.mp4", protocol, episode, crops=crops
+            Path(folder) / f"seed_{episode.seed}{label}.mp4", protocol, episode, views=views
         )
         for episode in episodes
     ]
@@ -200,13 +207,11 @@ def write_grid(
     return target
 
 
-def annotate(
-    moment: Moment, seed: int, crops: Mapping[str, tuple[int, int]] | None = None
-) -> Frame:
+def annotate(moment: Moment, seed: int, views: Mapping[str, View] | None = None) -> Frame:
     """The image with the chunk drawn on it, and a caption above: (H + 32, W, 3).
 
-    With ``crops``, the height and width that a policy sees of each camera, the cameras' frames are
-    shown beside it, half as wide, with what is seen framed.
+    With ``views``, what a policy sees of each camera, the cameras' frames are shown beside it, half
+    as wide, with what is seen framed.
     """
     image = np.ascontiguousarray(moment.image)
     if moment.plan is not None:
@@ -214,8 +219,8 @@ def annotate(
         plans = moment.plan[:, None] if moment.plan.ndim == 2 else moment.plan
         for arm in range(plans.shape[1]):
             _draw_plan(image, plans[:, arm], moment.n_executed)
-    if crops and moment.seen:
-        image = np.concatenate([image, _cameras(moment.seen, crops, image.shape[0])], axis=1)
+    if views and moment.seen:
+        image = np.concatenate([image, _cameras(moment.seen, views, image.shape[0])], axis=1)
     width = image.shape[1]
     strip = Image.new("RGB", (width, _STRIP), "white")
     draw = ImageDraw.Draw(strip)
@@ -229,13 +234,16 @@ def annotate(
     return np.concatenate([np.asarray(strip), image])
 
 
-def _cameras(seen: Mapping[str, Frame], crops: Mapping[str, tuple[int, int]], height: int) -> Frame:
+def _cameras(seen: Mapping[str, Frame], views: Mapping[str, View], height: int) -> Frame:
     """Frames one below the other, (height, height / 2, 3), with the crop of each drawn."""
     width = height // 2
     panel = np.full((height, width, 3), 255, np.uint8)
-    slot = height // max(2, len(crops))
-    for row, (key, (crop_height, crop_width)) in enumerate(crops.items()):
+    slot = height // max(2, len(views))
+    for row, (key, view) in enumerate(views.items()):
         frame = np.asarray(seen[key])
+        # the policy scales a frame of another size until it covers its own
+        larger = min(frame.shape[0] / view.frame[0], frame.shape[1] / view.frame[1])
+        crop_height, crop_width = view.crop[0] * larger, view.crop[1] * larger
         scale = min(width / frame.shape[1], slot / frame.shape[0])
         size = (round(frame.shape[1] * scale), round(frame.shape[0] * scale))
         big = np.ascontiguousarray(cv2.resize(frame, size, interpolation=cv2.INTER_NEAREST))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,7 @@ from cmpolicy.robot import SafetyLimits
 from cmpolicy.spec import SpecError
 from cmpolicy.training.trackers import read_log
 from cmpolicy_data import ReplayBuffer, bundled_path
+from cmpolicy_eval import get_protocol
 
 NET = ["net.down_dims=[8,16]", "net.n_groups=4", "net.time_dim=8", "net.kernel_size=3"]
 EYES = ["encoder.width=8", "encoder.camera_dim=8", "encoder.dim=8"]
@@ -300,6 +303,18 @@ def test_push_t_seen_by_a_camera(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert main(["eval", f"policy={out / 'policy'}", *scored]) == 0
     result = next((tmp_path / "eval").glob("result*.json")).read_text()
     assert '"protocol": "pusht-image-dp"' in result
+
+    larger = dataclasses.replace(
+        get_protocol("pusht-image-dp"),
+        make_env=functools.partial(gymnasium.make, "cmpolicy/PushTImage-v0", image_size=192),
+    )
+    one = {"protocol": larger, "seeds": 500000, "workers": 1}
+    with pytest.raises(ValueError, match=r"image: \(192, 192, 3\)}; not matching: image"):
+        cmpolicy.evaluate(policy, **one)
+    policy.spec = dataclasses.replace(policy.spec, resize=True)
+    found = cmpolicy.evaluate(policy, **one, videos=1, out=tmp_path / "larger")
+    assert len(found.episodes) == 1
+    assert list((tmp_path / "larger" / "videos").glob("*.mp4"))
 
 
 def test_frames_need_an_encoder_of_frames(

@@ -12,7 +12,7 @@ from PIL import Image
 
 from cmpolicy_envs.pusht import PushTEnv
 from cmpolicy_eval import EpisodeResult, get_protocol, rollout
-from cmpolicy_eval.video import Moment, annotate, replay, write_grid, write_videos
+from cmpolicy_eval.video import Moment, View, annotate, replay, write_grid, write_videos
 
 PROTOCOL = get_protocol("pusht-dp")
 
@@ -80,6 +80,34 @@ def test_executed_and_remaining_actions_look_different(episodes: list[EpisodeRes
     assert near(6)
     assert not near(0)
     assert (frame[:32] < 100).any()  # the caption
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [
+        ((96, 96), (32, 32, 192, 192)),
+        ((192, 192), (32, 32, 192, 192)),
+        ((96, 192), (80, 16, 96, 96)),
+    ],
+)
+def test_what_is_seen_is_framed_also_in_frames_of_another_size(
+    size: tuple[int, int], shown: tuple[int, int, int, int]
+) -> None:
+    """A crop of 72 from frames of 96, in the middle, where frames are resized too."""
+    moment = Moment(
+        np.zeros((512, 512, 3), np.uint8),
+        step=0,
+        coverage=None,
+        success=False,
+        plan=None,
+        n_executed=0,
+        seen={"image": np.zeros((*size, 3), np.uint8)},
+    )
+    panel = annotate(moment, 0, {"image": View((96, 96), (72, 72))})[32:, 512:].astype(int)
+    rows, columns = np.nonzero(((panel - [222, 66, 32]) ** 2).sum(-1) < 300)
+    left, top, width, height = shown
+    found = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+    np.testing.assert_allclose(found, (left, top, left + width, top + height), atol=1)
 
 
 def test_grid_as_still_and_as_animation(episodes: list[EpisodeResult], tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cmpolicy_eval.report import difference_table, table, write_report
-from cmpolicy_eval.result import Origin, Result
+from cmpolicy_eval.metrics import nested_bootstrap_interval
+from cmpolicy_eval.report import difference_table, runs_table, table, write_report
+from cmpolicy_eval.result import Origin, Result, ResultError
 from cmpolicy_eval.rollout import EpisodeResult
 
 
@@ -71,6 +72,31 @@ def test_report_and_figure_are_written(results: list[Result], tmp_path: Path) ->
         assert image.size[0] > 800
         colours = {c for _, c in image.convert("RGB").getcolors(1 << 24) or []}
     assert {(0, 114, 178), (213, 94, 0)} <= colours  # a line for either policy
+
+
+def test_training_runs_of_one_name_are_averaged(tmp_path: Path) -> None:
+    shares = (0.9, 0.7, 0.5)
+    runs = [make("isd", 1, share) for share in shares]
+    others = [make("fm", 10, share - 0.2) for share in shares]
+    rows = [[c.strip() for c in row.split("|")] for row in runs_table(runs + others).splitlines()]
+    solved = np.array([[e.success for e in result.episodes] for result in runs], float)
+    low, high = nested_bootstrap_interval(solved)
+    success = f"{solved.mean():.3f} [{low:.3f}, {high:.3f}]"
+    each = ", ".join(f"{share:.3f}" for share in sorted(solved.mean(1)))
+    assert rows[2][1:6] == ["isd", "pusht-dp", "3", "200", "1"]
+    assert rows[2][7:9] == [success, each]
+    assert rows[3][1:6] == ["fm", "pusht-dp", "3", "200", "10"]
+    # fm of run i less isd of run i, not all against the first run
+    (line,) = difference_table(runs + others, pool=True).splitlines()[2:]
+    solved -= [[e.success for e in result.episodes] for result in others]
+    assert f"| {-solved.mean():+.3f} [-" in line
+    assert len(difference_table(runs + others).splitlines()) == 2 + 5
+    text, _ = write_report(runs + others, tmp_path, pool=True)
+    assert "## Over training runs" in text.read_text()
+    # recipes with other numbers of runs are not paired, and no run counts twice
+    assert difference_table(runs + others[:2], pool=True) == ""
+    with pytest.raises(ResultError, match="'isd' with 1 evaluation are of one run"):
+        runs_table([runs[0], runs[0]])
 
 
 def test_no_results_no_report(tmp_path: Path) -> None:
