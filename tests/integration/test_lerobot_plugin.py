@@ -234,6 +234,14 @@ def test_a_bundle_becomes_a_checkpoint(run: Run, trained: Path, data: Path, tmp_
     assert same[0] == same[1]
 
 
+def test_what_a_bundle_loses_is_said(run: Run, from_state: Path, tmp_path: Path):
+    policy = ConsistencyPolicy.from_pretrained(from_state / "last/pretrained_model/cmpolicy")
+    policy.warm_start = 0.5
+    policy.save_pretrained(tmp_path / "bundle")
+    said = run("side", "wrap", tmp_path / "bundle", tmp_path / "wrapped")
+    assert "(warm_start=0.5), which LeRobot does not hand on" in said
+
+
 def test_lerobot_asynchronous_inference(run: Run, from_state: Path, tmp_path: Path):
     """Its server and its client, with a robot that only remembers."""
     run("side", "serve", from_state / "last/pretrained_model", tmp_path / "x.npz")

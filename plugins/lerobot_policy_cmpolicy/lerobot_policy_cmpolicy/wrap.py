@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -111,6 +112,12 @@ def from_bundle(
         BundleError: there is none, it is damaged, or ``config`` is of another policy.
     """
     source = ConsistencyPolicy.from_pretrained(name_or_path)
+    if source.warm_start is not None:
+        warnings.warn(
+            f"{name_or_path} starts decisions from the plan before (warm_start="
+            f"{source.warm_start}), which LeRobot does not hand on: here each starts from noise",
+            stacklevel=2,
+        )
     found = cls(config_of(source, names) if config is None else config)
     for policy in (found.policy, found.averaged):
         if policy.spec != source.spec:
