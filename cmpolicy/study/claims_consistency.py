@@ -17,19 +17,16 @@ from cmpolicy.study.results import (
     share_interval,
 )
 from cmpolicy.study.targets import Array
-from cmpolicy.study.verdicts import FAIL_RULE, Claim, Verdict, above, compare_failures
+from cmpolicy.study.verdicts import Claim, above, below, failure_claim
 
 
 def _consistency(results: Results) -> Claim:
-    evidence, verdict = compare_failures(results, ["ct", "dct"])
-    return Claim(
+    return failure_claim(
+        results,
+        ["ct", "dct"],
         "consistency-unstable",
         "Consistency training from scratch is unstable.",
-        evidence,
-        verdict,
-        FAIL_RULE,
         "other networks and longer runs",
-        "outcomes",
     )
 
 
@@ -69,7 +66,7 @@ def _stays(results: Results) -> Claim:
         "At a small learning rate, consistency training does not leave the constant map.",
         f"variance against the truth's at the end, learning rate {rate:g}, from the constant map: "
         f"ct/dct {theirs}, isd {isd}",
-        above(Interval(-theirs.value, -theirs.high, -theirs.low), -COLLAPSED, -COLLAPSED),
+        below(theirs, COLLAPSED),
         f"supported: ct's and dct's variance ends below {COLLAPSED}; refuted: above",
         "longer runs; networks that hold the map exactly down to t = 0",
         "starts",
@@ -100,16 +97,11 @@ def _leaves(results: Results) -> Claim:
         return ratio_interval(ends, begins)
 
     ct, isd = growth("ct"), growth("isd")
-    verdict: Verdict = "unclear"
-    if ct.low > max(isd.high, 1.0):
-        verdict = "supported"
-    elif ct.high < max(isd.low, 1.0):
-        verdict = "refuted"
     return Claim(
         "leaves-truth",
         "Consistency training drives networks from the true map, further than iSD does.",
         f"error at the end against the start: ct {ct}, isd {isd}",
-        verdict,
+        above(ct, max(isd.high, 1.0), max(isd.low, 1.0)),
         "supported: ct's error grows, and by more than iSD's; refuted: it falls, or grows by less",
         "more learning rates; networks that fit the truth better at the start",
         "starts",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from cmpolicy.study.results import (
     ratio_interval,
     share_interval,
 )
-from cmpolicy.study.verdicts import FAIL_RULE, Claim, Verdict, above, compare_failures, failures
+from cmpolicy.study.verdicts import Claim, above, below, failure_claim, failures
 
 
 def _length_ratio(results: Results, length: float) -> Interval:
@@ -41,16 +42,11 @@ def _jacobian(results: Results) -> Claim:
 
 def _growing(results: Results) -> Claim:
     short, long = _length_ratio(results, 0.1), _length_ratio(results, 1.0)
-    verdict: Verdict = "unclear"
-    if long.low > short.high:
-        verdict = "supported"
-    elif long.high < short.low:
-        verdict = "refuted"
     return Claim(
         "esd-length",
         "The excess of ESD's gradient grows with the length of the jump.",
         f"esd over isd: {short} at t - s = .1, {long} at 1",
-        verdict,
+        above(long, short.high, short.low),
         "supported: the interval at 1 lies above that at .1; refuted: below",
         "more seeds",
         "lengths",
@@ -75,15 +71,12 @@ def _esd_training(results: Results) -> Claim:
 
 
 def _esd(results: Results) -> Claim:
-    evidence, verdict = compare_failures(results, ["esd"])
-    return Claim(
+    return failure_claim(
+        results,
+        ["esd"],
         "esd-unstable",
         "Those gradients make training by ESD fail.",
-        evidence,
-        verdict,
-        FAIL_RULE,
         "higher dimensions, where a Jacobian has more directions: here it has at most two",
-        "outcomes",
     )
 
 
@@ -94,7 +87,7 @@ def _stable(results: Results) -> Claim:
         "isd-stable",
         "Self-distillation with stop-gradient (iSD) is stable.",
         f"runs of isd that fail: {share} of {total}",
-        above(Interval(-share.value, -share.high, -share.low), -0.1, -0.1),
+        below(share, 0.1),
         "supported: the share of failed runs is below .1; refuted: above",
         "runs beyond these learning rates and batch sizes",
         "outcomes",
@@ -109,7 +102,7 @@ def _variance(results: Results) -> Claim:
         "tangent-variance",
         "The tangent u_hat lowers the variance of gradients against v_t.",
         f"variance over batches of L_sd's gradient, u_hat over v, mean over stages: {ratio}",
-        above(Interval(-ratio.value, -ratio.high, -ratio.low), -1.0, -1.0),
+        below(ratio, 1.0),
         "supported: the ratio is below 1; refuted: above",
         "more stages",
         "tangent",
@@ -124,7 +117,7 @@ def _bias(results: Results) -> Claim:
         "Early in training the bias of u_hat outweighs the variance of v_t.",
         f"share of u_hat in the mix nearest to the true velocity: {start} at the start, {end} at "
         "the end",
-        above(Interval(-start.value, -start.high, -start.low), -0.5, -0.5),
+        below(start, 0.5),
         "supported: at the start the best mix has less than half of u_hat; refuted: more",
         "data whose conditional velocity varies less, such as actions given an observation",
         "tangent",
@@ -165,13 +158,13 @@ def _one_sided(results: Results) -> Claim:
     )
 
 
-def _setting(results: Results, name: str, claim: str, slug: str) -> Claim:
-    changed, base = (results.named("settings", n).final("error") for n in (name, "base"))
-    ratio = ratio_interval(changed, base)
+def _setting(name: str, changed: str, claim: str, results: Results) -> Claim:
+    without, base = (results.named("settings", n).final("error") for n in (changed, "base"))
+    ratio = ratio_interval(without, base)
     return Claim(
-        slug,
+        name,
         claim,
-        f"error of the map with {name.replace('-', ' ')} over that without: {ratio}",
+        f"error of the map with {changed.replace('-', ' ')} over that without: {ratio}",
         above(ratio, 1.0, 1.0),
         "supported: the ratio is above 1; refuted: below",
         "more seeds, longer runs",
@@ -179,19 +172,15 @@ def _setting(results: Results, name: str, claim: str, slug: str) -> Claim:
     )
 
 
-def _ends(results: Results) -> Claim:
-    return _setting(
-        results,
-        "zero_share=0-one_share=0",
-        "Drawing t = 1 and s = 0 themselves improves the one-step map.",
-        "ends",
-    )
-
-
-def _power(results: Results) -> Claim:
-    return _setting(
-        results, "weight_power=0", "The adaptive weight improves the one-step map.", "power"
-    )
+_ends = partial(
+    _setting,
+    "ends",
+    "zero_share=0-one_share=0",
+    "Drawing t = 1 and s = 0 themselves improves the one-step map.",
+)
+_power = partial(
+    _setting, "power", "weight_power=0", "The adaptive weight improves the one-step map."
+)
 
 
 def _ema(results: Results) -> Claim:

@@ -38,26 +38,32 @@ def above(interval: Interval, supported: float, refuted: float) -> Verdict:
     return "refuted" if interval.high < refuted else "unclear"
 
 
+def below(interval: Interval, bound: float) -> Verdict:
+    """Supported where the whole interval is below the bound, refuted where it is above it."""
+    if interval.high < bound:
+        return "supported"
+    return "refuted" if interval.low > bound else "unclear"
+
+
 def failures(results: Results, objectives: Sequence[str]) -> tuple[int, int]:
     """How many runs from scratch of some objectives do not end healthy, and of how many."""
     ends = [o for name in objectives for run in results.from_scratch(name) for o in run.outcomes()]
     return sum(end != "healthy" for end in ends), len(ends)
 
 
-def compare_failures(results: Results, first: Sequence[str]) -> tuple[str, Verdict]:
-    """Share of failed runs of some objectives against iSD's."""
+def failure_claim(
+    results: Results, first: Sequence[str], name: str, claim: str, needed: str
+) -> Claim:
+    """A claim that some objectives fail more often than iSD."""
     theirs = share_interval(*failures(results, first))
     isd = share_interval(*failures(results, ["isd"]))
-    verdict: Verdict = "unclear"
-    if theirs.low > isd.high:
-        verdict = "supported"
-    elif theirs.high < isd.low or theirs.high < 0.1:
-        verdict = "refuted"
-    return f"runs that fail: {'/'.join(first)} {theirs}, isd {isd}", verdict
-
-
-#: Of claims on how runs end.
-FAIL_RULE = (
-    "supported: the interval of the share of failed runs (diverged, collapsed or wrong) lies above "
-    "iSD's; refuted: it lies below iSD's, or below .1"
-)
+    return Claim(
+        name,
+        claim,
+        f"runs that fail: {'/'.join(first)} {theirs}, isd {isd}",
+        above(theirs, isd.high, max(isd.low, 0.1)),
+        "supported: the interval of the share of failed runs (diverged, collapsed or wrong) lies "
+        "above iSD's; refuted: it lies below iSD's, or below .1",
+        needed,
+        "outcomes",
+    )
