@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,16 +39,11 @@ _MIN_WEIGHT = 40_000
 _MISH_LIMIT = 20.0
 
 
-def norm_mish(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+def norm_mish(
+    norm: nn.GroupNorm, x: Tensor, mish: Callable[[Tensor], Tensor] = functional.mish
+) -> Tensor:
     """What follows every convolution. The plain function: 25 of them stand in one evaluation."""
-    h = torch.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
-    return functional.mish(h)
-
-
-def norm_quick_mish(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """The same by :func:`quick_mish`."""
-    h = torch.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
-    return quick_mish(h)
+    return mish(torch.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps))
 
 
 @dataclass(frozen=True)
@@ -186,6 +182,8 @@ class _Mish(torch.autograd.Function):
 def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
+
+norm_quick_mish = partial(norm_mish, mish=quick_mish)
 
 _PLAIN = Kernels(by_library)
 _PRODUCTS = Kernels(by_product)
