@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 
 from cmpolicy.bench.delayed import BATCH_SIZE, delayed_rollout
 from cmpolicy.bench.report import Report
-from cmpolicy.policy.bundle import read_metadata
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.robot.schedule import Asynchronous, Schedule, Synchronous
 from cmpolicy.schema import ConfigError, at_least
@@ -71,9 +70,7 @@ class DelaySettings:
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
                 raise ConfigError(f"{name}={list(values)} must name something, and nothing twice")
-        for name in ("workers",):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        at_least("workers", self.workers, 1)
 
 
 @dataclass(frozen=True)
@@ -98,9 +95,7 @@ def measure_delay(settings: DelaySettings, command: str) -> Report:
     policy = ConsistencyPolicy.from_pretrained(settings.policy, device=device).eval()
     policy.nfe = settings.nfe or policy.nfe
     where = describe_device(device)
-    origin = Origin(
-        where, versions(), read_metadata(settings.policy).get("data"), command, git_commit()
-    )
+    origin = Origin(where, versions(), policy.metadata.get("data"), command, git_commit())
     out = Path(settings.out)
     rows = []
     for mode in settings.modes:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing.synchronize import Barrier
 from statistics import mean
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,6 @@ from cmpolicy.experiment.protocols import (
     own_protocol,
     require_protocol,
 )
-from cmpolicy.policy.bundle import read_metadata
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.schema import at_least
 from cmpolicy.training.device import choose_device, describe_device
@@ -61,8 +61,7 @@ class RolloutSettings:
 
     def __post_init__(self) -> None:
         at_least("nfe", 1 if self.nfe is None else self.nfe, 1)
-        for name in ("episodes",):
-            at_least(name, getattr(self, name), 1)
+        at_least("episodes", self.episodes, 1)
         for name in ("first_seed", "bare_steps"):
             at_least(name, getattr(self, name), 0)
         at_least("workers", self.workers or 1, 1)
@@ -79,7 +78,7 @@ def measure_rollout(settings: RolloutSettings) -> Report:
     device = choose_device(settings.device)
     policy = ConsistencyPolicy.from_pretrained(settings.policy, device=device)
     policy.nfe = settings.nfe or policy.nfe
-    protocol, bare_env = _protocol(settings)
+    protocol, bare_env = _protocol(settings, policy.metadata)
     workers = settings.workers or os.cpu_count() or 1
     seeds = range(settings.first_seed, settings.first_seed + settings.episodes)
     bare = [bare_env.steps_per_s()] if bare_env else []
@@ -137,9 +136,10 @@ def measure_rollout(settings: RolloutSettings) -> Report:
     )
 
 
-def _protocol(settings: RolloutSettings) -> tuple[EvalProtocol, BareEnv | None]:
+def _protocol(
+    settings: RolloutSettings, metadata: Mapping[str, Any]
+) -> tuple[EvalProtocol, BareEnv | None]:
     """The protocol, and its bare environment, if there is one to compare with."""
-    metadata = read_metadata(settings.policy)
     name = require_protocol(settings.protocol or own_protocol(metadata), settings.policy)
     simulator = Simulator.from_mapping(metadata.get("simulator", {}))
     protocol = open_protocol(name, settings.task, simulator)

@@ -62,7 +62,7 @@ def export(settings: ExportSettings) -> str:
         ExportError, BundleError, ImportError, OSError: see ``export_policy`` and ``load_bundle``.
     """
     from cmpolicy.export.write import check_request, export_policy
-    from cmpolicy.policy.bundle import read_hashes, read_metadata
+    from cmpolicy.policy.bundle import read_hashes
     from cmpolicy.policy.policy import ConsistencyPolicy
 
     out = Path(settings.out).expanduser()
@@ -77,7 +77,6 @@ def export(settings: ExportSettings) -> str:
         format=format_,
         nfe=settings.nfe,
         bundle_sha256=read_hashes(settings.policy),
-        metadata=read_metadata(settings.policy),
     )
     nfe = policy.nfe if settings.nfe is None else settings.nfe
     usage = (

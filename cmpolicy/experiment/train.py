@@ -27,7 +27,6 @@ from cmpolicy.experiment.run import (
 from cmpolicy.experiment.scoring import PolicyScorer
 from cmpolicy.nn.target_head import TargetHead
 from cmpolicy.normalize import Normalizer
-from cmpolicy.policy.bundle import read_metadata
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.schema import ConfigError
 from cmpolicy.training.checkpoint import state_path
@@ -145,8 +144,9 @@ def _train(
     torch.manual_seed(config.seed)
     device = accelerator.device
     policy = new_policy(config, data).to(device)
+    start = before.get("start")
     if config.init is not None and not resume:  # a resumed run has the weights of its own
-        start_from(policy, config.init)
+        start = start_from(policy, config.init)
         if any(method != "auto" for method in config.data.normalize.values()):
             warnings.warn(
                 "data.normalize does not change the scaling of init=...; only the limits follow it",
@@ -157,7 +157,6 @@ def _train(
     loader = training_loader(config, data, policy, device)
     scorer = PolicyScorer(config, data, _validator(config, data, device), command=folder.command)
     scorer.check(policy)
-    start = before.get("start") if resume else _start(config.init)
     folder = dataclasses.replace(
         folder,
         facts={**data.facts, "start": start},
@@ -224,11 +223,15 @@ def training_loader(
 _FAR = 1.2
 
 
-def start_from(policy: ConsistencyPolicy, name_or_path: str) -> None:
+def start_from(policy: ConsistencyPolicy, name_or_path: str) -> dict[str, Any]:
     """Give ``policy`` the weights and the scaling of a trained one, to train it further.
 
     The scaling comes along because the weights mean actions in its units; the limits, to which
     values are cut, are those of the data that is trained on now.
+
+    Returns:
+        How the trained one came to be. Kept in the run: there may be another policy of that name by
+        the time the run is resumed.
 
     Raises:
         BundleError: there is no such policy, or it is damaged.
@@ -253,6 +256,8 @@ def start_from(policy: ConsistencyPolicy, name_or_path: str) -> None:
     policy.net.load_state_dict(source.net.state_dict())
     policy.encoder.load_state_dict(source.encoder.state_dict())
     policy.normalizer = _rescaled(policy.normalizer, source.normalizer).to(policy.device)
+    kept = ("command", "examples", "data", "git_commit", "start")
+    return {key: source.metadata[key] for key in kept if key in source.metadata}
 
 
 def _rescaled(own: Normalizer, source: Normalizer) -> Normalizer:
@@ -307,18 +312,6 @@ def _with_absolute_path(config: TrainConfig) -> TrainConfig:
         return config
     path = str(Path(config.data.path).expanduser().absolute())
     return dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
-
-
-def _start(init: str | None) -> dict[str, Any] | None:
-    """How the policy was trained that the run starts from.
-
-    Kept in the run: that policy may be another one by the time the run is resumed.
-    """
-    if init is None:
-        return None
-    metadata = read_metadata(init)
-    kept = ("command", "examples", "data", "git_commit", "start")
-    return {key: metadata[key] for key in kept if key in metadata}
 
 
 def _validator(config: TrainConfig, data: TrainingData, device: torch.device) -> Validator | None:

@@ -62,17 +62,16 @@ def export_policy(
     format: Format,
     nfe: int | None = None,
     bundle_sha256: Mapping[str, str] | None = None,
-    metadata: Mapping[str, Any] | None = None,
 ) -> Exported:
     """Write ``policy`` as one file; an older one at the same place stays until the new one is good.
 
     Args:
-        policy: with the ``sampler``, ``noise_scale`` and ``warm_start`` to export.
+        policy: with the ``sampler``, ``noise_scale`` and ``warm_start`` to export; of its metadata
+            data, protocol and simulator are kept.
         out: the file, ending in ``.onnx`` or ``.pt2``.
         format: ``onnx`` or ``pt2``.
         nfe: network evaluations per plan; None takes the policy's own.
         bundle_sha256: of the files of the bundle it comes from.
-        metadata: of the bundle: its data, protocol and simulator are kept.
 
     Raises:
         ImportError: onnx or onnxruntime are not installed.
@@ -84,7 +83,7 @@ def export_policy(
     if nfe is not None:
         policy = copy.copy(policy)  # the weights stay shared; nfe may change what noise it takes
         policy.nfe = nfe
-    known = metadata or {}
+    known = policy.metadata
     facts = ExportFacts(
         spec=policy.spec,
         nfe=policy.nfe,

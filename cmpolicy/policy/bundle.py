@@ -281,11 +281,13 @@ def _from_version_1(
         raise BundleError(f"{CONFIG} of a bundle of format 1 is damaged: {error!r}") from error
     metadata = config.get("metadata", {})
     spec["action_rotations"] = _rotations_of_version_1(metadata, spec.get("action_dim"))
+    _rename_samples(metadata)
     changed = {
         "spec": spec,
         "net": {"kind": "unet1d", **net},
         "encoder": encoder,
         "nfe": metadata.get("nfe", 1),
+        "metadata": metadata,
     }
     renamed = {
         name.replace("obs.", "encoder.", 1) if name.startswith("obs.") else f"net.{name}": value
@@ -304,15 +306,6 @@ def _rotations_of_version_1(metadata: Mapping[str, Any], size: Any) -> list[Any]
         arms = range(0, size, 10)
         return [{"kind": "rotation_6d", "dims": list(range(a + 3, a + 9))} for a in arms]
     return None
-
-
-def read_metadata(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What ``save_bundle`` was given as metadata."""
-    config = _read_config(locate(name_or_path))
-    metadata: dict[str, Any] = config.get("metadata", {})
-    if config["format_version"] == 1:
-        _rename_samples(metadata)
-    return metadata
 
 
 def _rename_samples(metadata: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cmpolicy.cli.main import main as command
-from cmpolicy.policy.bundle import read_metadata
+from cmpolicy.policy.bundle import read_bundle
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy_data import ReplayBuffer
 from cmpolicy_envs.robomimic import RobomimicEnv
@@ -68,7 +68,7 @@ def test_lift_is_rolled_out_while_training_and_scored_without_naming_the_protoco
     store = write_store(tmp_path / "lift.zarr", "lift")
     rollouts = ["eval.every=32", "eval.episodes=1", "eval.workers=1"]
     assert train(["task=lift", f"data.path={store}", *TINY, *rollouts, "out=run"]) == 0
-    simulator = read_metadata("run/policy")["simulator"]
+    simulator = read_bundle("run/policy").metadata["simulator"]
     assert simulator["task"] == "lift"
     assert simulator["actions"] == "delta"
     assert "Lift" in simulator["env_args"]
@@ -126,7 +126,7 @@ def test_a_store_of_another_robot_may_call_its_attributes_so(tmp_path: Path) -> 
         "out=run",
     ]
     assert train(words) == 0
-    assert "simulator" not in read_metadata("run/policy")
+    assert "simulator" not in read_bundle("run/policy").metadata
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 import cmpolicy
 from cmpolicy.cli.main import main as command
-from cmpolicy.policy.bundle import read_metadata
+from cmpolicy.policy.bundle import read_bundle
 from cmpolicy.policy.policy import ConsistencyPolicy
 
 
@@ -52,7 +52,7 @@ def test_half_precision_and_results(trained: Path, tmp_path: Path) -> None:
     assert "## Results" in card
     assert "cmpolicy eval policy=" in card
     assert (out / "results" / "scored_result_nfe1.json").is_file()
-    assert read_metadata(out) == read_metadata(trained)
+    assert read_bundle(out).metadata == read_bundle(trained).metadata
     obs = {"agent_pos": np.full((1, 2, 2), 256.0), "keypoint": np.full((1, 2, 9, 2), 256.0)}
     noise = np.zeros((1, 16, 2))
     half, full = (ConsistencyPolicy.from_pretrained(p).infer(obs, noise) for p in (out, trained))
@@ -80,10 +80,10 @@ def test_what_a_policy_tells_of_itself_survives_loading_and_saving(
 ) -> None:
     policy = ConsistencyPolicy.from_pretrained(trained)
     policy.save_pretrained(tmp_path / "again")
-    assert read_metadata(tmp_path / "again") == read_metadata(trained) != {}
+    assert read_bundle(tmp_path / "again").metadata == read_bundle(trained).metadata != {}
     assert main([f"policy={tmp_path / 'again'}", f"out={tmp_path / 'mine'}"]) == 0
     result = cmpolicy.evaluate(policy, seeds=[500_000])  # its own protocol
-    assert (result.protocol, result.data) == ("pusht-dp", read_metadata(trained)["data"])
+    assert (result.protocol, result.data) == ("pusht-dp", read_bundle(trained).metadata["data"])
 
 
 def test_evaluations_that_the_sampler_cannot_do_are_not_published(

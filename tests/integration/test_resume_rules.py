@@ -12,7 +12,7 @@ import cmpolicy
 from cmpolicy.cli.main import main
 from cmpolicy.experiment.data_checks import DataWarning
 from cmpolicy.experiment.run import read_facts
-from cmpolicy.policy.bundle import read_metadata
+from cmpolicy.policy.bundle import read_bundle
 from cmpolicy.schema import ConfigError
 from cmpolicy.training.trackers import read_log
 from cmpolicy_data import ReplayBuffer
@@ -142,7 +142,7 @@ def test_other_data_has_its_own_best_policy_and_the_old_held_out_episodes(
     now = read_facts(run)["val_episodes"]
     assert set(held_out) < set(now)
     assert all(episode >= 12 for episode in set(now) - set(held_out))
-    assert read_metadata(run / "policy")["examples"] > 192
+    assert read_bundle(run / "policy").metadata["examples"] > 192
 
 
 def test_an_unknown_schedule(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ from cmpolicy.policy.bundle import (
     NORMALIZER,
     BundleError,
     bundled_names,
-    read_metadata,
+    read_bundle,
 )
 from cmpolicy.robot.robot import RateMismatchError, check_rates
 from cmpolicy.spec import PolicySpec
@@ -87,7 +87,7 @@ def test_round_trip_is_bit_equal(tmp_path: Path, options: dict[str, Any]) -> Non
     _is_still(tmp_path / "policy", policy)
     torch.testing.assert_close(_chunk(loaded), _chunk(policy), rtol=0, atol=1e-3)  # of 500 px
     assert (tmp_path / "policy" / CARD).read_text().endswith("\n---\n# Mine\n")
-    assert read_metadata(tmp_path / "policy") == {"result": {"score": 0.9}}
+    assert read_bundle(tmp_path / "policy").metadata == {"result": {"score": 0.9}}
 
 
 def test_noise_scale_travels_along(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_bundles_of_format_1_still_load() -> None:
     assert (policy.nfe, policy.noise_scale, policy.control_hz) == (2, 0.85, 10.0)
     assert (policy.encoder_config, policy.sampler) == (StateEncoderConfig(6), "diagonal")
     assert policy.spec.action_rotations == ()
-    assert read_metadata(folder)["config"]["examples"] == read_metadata(folder)["examples"] == 64
+    assert policy.metadata["config"]["examples"] == policy.metadata["examples"] == 64
     rng = np.random.default_rng(1)
     obs = {k: (rng.random((2, 2, *s)) * 500).astype("f4") for k, s in policy.spec.obs.items()}
     noise = rng.standard_normal((2, 8, 2)).astype("f4")

@@ -175,14 +175,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One file per case."""
     folder = tmp_path_factory.mktemp("exported")
     for name, (policy, format_, nfe) in CASES.items():
-        policy.control_hz = 10.0
+        policy.control_hz, policy.metadata = 10.0, {"data": "pusht_human"}
         written = export_policy(
             policy,
             folder / f"{name}.{format_}",
             format=format_,
             nfe=nfe,
             bundle_sha256={"model.safetensors": "ab" * 32},
-            metadata={"data": "pusht_human"},
         )
         assert written.size == written.path.stat().st_size
         assert 0 <= written.difference <= TOLERANCE

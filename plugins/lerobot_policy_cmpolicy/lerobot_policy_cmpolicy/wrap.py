@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lerobot.configs.types import FeatureType, PolicyFeature
 
 from cmpolicy.nn.unet1d import UNet1DConfig
-from cmpolicy.policy.bundle import BundleError, bundled_names, read_metadata
+from cmpolicy.policy.bundle import BundleError, bundled_names, read_bundle
 from cmpolicy.policy.card import with_header
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.spec import PolicySpec
@@ -160,7 +160,7 @@ def to_lerobot(
     for pipeline in make_cmpolicy_pre_post_processors(policy.config):
         pipeline.save_pretrained(folder)
     card = f"# {folder.name}\n\nA policy of cmpolicy as a LeRobot checkpoint.\n"
-    (folder / "README.md").write_text(with_header(card, read_metadata(bundle), "lerobot"))
+    (folder / "README.md").write_text(with_header(card, read_bundle(bundle).metadata, "lerobot"))
     return folder
 
 
