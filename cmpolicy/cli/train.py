@@ -161,14 +161,12 @@ def _run_job(number: int, words: Sequence[str], swept: set[str], folder: Path) -
 
 
 def _table(jobs: Sequence[dict[str, Any]]) -> str:
+    from cmpolicy_eval.report import aligned
+
     columns = [c for c in _COLUMNS if any(c in found["metrics"] for found in jobs)]
-    rows = [["run", *columns, "error"]]
+    rows = []
     for found in jobs:
         numbers = [f"{found['metrics'].get(c, float('nan')):.4g}" for c in columns]
         rows.append([found["folder"], *numbers, found["error"]])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+    head = ["run", *columns, "error"]
+    return aligned(head, rows, left=len(head))

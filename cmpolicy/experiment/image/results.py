@@ -14,6 +14,7 @@ from cmpolicy.image.metrics.scores import ImageScores
 from cmpolicy.schema import ConfigError, from_mapping
 from cmpolicy_eval.evaluate import git_commit, versions
 from cmpolicy_eval.metrics import wilson_interval
+from cmpolicy_eval.report import aligned
 from cmpolicy_eval.result import write_atomically
 
 _DISTRIBUTIONS = ("diffusers", "safetensors", "torchvision", "scikit-learn", "torch-fidelity")
@@ -140,16 +141,10 @@ def results_table(results: Sequence[ImageResult]) -> str:
         mark = (result.data.sha256, result.judge.features, result.real.n)
         name = f"real test images of {result.data.source}"
         real[mark] = [name, "", *_cells(result.real), "", "", ""]
-    table = [list(_COLUMNS), *rows, *real.values()]
-    kept = [i for i in range(len(_COLUMNS)) if any(row[i] for row in table[1:])]
-    table = [[row[i] for i in kept] for row in table]
-    widths = [max(len(row[i]) for row in table) for i in range(len(kept))]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in table
-    ]
-    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+    rows += real.values()
+    kept = [i for i in range(len(_COLUMNS)) if any(row[i] for row in rows)]
+    head, *rows = ([row[i] for i in kept] for row in (_COLUMNS, *rows))
+    return aligned(head, rows, left=len(head))
 
 
 def explanation(results: Sequence[ImageResult]) -> str:
