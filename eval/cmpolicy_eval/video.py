@@ -1,4 +1,4 @@
-"""Videos and still grids of scored episodes, with the planned action chunk drawn in.
+"""Videos and grids of scored episodes, with the planned action chunk drawn in.
 
 Nothing is inferred again: the action chunks that :func:`cmpolicy_eval.rollout.rollout` kept are
 replayed in a rendering environment, so the pictures show the very episodes that were scored.
@@ -22,6 +22,7 @@ from cmpolicy_eval.rollout import EpisodeResult
 
 Frame = NDArray[np.uint8]
 
+_TILE = 192  # width of an episode in a grid, px
 _STRIP = 32  # height of the caption; with a 512 px image the frame stays a multiple of 16
 _DONE = (120, 120, 120)  # executed part of the chunk
 _AHEAD = (222, 66, 32)  # part still to be executed
@@ -116,19 +117,18 @@ def write_video(
     protocol: EvalProtocol,
     episode: EpisodeResult,
     *,
-    fps: int | None = None,
     views: Mapping[str, View] | None = None,
 ) -> Path:
-    """Write an mp4 of one episode, ``length + 1`` frames; returns the path.
+    """Write an mp4 of one episode in real time, ``length + 1`` frames; returns the path.
 
-    ``fps`` None is real time: the rate of the protocol's steps. ``views``: see :func:`annotate`.
+    ``views``: see :func:`annotate`.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # yuv420p and baseline settings: plays in browsers and on the README page.
     writer: Any = imageio.get_writer(
         target,
-        fps=protocol.control_hz if fps is None else fps,
+        fps=protocol.control_hz,
         codec="libx264",
         quality=7,
         pixelformat="yuv420p",
@@ -156,54 +156,24 @@ def write_videos(
     ]
 
 
-def write_grid(
-    path: str | Path,
-    protocol: EvalProtocol,
-    episodes: Sequence[EpisodeResult],
-    *,
-    columns: int = 4,
-    tile: int = 192,
-    every: int = 3,
-    fps: int = 10,
-) -> Path:
-    """All episodes side by side, small enough for a README.
+def write_grid(path: str | Path, protocol: EvalProtocol, episodes: Sequence[EpisodeResult]) -> Path:
+    """A GIF of all episodes side by side, small enough for a README.
 
-    Args:
-        path: ``.png`` (the last moment of each episode) or ``.gif`` (every ``every``-th moment of
-            all of them at once; an episode that is over stays on its last moment).
-        protocol: of the episodes.
-        episodes: with their chunks kept.
-        columns: tiles per row.
-        tile: width of a tile, px.
-        every: steps between two frames of the GIF.
-        fps: frames per second of the GIF.
-
-    Raises:
-        ValueError: another suffix, or no episodes.
+    An episode that is over stays on its last moment. At least one is needed, with its chunks kept.
     """
     target = Path(path)
-    if target.suffix not in (".png", ".gif"):
-        raise ValueError(f"write_grid: expected a path ending in .png or .gif, got {target}")
-    if not episodes:
-        raise ValueError("write_grid: no episodes")
     target.parent.mkdir(parents=True, exist_ok=True)
-    tracks: list[list[Image.Image]] = []
-    for episode in episodes:
-        still = target.suffix == ".png"
-        moments = list(replay(protocol, episode, every=episode.length if still else every))
-        kept = moments[-1:] if still else moments
-        tracks.append([_tile(annotate(moment, episode.seed), tile) for moment in kept])
+    tracks = [
+        [_tile(annotate(moment, episode.seed)) for moment in replay(protocol, episode, every=3)]
+        for episode in episodes
+    ]
     count = max(len(track) for track in tracks)
     pages = [
-        _page([track[min(index, len(track) - 1)] for track in tracks], columns)
-        for index in range(count)
+        _page([track[min(index, len(track) - 1)] for track in tracks]) for index in range(count)
     ]
-    if target.suffix == ".png":
-        pages[0].save(target, optimize=True)
-    else:
-        palette = pages[0].quantize(64, dither=Image.Dither.NONE)
-        flat = [page.quantize(palette=palette, dither=Image.Dither.NONE) for page in pages]
-        flat[0].save(target, save_all=True, append_images=flat[1:], duration=1000 // fps, loop=0)
+    palette = pages[0].quantize(64, dither=Image.Dither.NONE)
+    flat = [page.quantize(palette=palette, dither=Image.Dither.NONE) for page in pages]
+    flat[0].save(target, save_all=True, append_images=flat[1:], duration=100, loop=0)
     return target
 
 
@@ -269,14 +239,14 @@ def _draw_plan(image: Frame, plan: NDArray[np.float64], n_executed: int) -> None
         cv2.circle(image, (x, y), radius << shift, colour, thickness, cv2.LINE_AA, shift)
 
 
-def _tile(frame: Frame, width: int) -> Image.Image:
+def _tile(frame: Frame) -> Image.Image:
     image = Image.fromarray(frame)
-    height = round(image.height * width / image.width)
-    return image.resize((width, height), Image.Resampling.LANCZOS)
+    height = round(image.height * _TILE / image.width)
+    return image.resize((_TILE, height), Image.Resampling.LANCZOS)
 
 
-def _page(tiles: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:
-    columns = min(columns, len(tiles))
+def _page(tiles: Sequence[Image.Image]) -> Image.Image:
+    columns, gap = min(4, len(tiles)), 4
     rows = -(-len(tiles) // columns)
     width, height = tiles[0].size
     page = Image.new(
