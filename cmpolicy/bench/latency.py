@@ -171,11 +171,6 @@ def measure_latency(settings: LatencySettings, networks: Networks | None = None)
     )
 
 
-def eager_contender(policy: ConsistencyPolicy, nfe: int) -> Contender:
-    """The policy itself."""
-    return Contender("eager", "flow map", nfe, make_runtime("eager", policy, 1).chunk(nfe))
-
-
 def make_contenders(policy: ConsistencyPolicy, settings: LatencySettings) -> list[Contender]:
     """All rows of the table, ready to be called."""
     contenders = []

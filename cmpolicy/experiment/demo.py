@@ -30,6 +30,7 @@ from cmpolicy_eval.video import annotate, replay
 
 VIDEO = "rollouts.mp4"
 _CALLS = 200
+_TILE = 256  # width of an episode in the video, px, a multiple of 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,16 +141,13 @@ def _chunk_time(policy: ConsistencyPolicy) -> float:
     return 1e3 * float(np.median(times))
 
 
-def write_reel(
-    path: Path, protocol: EvalProtocol, episodes: Sequence[EpisodeResult], *, tile: int = 256
-) -> Path:
+def write_reel(path: Path, protocol: EvalProtocol, episodes: Sequence[EpisodeResult]) -> Path:
     """An mp4 of several episodes side by side, at the real 10 Hz; the planned chunk is drawn.
 
     Args:
         path: of the video.
         protocol: of the episodes.
         episodes: with their chunks kept; one that is over stays on its last moment.
-        tile: width of an episode, px, a multiple of 16.
     """
     columns = math.ceil(math.sqrt(len(episodes)))
     tracks = [replay(protocol, episode) for episode in episodes]
@@ -162,8 +160,8 @@ def write_reel(
             for index, moment in enumerate(moments):
                 if moment is not None:
                     frame = Image.fromarray(annotate(moment, episodes[index].seed))
-                    height = round(frame.height * tile / frame.width)
-                    last[index] = np.asarray(frame.resize((tile, height)), dtype=np.uint8)
+                    height = round(frame.height * _TILE / frame.width)
+                    last[index] = np.asarray(frame.resize((_TILE, height)), dtype=np.uint8)
             blank = [np.full_like(last[0], 255)] * (-len(last) % columns)
             rows = [*last, *blank]
             page = [np.hstack(rows[i : i + columns]) for i in range(0, len(rows), columns)]

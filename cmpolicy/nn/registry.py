@@ -65,18 +65,18 @@ def register_encoder(cls: type[C]) -> type[C]:
     return cls
 
 
-def net_config(settings: Mapping[str, Any], where: str = "net") -> NetConfig:
+def net_config(settings: Mapping[str, Any]) -> NetConfig:
     """A network's settings from a mapping with ``kind``, such as a bundle's or a YAML file's.
 
     Raises:
         ConfigError: an unknown kind or setting (with the nearest known one), or a bad value.
     """
-    return cast(NetConfig, _read(cast(dict[str, type[Any]], NETS), settings, where))
+    return cast(NetConfig, _read(cast(dict[str, type[Any]], NETS), settings, "net"))
 
 
-def encoder_config(settings: Mapping[str, Any], where: str = "encoder") -> EncoderConfig:
+def encoder_config(settings: Mapping[str, Any]) -> EncoderConfig:
     """As :func:`net_config`, for an encoder."""
-    return cast(EncoderConfig, _read(cast(dict[str, type[Any]], ENCODERS), settings, where))
+    return cast(EncoderConfig, _read(cast(dict[str, type[Any]], ENCODERS), settings, "encoder"))
 
 
 def to_mapping(config: NetConfig | EncoderConfig) -> dict[str, Any]:

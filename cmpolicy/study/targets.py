@@ -72,15 +72,6 @@ class Mixture:
         mixed: Array = np.einsum("nk,nkd->nd", posterior, each)
         return mixed
 
-    def log_density(self, x: Array, t: Array) -> Array:
-        """Log density of x_t, (N,)."""
-        time = t[:, None]
-        variance = (1 - time) ** 2 * self.width**2 + time**2
-        offset = x[:, None] - (1 - time[..., None]) * np.asarray(self.means)
-        logits = -0.5 * ((offset**2).sum(-1) / variance + self.dim * np.log(2 * np.pi * variance))
-        total: Array = logsumexp(logits, axis=1) - np.log(len(self.means))
-        return total
-
 
 @dataclass(frozen=True)
 class Gaussian(Mixture):

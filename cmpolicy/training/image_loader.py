@@ -51,11 +51,6 @@ class ImageLoader:
         self._order = ExampleOrder(len(data), seed=seed, device=self.device)
         self._coins = ExampleOrder(len(data), seed=seed + _COINS, device=self.device)
 
-    @property
-    def n_images(self) -> int:
-        """Images in one epoch."""
-        return self._order.n_items
-
     def batch(self, first_example: int, count: int | None = None) -> ImageBatch:
         """The ``count`` examples of the run from ``first_example`` on (default: a whole batch).
 

@@ -97,7 +97,7 @@ def test_folder(folder):
     assert not data.flip
     assert load_folder(folder, flip=True).flip
     files = {np.asarray(Image.open(file)).tobytes() for file in folder.glob("cat/*.png")}
-    read = {i.tobytes() for part in (data.train, data.test) for i in part.of_class(0)}
+    read = {i.tobytes() for part in (data.train, data.test) for i in part.images[part.labels == 0]}
     assert read == files
 
 

@@ -64,9 +64,7 @@ def train_images(
     return _train(config, out, command=command, until=until, resume=False)
 
 
-def resume_images(
-    run_dir: str | Path, changes: Mapping[str, Any] | None = None, *, until: int | None = None
-) -> RunResult:
+def resume_images(run_dir: str | Path, changes: Mapping[str, Any] | None = None) -> RunResult:
     """Go on with a run; ``changes`` by dotted key.
 
     Raises:
@@ -75,7 +73,7 @@ def resume_images(
     folder = Path(run_dir).expanduser()
     settings = resumed_settings(folder, changes or {}, RESUME_SETTINGS)
     config = ImageTrainConfig.from_mapping(settings)
-    return _train(config, folder, command="", until=until, resume=True)
+    return _train(config, folder, command="", resume=True)
 
 
 def _train(
@@ -83,7 +81,7 @@ def _train(
     out: str | Path | None,
     *,
     command: str,
-    until: int | None,
+    until: int | None = None,
     resume: bool,
 ) -> RunResult:
     accelerator = make_accelerator(config)

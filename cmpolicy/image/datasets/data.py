@@ -149,10 +149,6 @@ class ImageSet:
         digest.update(np.ascontiguousarray(self.labels).data)
         return digest.hexdigest()
 
-    def of_class(self, label: int) -> npt.NDArray[np.uint8]:
-        """The images (n, H, W, C) of one class."""
-        return np.asarray(self.images[self.labels == label])
-
 
 @dataclass(frozen=True, eq=False)
 class ImageData:

