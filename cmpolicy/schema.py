@@ -198,13 +198,13 @@ _NAMES: dict[Any, str] = {
 }
 
 
-def at_least(name: str, value: float, least: float) -> None:
-    """Raise ConfigError unless ``value`` of the setting ``name`` is at least that."""
-    if value < least:
+def at_least(name: str, value: float | None, least: float) -> None:
+    """Raise ConfigError unless ``value`` of the setting ``name`` is at least that, or not given."""
+    if value is not None and value < least:
         raise ConfigError(f"{name}={value} must be at least {least}")
 
 
-def positive(name: str, value: float) -> None:
-    """Raise ConfigError unless ``value`` is above 0."""
-    if not value > 0:
+def positive(name: str, value: float | None) -> None:
+    """Raise ConfigError unless ``value`` is above 0, or not given."""
+    if value is not None and not value > 0:
         raise ConfigError(f"{name}={value} must be above 0")

@@ -58,7 +58,7 @@ class DelaySettings:
     out: str = "outputs/bench/delay.json"
 
     def __post_init__(self) -> None:
-        at_least("nfe", 1 if self.nfe is None else self.nfe, 1)
+        at_least("nfe", self.nfe, 1)
         step = 1000 // PHYSICS_HZ
         for delay in self.delays_ms:
             if delay < 0 or delay % step:

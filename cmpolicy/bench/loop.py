@@ -18,7 +18,7 @@ from cmpolicy.robot.episode import Tick
 from cmpolicy.robot.loop import ControlLoop
 from cmpolicy.robot.policy import ChunkPolicy
 from cmpolicy.robot.schedule import Asynchronous, Schedule, Synchronous
-from cmpolicy.schema import ConfigError, at_least
+from cmpolicy.schema import ConfigError, at_least, positive
 from cmpolicy.training.device import choose_device, describe_device
 
 _FRAMES = 4  # of every camera, in turn
@@ -54,10 +54,9 @@ class LoopSettings:
     out: str = "outputs/bench/loop.json"
 
     def __post_init__(self) -> None:
-        at_least("nfe", 1 if self.nfe is None else self.nfe, 1)
+        at_least("nfe", self.nfe, 1)
         for name in ("hz", "seconds"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+            positive(name, getattr(self, name))
         at_least("threads", self.threads, 1)
         if self.frames is not None and not (len(self.frames) == 2 and min(self.frames) >= 1):
             raise ConfigError(f"frames={list(self.frames)} must be [height, width] in pixels")

@@ -60,7 +60,7 @@ class RolloutSettings:
     out: str = "outputs/bench/rollout.json"
 
     def __post_init__(self) -> None:
-        at_least("nfe", 1 if self.nfe is None else self.nfe, 1)
+        at_least("nfe", self.nfe, 1)
         at_least("episodes", self.episodes, 1)
         for name in ("first_seed", "bare_steps"):
             at_least(name, getattr(self, name), 0)

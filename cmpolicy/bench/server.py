@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from cmpolicy.bench.report import Cell, Report
 from cmpolicy.export.plan_map import example_inputs
 from cmpolicy.policy.policy import ConsistencyPolicy
-from cmpolicy.schema import ConfigError, at_least
+from cmpolicy.schema import at_least, positive
 from cmpolicy.serve.client import RemotePolicy, RemotePolicyError
 from cmpolicy.training.device import describe_device
 
@@ -50,12 +50,11 @@ class ServerSettings:
     out: str = "outputs/bench/server.json"
 
     def __post_init__(self) -> None:
-        at_least("nfe", 1 if self.nfe is None else self.nfe, 1)
+        at_least("nfe", self.nfe, 1)
         for name in ("pairs", "clients"):
             at_least(name, getattr(self, name), 1)
         at_least("seed", self.seed, 0)
-        if not self.seconds > 0:
-            raise ConfigError(f"seconds={self.seconds} must be above 0")
+        positive("seconds", self.seconds)
 
 
 class ServerFailedError(ConnectionError):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from cmpolicy.cli.parse import describe, read
-from cmpolicy.schema import ConfigError
+from cmpolicy.schema import at_least, positive
 from cmpolicy.spec import check_warm_start
 from cmpolicy_eval.report import difference_table, table
 from cmpolicy_eval.result import Result
@@ -50,10 +50,8 @@ class PublishSettings:
     results: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.noise_scale is not None and not self.noise_scale > 0:
-            raise ConfigError(f"noise_scale must be above 0, got {self.noise_scale}")
-        if self.nfe is not None and self.nfe < 1:
-            raise ConfigError(f"nfe must be at least 1, got {self.nfe}")
+        positive("noise_scale", self.noise_scale)
+        at_least("nfe", self.nfe, 1)
         check_warm_start(self.warm_start)
 
 

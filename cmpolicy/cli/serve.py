@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cmpolicy.cli.parse import describe, read
-from cmpolicy.schema import ConfigError
+from cmpolicy.schema import ConfigError, at_least
 from cmpolicy.spec import check_warm_start
 
 if TYPE_CHECKING:
@@ -69,9 +69,7 @@ class ServeSettings:
 
     def __post_init__(self) -> None:
         for name in ("nfe", "threads", "sessions", "batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value} must be at least 1")
+            at_least(name, getattr(self, name), 1)
         check_warm_start(self.warm_start)
         if self.idle_timeout is not None and not 0 <= self.idle_timeout < math.inf:
             raise ConfigError(
@@ -81,8 +79,7 @@ class ServeSettings:
             raise ConfigError(f"max_message_mb={self.max_message_mb} must lie in (0, 1024]")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port={self.port} must lie between 0 and 65535")
-        if self.seed is not None and self.seed < 0:
-            raise ConfigError(f"seed={self.seed} must be at least 0")
+        at_least("seed", self.seed, 0)
 
 
 def help_text(words: Sequence[str]) -> str:

@@ -134,8 +134,7 @@ class DataConfig:
             raise ConfigError(
                 f"data.path={self.path} and data.repo_id={self.repo_id} are both set; give one"
             )
-        if self.max_pause is not None:
-            at_least("data.max_pause", self.max_pause, 1)
+        at_least("data.max_pause", self.max_pause, 1)
         if self.revision is not None and self.repo_id is None:
             raise ConfigError("data.revision is of data.repo_id, which is not set")
         if not self.obs and not self.is_lerobot:
@@ -163,8 +162,7 @@ class DataConfig:
             raise ConfigError(
                 f"data.episodes={self.episodes!r} must be a list of episode numbers or a name"
             )
-        if not self.image_memory > 0:
-            raise ConfigError(f"data.image_memory={self.image_memory} must be above 0 GiB")
+        positive("data.image_memory", self.image_memory)
         if not 0 <= self.val_fraction < 1:
             raise ConfigError(f"data.val_fraction={self.val_fraction} must be in [0, 1)")
 
@@ -324,8 +322,7 @@ class TrainConfig(LoopConfig):
         except ValueError as error:
             raise ConfigError(f"policy.{error}") from error
         self.objective.check_evaluations(self.eval.nfe)
-        if self.control_hz is not None:
-            positive("control_hz", self.control_hz)
+        positive("control_hz", self.control_hz)
         positive("target_weight", self.target_weight)
 
     @property

@@ -16,7 +16,7 @@ from cmpolicy.experiment.protocols import (
 from cmpolicy.experiment.scored import ScoredPolicy, given_policy, open_policy
 from cmpolicy.files import put_aside
 from cmpolicy.flow.sampler import SamplerKind
-from cmpolicy.schema import ConfigError
+from cmpolicy.schema import ConfigError, at_least, positive
 from cmpolicy.spec import check_warm_start
 from cmpolicy_eval import evaluate as scoring
 from cmpolicy_eval.policy import ActionChunkPolicy
@@ -83,8 +83,7 @@ class EvalSettings:
                 raise ConfigError(f"nfe must hold numbers of at least 1, got {list(self.nfe)}")
             if len(set(self.nfe)) != len(self.nfe):
                 raise ConfigError(f"nfe holds a number twice: {list(self.nfe)}")
-        if self.noise_scale is not None and not self.noise_scale > 0:
-            raise ConfigError(f"noise_scale must be above 0, got {self.noise_scale}")
+        positive("noise_scale", self.noise_scale)
         check_warm_start(self.warm_start)
         fewest = min(self.nfe or (2,))
         if self.time_floor is not None and not (0 < self.time_floor < 1 < fewest):
@@ -92,12 +91,10 @@ class EvalSettings:
                 f"time_floor={self.time_floor} must lie in (0, 1) and needs nfe of at least 2, got "
                 f"nfe={list(self.nfe or ())}"
             )
-        if not self.env_timeout > 0:
-            raise ConfigError(f"env_timeout={self.env_timeout} must be above 0 seconds")
-        for key, minimum in {"batch_size": 1, "videos": 0, "workers": 1}.items():
-            value = getattr(self, key)
-            if value is not None and value < minimum:
-                raise ConfigError(f"{key} must be at least {minimum}, got {value}")
+        positive("env_timeout", self.env_timeout)
+        at_least("batch_size", self.batch_size, 1)
+        at_least("videos", self.videos, 0)
+        at_least("workers", self.workers, 1)
 
 
 def evaluate(

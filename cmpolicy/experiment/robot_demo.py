@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cmpolicy.schema import ConfigError
+from cmpolicy.schema import ConfigError, at_least, positive
 from cmpolicy.spec import check_warm_start
 
 if TYPE_CHECKING:
@@ -48,15 +48,11 @@ class RobotDemoSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed={self.seed} must be in [0, 2**32)")
-        if not self.seconds > 0:
-            raise ConfigError(f"seconds={self.seconds} must be above 0")
-        if self.delay_ms < 0:
-            raise ConfigError(f"delay_ms={self.delay_ms} must be at least 0")
+        positive("seconds", self.seconds)
+        at_least("delay_ms", self.delay_ms, 0)
         check_warm_start(self.warm_start)
         for name in ("nfe", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value} must be at least 1")
+            at_least(name, getattr(self, name), 1)
 
 
 class SlowPolicy:

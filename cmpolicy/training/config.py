@@ -52,8 +52,7 @@ class OptimConfig:
         at_least("optim.begin", self.begin, 0)
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ConfigError(f"optim.betas must be two numbers in [0, 1), got {list(self.betas)}")
-        if self.grad_clip is not None:
-            positive("optim.grad_clip", self.grad_clip)
+        positive("optim.grad_clip", self.grad_clip)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +97,7 @@ class EvalSchedule:
 
     def __post_init__(self) -> None:
         for name in ("every", "nfe"):
-            at_least(f"eval.{name}", 1 if getattr(self, name) is None else getattr(self, name), 1)
+            at_least(f"eval.{name}", getattr(self, name), 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -224,8 +224,8 @@ def test_help_shows_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
             "time_floor=0.1",
             "cannot stop at the floor 0.1; give at least 2 evaluations",
         ),
-        ("workers=0", "workers must be at least 1, got 0"),
-        ("videos=-1", "videos must be at least 0, got -1"),
+        ("workers=0", "workers=0 must be at least 1"),
+        ("videos=-1", "videos=-1 must be at least 0"),
         ("device=tpu", "device='tpu' is not one of auto, cpu, cuda"),
     ],
 )

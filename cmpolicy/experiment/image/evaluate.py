@@ -43,7 +43,7 @@ from cmpolicy.image.metrics.features import ExtractorName
 from cmpolicy.image.metrics.fidelity import fidelity_scores, inception_weights
 from cmpolicy.image.pictures import neighbours_picture, samples_picture, save_picture
 from cmpolicy.image.pipeline import ConsistencyImagePipeline
-from cmpolicy.schema import ConfigError, complete, from_mapping
+from cmpolicy.schema import ConfigError, at_least, complete, from_mapping
 from cmpolicy.training.device import describe_device
 from cmpolicy_data.catalog import cache_dir, data_dir
 from cmpolicy_eval.result import write_atomically
@@ -98,10 +98,8 @@ class ImageEvalSettings:
                 f"nfe must hold numbers of at least 1, each once, got {list(self.nfe)}"
             )
         for key in ("samples", "batch_size"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{key} must be at least 1, got {getattr(self, key)}")
-        if self.seed < 0:
-            raise ConfigError(f"seed must not be negative, got {self.seed}")
+            at_least(key, getattr(self, key), 1)
+        at_least("seed", self.seed, 0)
         if self.inception is not None and not self.fid:
             raise ConfigError(f"inception={self.inception} is for fid=true; give that, too")
 

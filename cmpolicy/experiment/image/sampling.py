@@ -21,7 +21,7 @@ from cmpolicy.image.datasets.resize import as_image
 from cmpolicy.image.pictures import paths_picture, samples_picture, save_picture
 from cmpolicy.image.pipeline import INDEX, ConsistencyImagePipeline
 from cmpolicy.image.pixels import as_pictures
-from cmpolicy.schema import ConfigError
+from cmpolicy.schema import ConfigError, at_least
 from cmpolicy.training.device import choose_device
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -212,10 +212,8 @@ class SampleSettings:
 
     def __post_init__(self) -> None:
         for name in ("per_class", "nfe", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise ConfigError(f"seed must not be negative, got {self.seed}")
+            at_least(name, getattr(self, name), 1)
+        at_least("seed", self.seed, 0)
         for name in ("out", "paths"):
             path = getattr(self, name)
             if path is not None and not path.lower().endswith(".png"):
