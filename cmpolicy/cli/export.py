@@ -59,7 +59,7 @@ def export(settings: ExportSettings) -> str:
     """Write the file; what to say of it.
 
     Raises:
-        ExportError, BundleError, ImportError, OSError: see ``export_policy`` and ``load_bundle``.
+        ExportError, BundleError, ImportError, OSError: see ``export_policy`` and ``read_bundle``.
     """
     from cmpolicy.export.write import check_request, export_policy
     from cmpolicy.policy.bundle import read_hashes

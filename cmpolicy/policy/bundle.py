@@ -2,8 +2,7 @@
 
 A bundle holds ``config.json`` (format version, spec, network, encoder, path, sampler, number of
 evaluations, metadata, hashes), ``model.safetensors`` (weights), ``normalizer.safetensors`` and
-``README.md`` (the model card). Format version 1 had the encoder inside the network and knew no
-number of evaluations; it is still read.
+``README.md`` (the model card).
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from cmpolicy.files import WriteError, replace_directory, space_note
 from cmpolicy.hub import HubError, download
 from cmpolicy.nn.registry import EncoderConfig, NetConfig, encoder_config, net_config, to_mapping
 from cmpolicy.policy.card import with_header
+from cmpolicy.policy.format_1 import from_format_1
 from cmpolicy.spec import PolicySpec, check_warm_start
 
 FORMAT = "cmpolicy-policy"
@@ -219,9 +219,9 @@ def _read(directory: Path) -> Bundle:
     config = _read_config(directory)
     arrays = _read_tensors(directory, NORMALIZER, config)
     weights = _read_tensors(directory, MODEL, config)
-    if config["format_version"] == 1:
-        config, weights = _from_version_1(config, weights)
     try:
+        if config["format_version"] == 1:
+            config, weights = from_format_1(config, weights)
         rate = config.get("control_hz")
         _check_weights(weights)
         return Bundle(
@@ -270,53 +270,6 @@ def _number(
     return float(value)
 
 
-def _from_version_1(
-    config: dict[str, Any], weights: dict[str, Tensor]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The present form of a bundle whose network held its encoder, as ``obs``."""
-    try:
-        net, spec = dict(config["net"]), dict(config["spec"])
-        encoder = {"kind": "mlp", "dim": net.pop("obs_dim")}
-    except (KeyError, TypeError, ValueError) as error:
-        raise BundleError(f"{CONFIG} of a bundle of format 1 is damaged: {error!r}") from error
-    metadata = config.get("metadata", {})
-    spec["action_rotations"] = _rotations_of_version_1(metadata, spec.get("action_dim"))
-    _rename_samples(metadata)
-    changed = {
-        "spec": spec,
-        "net": {"kind": "unet1d", **net},
-        "encoder": encoder,
-        "nfe": metadata.get("nfe", 1),
-        "metadata": metadata,
-    }
-    renamed = {
-        name.replace("obs.", "encoder.", 1) if name.startswith("obs.") else f"net.{name}": value
-        for name, value in weights.items()
-    }
-    return config | changed, renamed
-
-
-def _rotations_of_version_1(metadata: Mapping[str, Any], size: Any) -> list[Any] | None:
-    """Which action dimensions are rotations, told by the task; None where nothing is known."""
-    protocol = metadata.get("config", {}).get("task", {}).get("protocol")
-    actions = metadata.get("simulator", {}).get("actions")
-    if str(protocol).startswith("pusht-") or actions == "delta":
-        return []  # positions; relative commands, which may be averaged
-    if actions == "absolute" and isinstance(size, int):  # per arm: position, 6-D rotation, gripper
-        arms = range(0, size, 10)
-        return [{"kind": "rotation_6d", "dims": list(range(a + 3, a + 9))} for a in arms]
-    return None
-
-
-def _rename_samples(metadata: dict[str, Any]) -> None:
-    """Format version 1 called training examples "samples"."""
-    for facts in (metadata, metadata.get("config", {})):
-        if "samples" in facts:
-            facts["examples"] = facts.pop("samples")
-    if "start" in metadata:
-        _rename_samples(metadata["start"])
-
-
 def read_hashes(name_or_path: str | os.PathLike[str]) -> dict[str, str]:
     """SHA-256 of the bundle's tensor files, by name: what it was saved with."""
     hashes: dict[str, str] = _read_config(locate(name_or_path))["sha256"]
@@ -324,7 +277,7 @@ def read_hashes(name_or_path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def locate(name_or_path: str | os.PathLike[str]) -> Path:
-    """The directory of a bundle: see :func:`load_bundle`. Looked for in that order.
+    """The directory of a bundle: see :func:`read_bundle`. Looked for in that order.
 
     Raises:
         BundleError: nothing of that name anywhere.
