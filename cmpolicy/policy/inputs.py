@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cmpolicy.normalize import Normalizer
 from cmpolicy.observation import read_observation
-from cmpolicy.spec import PolicySpec
+from cmpolicy.spec import PolicySpec, SpecError
 
 
 def check_normalizer(spec: PolicySpec, normalizer: Normalizer) -> None:
@@ -26,6 +26,21 @@ def check_normalizer(spec: PolicySpec, normalizer: Normalizer) -> None:
             raise ValueError(
                 f"normaliser and policy disagree on {key!r}: the policy has shape {shape}, "
                 f"the normaliser {got}"
+            )
+
+
+def check_tensors(spec: PolicySpec, obs: Mapping[str, Any], device: torch.device) -> None:
+    """Raise SpecError unless observations are tensors, and frames uint8."""
+    for key in spec.obs:
+        if not isinstance(obs[key], Tensor):
+            raise SpecError(
+                f"observation {key!r} is a {type(obs[key]).__name__}; this takes tensors on "
+                f"{device}, and policy.infer(obs) takes arrays"
+            )
+        if key in spec.images and obs[key].dtype is not torch.uint8:
+            raise SpecError(
+                f"observation {key!r} holds {obs[key].dtype}; frames are torch.uint8 RGB in "
+                "0..255, (frames * 255).round().to(torch.uint8) if they are in 0..1"
             )
 
 

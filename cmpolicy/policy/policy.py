@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
@@ -29,9 +28,10 @@ from cmpolicy.nn.target_head import TargetHead
 from cmpolicy.normalize import Normalizer
 from cmpolicy.observation import NonFiniteActionError, read_plan
 from cmpolicy.policy.bundle import BundleError, read_bundle, write_bundle
-from cmpolicy.policy.inputs import check_normalizer, obs_tensors
+from cmpolicy.policy.inputs import check_normalizer, check_tensors, obs_tensors
 from cmpolicy.policy.packing import pack, unpack
-from cmpolicy.spec import PolicySpec, SpecError, check_warm_start
+from cmpolicy.policy.sampling import SampledModule
+from cmpolicy.spec import PolicySpec, SpecError
 
 
 class Batch(TypedDict):
@@ -44,7 +44,7 @@ class Batch(TypedDict):
     targets: NotRequired[Tensor]  # (B, To, D), what the features are to tell
 
 
-class ConsistencyPolicy(nn.Module):
+class ConsistencyPolicy(SampledModule):
     """A one-step policy: a flow map over action trajectories, conditioned on observations.
 
     Stateless between calls: episode state (observation history, running chunk) belongs to whoever
@@ -77,20 +77,13 @@ class ConsistencyPolicy(nn.Module):
         nfe: int = 1,
         objective: Objective | None = None,
     ) -> None:
-        super().__init__()
-        encoder = StateEncoderConfig() if encoder is None else encoder
         net.check_horizon(spec.horizon)
         check_normalizer(spec, normalizer)
-        self.spec = spec
+        super().__init__(spec, sampler, nfe)
+        encoder = StateEncoderConfig() if encoder is None else encoder
         self.net_config = net
         self.encoder_config = encoder
         self.path_name = path
-        get_sampler(sampler).grid(nfe)  # raises
-        self._sampler, self._nfe = sampler, nfe
-        self._fit_noise()
-        self.noise_scale = 1.0
-        self.time_floor = 0.0  # start of the last of several evaluations; not saved, see time_grid
-        self._warm_start: float | None = None
         self.control_hz: float | None = None  # rate of the actions it was trained on, if known
         #: What a bundle tells of it (data, protocol, simulator, command, result); JSON-ready.
         self.metadata: Mapping[str, Any] = {}
@@ -115,51 +108,6 @@ class ConsistencyPolicy(nn.Module):
     def n_action_steps(self) -> int:
         """Ta."""
         return self.spec.n_action_steps
-
-    @property
-    def warm_start(self) -> float | None:
-        """Time in (0, 1] at which decisions that are handed a ``plan`` begin; None: none is.
-
-        The plan is noised to that time, so near 0 a decision hardly departs from it, and at 1 it
-        begins from the noise alone. Part of a saved policy.
-
-        Raises:
-            ValueError: on setting another number, or with a sampler that cannot start there.
-        """
-        return self._warm_start
-
-    @warm_start.setter
-    def warm_start(self, value: float | None) -> None:
-        self._warm_start = check_warm_start(value)
-        if value is not None:
-            get_sampler(self._sampler).check_start()
-
-    @property
-    def sampler(self) -> SamplerKind:
-        """How noise becomes actions; may be set, and counts from the next decision on."""
-        return self._sampler
-
-    @sampler.setter
-    def sampler(self, kind: SamplerKind) -> None:
-        if self._warm_start is not None:
-            get_sampler(kind).check_start()
-        self._sampler = kind
-        self._fit_noise()
-
-    @property
-    def nfe(self) -> int:
-        """Network evaluations per decision; may be set, and counts from the next decision on."""
-        return self._nfe
-
-    @nfe.setter
-    def nfe(self, nfe: int) -> None:
-        get_sampler(self._sampler).grid(nfe)  # raises
-        self._nfe = nfe
-        self._fit_noise()
-
-    def _fit_noise(self) -> None:
-        n_noises = get_sampler(self._sampler).n_noises(self._nfe)
-        self.spec = replace(self.spec, n_noises=n_noises)
 
     @property
     def device(self) -> torch.device:
@@ -293,17 +241,7 @@ class ConsistencyPolicy(nn.Module):
             ValueError: an ``nfe`` that the sampler cannot do.
         """
         batch_size = self.spec.check_obs(obs)
-        for key in self.spec.obs:
-            if not isinstance(obs[key], Tensor):
-                raise SpecError(
-                    f"observation {key!r} is a {type(obs[key]).__name__}; this takes tensors on "
-                    f"{self.device}, and policy.infer(obs) takes arrays"
-                )
-            if key in self.spec.images and obs[key].dtype is not torch.uint8:
-                raise SpecError(
-                    f"observation {key!r} holds {obs[key].dtype}; frames are torch.uint8 RGB in "
-                    "0..255, (frames * 255).round().to(torch.uint8) if they are in 0..1"
-                )
+        check_tensors(self.spec, obs, self.device)
         features = self.encode(obs)
         kind = self.sampler if sampler is None else sampler
         nfe = self.nfe if nfe is None else nfe
