@@ -172,34 +172,34 @@ class DataConfig:
         return self.name == "lerobot" or self.repo_id is not None
 
     @classmethod
-    def from_mapping(cls, data: Mapping[str, Any], *, where: str = "data") -> DataConfig:
+    def from_mapping(cls, data: Any, *, where: str = "data") -> DataConfig:
         """As any settings, and ``obs`` may be a plain list of keys."""
-        obs = data.get("obs") if isinstance(data, Mapping) else None
-        if isinstance(data, Mapping) and obs is None:
-            data = {**data, "obs": {}}
-            is_lerobot = data.get("name") == "lerobot" or data.get("repo_id") is not None
-        if isinstance(data, Mapping) and obs is None and not is_lerobot:
-            raise ConfigError(
-                f"{where}.obs is not set: name the keys of the store that the policy sees, e.g. "
-                f"{where}.obs=[state]"
-            )
+        if not isinstance(data, Mapping):
+            return from_mapping(cls, data, where=where)  # read already, or an error
+        read = dict(data)
+        if read.get("obs") is None:
+            read["obs"] = {}
+            if read.get("name") != "lerobot" and read.get("repo_id") is None:
+                raise ConfigError(
+                    f"{where}.obs is not set: name the keys of the store that the policy sees, "
+                    f"e.g. {where}.obs=[state]"
+                )
         for name in ("obs", "targets"):
-            keys = data.get(name) if isinstance(data, Mapping) else None
+            keys = read.get(name)
             if isinstance(keys, str):
                 raise ConfigError(f"{where}.{name}={keys} must be a list: {where}.{name}=[{keys}]")
             if isinstance(keys, list | tuple):
-                data = {**data, name: {str(key): str(key) for key in keys}}
+                read[name] = {str(key): str(key) for key in keys}
             elif isinstance(keys, Mapping):  # null takes a key away that a YAML file named
-                data = {**data, name: {k: v for k, v in keys.items() if v is not None}}
-        if isinstance(data, Mapping):
-            augment = data.get("augment") or ()
-            data = {**data, "augment": [augment] if isinstance(augment, str) else augment}
-            method = data.get("normalize")
-            if isinstance(method, Mapping):
-                data = {**data, "normalize": _flat(method)}
-            if isinstance(method, str):
-                data = {**data, "normalize": {"default": method}}
-        return from_mapping(cls, data, where=where)
+                read[name] = {k: v for k, v in keys.items() if v is not None}
+        augment = read.get("augment") or ()
+        read["augment"] = [augment] if isinstance(augment, str) else augment
+        method = read.get("normalize")
+        if isinstance(method, Mapping):
+            read["normalize"] = _flat(method)
+        if isinstance(method, str):
+            read["normalize"] = {"default": method}
+        return from_mapping(cls, read, where=where)
 
 
 @dataclass(frozen=True, kw_only=True)
