@@ -78,6 +78,22 @@ def read_numbers(
     return numbers
 
 
+def read_noise(spec: PolicySpec, value: Any, rows: int | None) -> npt.NDArray[np.float32]:
+    """The noise of decisions, (B, *spec.noise_shape), or of one without a batch (rows None).
+
+    Raises:
+        ObservationError: not finite numbers, or another shape.
+    """
+    array = read_numbers("noise", value)
+    want = spec.noise_shape if rows is None else (rows, *spec.noise_shape)
+    if array.shape != want:
+        names = f"{'batch, ' if rows else ''}{'draws of noise, ' if spec.n_noises > 1 else ''}"
+        raise ObservationError(
+            f"noise has shape {array.shape}, expected {want} ({names}horizon, action_dim)"
+        )
+    return array
+
+
 def read_plan(spec: PolicySpec, value: Any, rows: int) -> Array:
     """Running plans, one a row, as a new float64 array (B, T, A); a row of NaN stands for none.
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cmpolicy.observation import read_numbers, read_observation, read_plan
+from cmpolicy.observation import read_noise, read_observation, read_plan
 from cmpolicy.spec import PolicySpec, SpecError, check_warm_start
 
 FORMAT = "cmpolicy export"
@@ -229,14 +229,10 @@ class ExportedRuntime(ABC):
         batch = self.spec.check_obs(obs)
         arrays = [read_observation(self.spec, key, obs[key]) for key in self.spec.obs]
         warm = self._warm_inputs(plan, batch)
-        want = (batch, *self.spec.noise_shape)
         if noise is None:
+            want = (batch, *self.spec.noise_shape)
             return arrays, self._rng.standard_normal(want, dtype=np.float32), warm
-        if np.shape(noise) != want:
-            raise SpecError(
-                f"noise has shape {np.shape(noise)}, expected {want} (batch, horizon, action_dim)"
-            )
-        return arrays, read_numbers("noise", noise), warm
+        return arrays, read_noise(self.spec, noise, batch), warm
 
     def _warm_inputs(self, plan: Array | None, batch: int) -> list[Array]:
         time = self.facts.warm_start

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from cmpolicy.observation import encode_jpeg, read_numbers, read_observation, read_plan
+from cmpolicy.observation import encode_jpeg, read_noise, read_observation, read_plan
 from cmpolicy.robot.policy import Array
 from cmpolicy.serve.wire import MAX_ENTRIES, MAX_LENGTH, WireError, pack, unpack
 from cmpolicy.spec import PolicySpec, SpecError
@@ -190,13 +190,7 @@ class RemotePolicy:
         rows = self.spec.check_obs(obs)
         arrays = {key: read_observation(self.spec, key, obs[key]) for key in self.spec.obs}
         if noise is not None:
-            arrays["noise"] = read_numbers("noise", noise)
-            expected = (rows, *self.spec.noise_shape)
-            if arrays["noise"].shape != expected:
-                raise SpecError(
-                    f"noise has shape {arrays['noise'].shape}, expected {expected} "
-                    "(batch, *spec.noise_shape)"
-                )
+            arrays["noise"] = read_noise(self.spec, noise, rows)
         if plan is not None:
             arrays["plan"] = read_plan(self.spec, plan, rows)
         size, parts = self._rows_at_once(rows), []

@@ -42,7 +42,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cmpolicy.observation import ObservationError, read_numbers, read_observation, read_plan
+from cmpolicy.observation import ObservationError, read_noise, read_observation, read_plan
 from cmpolicy.serve.wire import MAX_BYTES, pack
 from cmpolicy.spec import PolicySpec
 
@@ -199,18 +199,17 @@ class Session:
         self._check_keys(message)
         try:
             form, steps = self._arrays(message)
-            noise = (
-                None if message.get("noise") is None else read_numbers("noise", message["noise"])
-            )
             rows = len(next(iter(steps.values()))) if form == "batch" else 1
+            noise = message.get("noise")
+            if noise is not None:
+                noise = read_noise(self.spec, noise, rows if form == "batch" else None)
+                noise = noise.reshape(rows, *self.spec.noise_shape)
             plan = self._given_plan(message, form, rows)
         except ObservationError as error:
             raise RequestError(str(error)) from error
         number = _whole(message, "step")
         if number is not None and form != "step":
             raise RequestError(f"step={number} belongs to one observation step, this is a {form}")
-        if noise is not None:
-            noise = self._shaped_noise(noise, rows, is_batch=form == "batch")
         # everything is in order: from here on the session changes
         if rng is not None:
             self._rng = rng
@@ -296,17 +295,6 @@ class Session:
             raise RequestError("plan: this policy has no warm start, so it takes none")
         value = message["plan"]
         return read_plan(self.spec, value if form == "batch" else [value], rows)
-
-    def _shaped_noise(
-        self, noise: NDArray[np.float32], rows: int, *, is_batch: bool
-    ) -> NDArray[np.float32]:
-        shape = self.spec.noise_shape
-        expected = (rows, *shape) if is_batch else shape
-        if noise.shape != expected:
-            draws = "draws of noise, " if self.spec.n_noises > 1 else ""
-            names = f"({'batch, ' if is_batch else ''}{draws}horizon, action_dim)"
-            raise RequestError(f"noise has shape {noise.shape}, expected {expected} {names}")
-        return noise.reshape(rows, *shape)
 
     def _history(
         self, number: int | None, step: dict[str, NDArray[Any]]
