@@ -92,7 +92,7 @@ def measure_delay(settings: DelaySettings, command: str) -> Report:
     seeds = parse_seeds(settings.seeds)
     protocol = get_protocol(_PROTOCOL)
     device = choose_device(settings.device)
-    policy = ConsistencyPolicy.from_pretrained(settings.policy, device=device).eval()
+    policy = ConsistencyPolicy.from_pretrained(settings.policy, device=device)
     policy.nfe = settings.nfe or policy.nfe
     where = describe_device(device)
     origin = Origin(where, versions(), policy.metadata.get("data"), command, git_commit())

@@ -134,7 +134,7 @@ def _open(settings: LoopSettings, device: torch.device) -> ChunkPolicy:
             raise ConfigError(f"frames={list(settings.frames)} needs a policy that is not exported")
         exported.facts = replace(exported.facts, control_hz=None)
         return exported
-    policy = ConsistencyPolicy.from_pretrained(settings.policy, device=device).eval()
+    policy = ConsistencyPolicy.from_pretrained(settings.policy, device=device)
     policy.nfe = settings.nfe or policy.nfe
     policy.control_hz = None
     if settings.frames is not None:

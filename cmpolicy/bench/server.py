@@ -68,7 +68,7 @@ def measure_server(settings: ServerSettings) -> Report:
         BundleError: the policy cannot be loaded.
         ServerFailedError: the server did not start, or did not serve.
     """
-    policy = ConsistencyPolicy.from_pretrained(settings.policy).eval()
+    policy = ConsistencyPolicy.from_pretrained(settings.policy)
     policy.nfe = settings.nfe or policy.nfe
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -173,7 +173,7 @@ def _load_bundle(settings: ServeSettings) -> tuple[ChunkPolicy, int]:
 
     torch.set_num_threads(settings.threads)
     device = choose_device(settings.device)
-    policy = ConsistencyPolicy.from_pretrained(settings.policy, device).eval()
+    policy = ConsistencyPolicy.from_pretrained(settings.policy, device)
     policy.nfe = settings.nfe or policy.nfe
     if settings.warm_start is not None:
         policy.warm_start = settings.warm_start

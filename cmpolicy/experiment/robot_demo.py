@@ -113,7 +113,7 @@ def drive(settings: RobotDemoSettings) -> int:
     from cmpolicy_eval.policy import check_policy_fits
     from cmpolicy_eval.protocol import get_protocol
 
-    policy = ConsistencyPolicy.from_pretrained(settings.policy).eval()
+    policy = ConsistencyPolicy.from_pretrained(settings.policy)
     policy.nfe = settings.nfe or policy.nfe
     if settings.warm_start is not None:
         policy.warm_start = settings.warm_start

@@ -104,7 +104,7 @@ def _open_bundle(settings: EvalSettings) -> ScoredPolicy:
     from cmpolicy.training.device import choose_device
 
     device = choose_device(settings.device)
-    policy = ConsistencyPolicy.from_pretrained(settings.policy, device).eval()
+    policy = ConsistencyPolicy.from_pretrained(settings.policy, device)
     label = settings.name or settings.policy
     if settings.sampler is not None and settings.sampler != policy.sampler:
         check_sampler(settings.sampler, policy.sampler)

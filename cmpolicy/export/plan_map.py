@@ -33,21 +33,15 @@ class PlanMap(nn.Module):
     what depends on the times alone; any other is called as it is.
 
     Args:
-        policy: copied; later changes of it are not seen. Its ``sampler``, ``noise_scale``,
-            ``time_floor`` and ``warm_start`` count.
-        nfe: N; None takes the policy's own.
+        policy: copied; later changes of it are not seen. Its ``nfe`` (N), ``sampler``,
+            ``noise_scale``, ``time_floor`` and ``warm_start`` count.
         target: what will run the map.
-
-    Raises:
-        ValueError: an ``nfe`` that the sampler cannot do.
     """
 
-    def __init__(
-        self, policy: ConsistencyPolicy, nfe: int | None = None, *, target: Target = "torch"
-    ) -> None:
+    def __init__(self, policy: ConsistencyPolicy, *, target: Target = "torch") -> None:
         super().__init__()
         policy = copy.deepcopy(policy).cpu().float().eval().requires_grad_(False)
-        self.nfe = policy.nfe if nfe is None else nfe
+        self.nfe = policy.nfe
         self.path, self.encoder, self.spec = policy.flow_map.path, policy.encoder, policy.spec
         self.noise_scale = policy.noise_scale
         self.sampler = get_sampler(policy.sampler)

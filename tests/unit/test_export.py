@@ -81,12 +81,13 @@ def runtime_of(file: Path) -> ExportedRuntime:
 @pytest.mark.parametrize("nfe", [1, 2, 5])
 def test_map_is_the_policy(target: Target, path: str, sampler: Any, nfe: int) -> None:
     policy = make_policy(path=path, sampler=sampler)
-    plan_map = PlanMap(policy, nfe, target=target).eval()
+    policy.nfe = nfe
+    plan_map = PlanMap(policy, target=target).eval()
     scale = policy.normalizer.to_arrays()["action.scale"]
     for batch in BATCHES:
         obs, noise = example_inputs(policy, batch)
         arrays = dict(zip(policy.spec.obs, obs, strict=True))
-        want = policy.predict_trajectory(arrays, nfe=nfe, noise=noise)[:, 1:]
+        want = policy.predict_trajectory(arrays, noise=noise)[:, 1:]
         with torch.inference_mode():
             actions, plan = plan_map(obs, noise)
         assert torch.equal(actions, plan[:, :4])

@@ -103,7 +103,8 @@ def test_a_network_and_an_encoder_of_ones_own(
     arrays = {key: value.numpy() for key, value in batch["obs"].items()}
     expected = policy.infer_plan(arrays, noise.numpy())
     np.testing.assert_array_equal(loaded.infer_plan(arrays, noise.numpy()), expected)
-    plan = PlanMap(loaded, 2)(obs, noise)[1]
+    loaded.nfe = 2
+    plan = PlanMap(loaded)(obs, noise)[1]
     expected = policy.infer_plan(arrays, noise.numpy(), nfe=2)
     np.testing.assert_allclose(plan.numpy(), expected, rtol=0, atol=1e-6)
 
