@@ -135,7 +135,6 @@ class Normalizer(nn.Module):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys it knows."""
         return self._keys
 
     def _affine(self, key: str) -> tuple[Tensor, Tensor]:

@@ -82,7 +82,6 @@ class StillRobot:
         """Nothing to connect."""
 
     def get_observation(self) -> Mapping[str, NDArray[Any]]:
-        """The observation."""
         self._count = (self._count + 1) % _FRAMES
         frames = {key: frames[self._count].copy() for key, frames in self._frames.items()}
         return {**self._observation, **frames}

@@ -57,8 +57,6 @@ class TorchRuntime:
             self._policy.net.compile(dynamic=False)
 
     def chunk(self, nfe: int) -> Infer:
-        """See :class:`Runtime`."""
-
         def infer(obs: Obs, noise: Array) -> Array:
             self._policy.nfe = nfe
             return self._policy.infer(obs, noise)
@@ -66,7 +64,6 @@ class TorchRuntime:
         return infer
 
     def network(self) -> Network:
-        """See :class:`Runtime`."""
         return self._policy.net
 
 
@@ -77,7 +74,6 @@ class ExportedRuntimes:
         self._policy, self._format, self._threads = policy, format, threads
 
     def chunk(self, nfe: int) -> Infer:
-        """See :class:`Runtime`."""
         if nfe > UNROLLED:
             looped = _with_network(self._policy, self.network())
             looped.nfe = nfe

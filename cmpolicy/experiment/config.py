@@ -244,7 +244,6 @@ class ObjectiveConfig:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self) -> Objective:
-        """The objective."""
         return build_objective(self.name, **self.settings)
 
     @property

@@ -64,22 +64,18 @@ class SlowPolicy:
 
     @property
     def spec(self) -> PolicySpec:
-        """The policy's."""
         return self._policy.spec
 
     @property
     def n_obs_steps(self) -> int:
-        """The policy's."""
         return self._policy.n_obs_steps
 
     @property
     def n_action_steps(self) -> int:
-        """The policy's."""
         return self._policy.n_action_steps
 
     @property
     def warm_start(self) -> float | None:
-        """The policy's."""
         return getattr(self._policy, "warm_start", None)
 
     def infer(self, obs: Mapping[str, Any], noise: Any = None, **others: Any) -> Any:

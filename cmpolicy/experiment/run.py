@@ -101,7 +101,6 @@ class RunResult:
 
     @property
     def finished(self) -> bool:
-        """Whether the run went to its end."""
         return self.end.finished
 
 

@@ -89,11 +89,9 @@ class _WithNfe:
         return replace(spec, n_noises=get_sampler(kind).n_noises(self._nfe))
 
     def infer(self, obs: Any, noise: Any = None) -> Any:
-        """The policy's."""
         return self._policy.infer(obs, noise, nfe=self._nfe)
 
     def infer_plan(self, obs: Any, noise: Any = None, plan: Any = None) -> Any:
-        """The policy's."""
         return self._policy.infer_plan(obs, noise, nfe=self._nfe, plan=plan)
 
 

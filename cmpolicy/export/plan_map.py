@@ -66,7 +66,6 @@ class PlanMap(nn.Module):
         before: Tensor | None = None,
         start: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See the class."""
         normal = {
             key: value if key in self.spec.images else self.normalizer.normalize(key, value)
             for key, value in zip(self.spec.obs, obs, strict=True)
@@ -104,7 +103,6 @@ class _FixedTimes(nn.Module):
         self.register_buffer("times", torch.stack([t, s]))
 
     def condition(self, features: Tensor) -> Tensor:
-        """The features themselves."""
         return features
 
     def forward(self, i: int, x: Tensor, condition: Tensor) -> Tensor:

@@ -57,16 +57,13 @@ class LinearPath:
     rate: float = 1.0
 
     def sample(self, x: Tensor, z: Tensor, t: Tensor) -> PathSample:
-        """See :meth:`Path.sample`."""
         velocity = z - x
         return PathSample(x + expand_time(t, x) * velocity, velocity)
 
     def jump(self, x_t: Tensor, f: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """See :meth:`Path.jump`."""
         return x_t - expand_time(t - s, x_t) * f
 
     def output_of(self, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """See :meth:`Path.output_of`."""
         return (x_t - x_s) / expand_time(t - s, x_t)
 
     def residual(
@@ -87,18 +84,15 @@ class TrigonometricPath:
     rate: float = math.pi / 2
 
     def sample(self, x: Tensor, z: Tensor, t: Tensor) -> PathSample:
-        """See :meth:`Path.sample`."""
         theta = expand_time(t, x) * self.rate
         cos, sin = torch.cos(theta), torch.sin(theta)
         return PathSample(cos * x + sin * z, cos * z - sin * x)
 
     def jump(self, x_t: Tensor, f: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """See :meth:`Path.jump`."""
         delta = expand_time(t - s, x_t) * self.rate
         return torch.cos(delta) * x_t - torch.sin(delta) * f
 
     def output_of(self, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """See :meth:`Path.output_of`."""
         delta = expand_time(t - s, x_t) * self.rate
         return (torch.cos(delta) * x_t - x_s) / torch.sin(delta)
 

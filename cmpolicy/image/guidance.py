@@ -29,7 +29,6 @@ class LabelDraws(Draws):
     dropped: Tensor
 
     def slice(self, start: int, stop: int) -> LabelDraws:
-        """See :meth:`Draws.slice`."""
         part = super().slice(start, stop)
         return LabelDraws(part.z, part.t, part.s, self.dropped[start:stop])
 

@@ -61,7 +61,6 @@ class ImageFlowModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
         return next(self.parameters()).device
 
     # -- training -------------------------------------------------------------------------------
@@ -118,7 +117,6 @@ class ImageFlowModel(nn.Module):
         nfe: int = 1,
         generator: Generators = None,
     ) -> Tensor:
-        """See :func:`generate_images`."""
         return generate_images(
             self.flow_map, labels, nfe=nfe, generator=generator, sampler=self.sampler
         )

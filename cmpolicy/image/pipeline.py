@@ -87,7 +87,6 @@ class ConsistencyImagePipeline(DiffusionPipeline):  # type: ignore[misc]
 
     @property
     def n_classes(self) -> int:
-        """Number of classes."""
         return cast(ImageNet, self.net).n_classes
 
     @property

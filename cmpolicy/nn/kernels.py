@@ -146,7 +146,6 @@ class _Mish(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        """See :func:`quick_mish`."""
         z = _wide(x)
         n = z.clamp(max=_MISH_LIMIT).exp_()
         n.addcmul_(n, n, value=0.5)

@@ -71,7 +71,6 @@ class UNet1DConfig:
             )
 
     def build(self, *, action_dim: int, feature_dim: int) -> UNet1D:
-        """A fresh network."""
         return UNet1D(self, action_dim=action_dim, feature_dim=feature_dim)
 
 

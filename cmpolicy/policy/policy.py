@@ -111,12 +111,10 @@ class ConsistencyPolicy(SampledModule):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
         return next(self.parameters()).dtype
 
     @property

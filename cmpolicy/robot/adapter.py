@@ -65,11 +65,9 @@ class LeRobotAdapter:
         return self._robot
 
     def connect(self) -> None:
-        """Connect the robot."""
         self._robot.connect()
 
     def disconnect(self) -> None:
-        """Disconnect the robot."""
         self._robot.disconnect()
 
     def get_observation(self) -> dict[str, Any]:

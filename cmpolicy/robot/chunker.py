@@ -157,7 +157,6 @@ class TemporalEnsemble:
         self._ticks = 0
 
     def reset(self) -> None:
-        """Forget all plans."""
         self._ticks = 0
 
     def add(self, plan: Array) -> Array:

@@ -44,7 +44,6 @@ class ObservationHistory:
         self._empty = True
 
     def reset(self) -> None:
-        """Forget everything."""
         self._oldest = 0
         self._empty = True
         self.frozen = dict.fromkeys(self.frozen, 0)

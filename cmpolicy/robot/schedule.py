@@ -215,7 +215,6 @@ class SyncPlanner:
         return not self._busy and self._cursor >= len(self._actions)
 
     def begin(self, tick: int) -> None:
-        """See :class:`Planner`."""
         self._busy = True
 
     def arrive(self, tick: int, plan: Array) -> None:
@@ -225,11 +224,9 @@ class SyncPlanner:
         self._cursor = 0
 
     def fail(self) -> None:
-        """See :class:`Planner`."""
         self._busy = False
 
     def choose(self, tick: int) -> Array | None:
-        """The next action."""
         if self._cursor >= len(self._actions):
             return None
         action: Array = self._actions[self._cursor]
@@ -287,7 +284,6 @@ class AsyncPlanner:
         return math.ceil(self._latency.value + self._margin)
 
     def measured(self, latency: float) -> None:
-        """See :class:`Planner`."""
         self._latency.add(latency)
 
     def due(self, tick: int) -> bool:
@@ -300,7 +296,6 @@ class AsyncPlanner:
         return tick - self._begun >= min(self._every, self._size - self.lead)
 
     def begin(self, tick: int) -> None:
-        """See :class:`Planner`."""
         self._busy = True
         self._begun = tick
 

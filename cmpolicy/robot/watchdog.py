@@ -227,7 +227,6 @@ class SignalGuard:
         self._pid = os.getpid()
 
     def install(self) -> None:
-        """Set the handlers."""
         self._count, self._hung, self._name = 0, None, ""
         self._pid = os.getpid()
         if threading.current_thread() is not threading.main_thread():

@@ -105,12 +105,10 @@ class InlineWorker:
         self._outcome = None
 
     def submit(self, obs: Mapping[str, Array], running: tuple[Array, int] | None = None) -> None:
-        """Infer now."""
         start = warm_plan(self._policy, running)
         self._outcome = infer(self._policy, obs, self._noise.draw(), start)
 
     def poll(self) -> InferenceResult | None:
-        """See :class:`Worker`."""
         outcome, self._outcome = self._outcome, None
         return outcome
 
@@ -171,7 +169,6 @@ class ThreadedWorker:
         self._requests.put(True)
 
     def poll(self) -> InferenceResult | None:
-        """See :class:`Worker`."""
         if not self._busy or self._outcomes.empty():
             return None
         self._busy = False

@@ -68,7 +68,6 @@ class Run:
 
     @property
     def job(self) -> Mapping[str, Any]:
-        """The settings of the job."""
         job: Mapping[str, Any] = self.raw["job"]
         return job
 

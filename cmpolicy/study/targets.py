@@ -50,11 +50,9 @@ class Mixture:
 
     @property
     def dim(self) -> int:
-        """See :class:`Target`."""
         return len(self.means[0])
 
     def sample(self, n: int, rng: np.random.Generator) -> Array:
-        """See :class:`Target`."""
         means = np.asarray(self.means)
         chosen = means[rng.integers(len(means), size=n)]
         return chosen + self.width * rng.normal(size=chosen.shape)
@@ -107,11 +105,9 @@ class Boxes:
 
     @property
     def dim(self) -> int:
-        """See :class:`Target`."""
         return len(self.corners[0])
 
     def sample(self, n: int, rng: np.random.Generator) -> Array:
-        """See :class:`Target`."""
         corners = np.asarray(self.corners)
         chosen = corners[rng.integers(len(corners), size=n)]
         return chosen + self.side * rng.random(size=chosen.shape)

@@ -72,12 +72,10 @@ class Meter:
         self._read_at = seconds - window_seconds
 
     def pause_clock(self) -> None:
-        """Stop counting training time."""
         if self._clock is not None:
             self._counted += time.perf_counter() - self._clock
         self._clock = None
 
     def resume_clock(self) -> None:
-        """Count training time again."""
         if self._clock is None:
             self._clock = time.perf_counter()

@@ -76,7 +76,6 @@ class JsonLines:
             raise WriteError(f"cannot write {self._path}: {error.strerror or error}") from error
 
     def close(self) -> None:
-        """See :class:`Tracker`."""
         with suppress(OSError):  # of a full disk, which was reported when it was written to
             self._file.close()
 
@@ -129,12 +128,10 @@ class Accelerated:
             ) from error
 
     def log(self, kind: Kind, examples: int, values: Mapping[str, float]) -> None:
-        """See :class:`Tracker`."""
         named = {f"{kind}/{key}": value for key, value in values.items()}
         self._attempt(lambda: self._tracker.log(named, step=examples))
 
     def close(self) -> None:
-        """See :class:`Tracker`."""
         self._attempt(self._tracker.finish)
 
     def _attempt(self, do: Callable[[], None]) -> None:
@@ -177,7 +174,6 @@ class Terminal:
         )
 
     def log(self, kind: Kind, examples: int, values: Mapping[str, float]) -> None:
-        """See :class:`Tracker`."""
         text = "  ".join(f"{k} {_short(v)}" for k, v in values.items() if _is_shown(k))
         if kind == "train":
             if self._bar is not None:
@@ -192,7 +188,6 @@ class Terminal:
         self._line(f"{examples / self._total:4.0%} {_count(examples):>7} examples  {text}")
 
     def close(self) -> None:
-        """See :class:`Tracker`."""
         if self._bar is not None:
             self._bar.close()
 

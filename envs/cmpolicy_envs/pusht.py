@@ -215,7 +215,6 @@ class PushTImageEnv(PushTEnv):
         return self.frame()
 
     def get_obs(self) -> dict[str, NDArray[Any]]:
-        """The observation of the present state."""
         agent = np.array(self.agent.position, dtype=np.float32)
         return {"image": self.frame(), "agent_pos": agent}
 

@@ -162,7 +162,6 @@ class RobomimicEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         return self.sim.is_success()
 
     def get_obs(self) -> Observation:
-        """The observation of the present state."""
         observation: Observation = {}
         for key, value in self.sim.observe(self.keys).items():
             observation[key] = canonical_observation(key, value, self.task).astype(np.float32)
@@ -241,7 +240,6 @@ class RobomimicEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         return project(model, data, self.render_camera, arms, self.render_size)
 
     def close(self) -> None:
-        """Free the simulation."""
         self._close_renderer()
         self.sim.close()
 

@@ -232,7 +232,6 @@ class RobomimicEnvBase(EnvBase):  # type: ignore[misc]  # robomimic has no types
         return (mujoco.FatalError,)
 
     def close(self) -> None:
-        """Free the simulation."""
         self.env.close()
 
     def __repr__(self) -> str:

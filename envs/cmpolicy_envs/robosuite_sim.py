@@ -144,7 +144,6 @@ class RobosuiteSim:
         return np.asarray(self.env.sim.get_state().flatten())
 
     def close(self) -> None:
-        """Free the simulation."""
         if self.env.sim is not None:
             self.env.close()
 

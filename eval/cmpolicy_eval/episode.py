@@ -80,7 +80,6 @@ class ChunkedEpisode:
         return self._outcome()
 
     def close(self) -> None:
-        """Close the environment."""
         self.env.close()
 
     def _checked(self, observation: Any) -> Mapping[str, Array]:

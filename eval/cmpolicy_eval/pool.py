@@ -101,7 +101,6 @@ class LocalEnvs:
         ]
 
     def run(self, command: Command) -> ChunkOutcome:
-        """Execute one command."""
         episode = self._episodes[command.env]
         if isinstance(command, Reset):
             return episode.reset(command.seed, command.options)
@@ -114,7 +113,6 @@ class LocalEnvs:
         return Spaces(env.observation_space, env.action_space)
 
     def close(self) -> None:
-        """Close all environments."""
         for episode in self._episodes:
             episode.close()
 

@@ -122,7 +122,6 @@ class ImageTrainConfig(LoopConfig):
 
     @property
     def guide(self) -> Guidance:
-        """Guidance at training time."""
         usual = USUAL_DROPOUT if self.guidance > 1 else 0.0
         dropout = usual if self.label_dropout is None else self.label_dropout
         return Guidance(self.guidance, dropout)

@@ -216,7 +216,6 @@ class ModelKeeper:
         examples: int,
         scores: Scores | None,
     ) -> None:
-        """Write the folder of the model."""
         config = self._config.to_dict()
         config["dataset"]["path"] = None  # a folder of this machine
         metadata = {

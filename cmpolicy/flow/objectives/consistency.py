@@ -52,7 +52,6 @@ class ConsistencyTraining(Eulerian):
         check_not_negative(self, "weight_power")
 
     def loss(self, flow_map: FlowMap, examples: Examples) -> LossOutput:
-        """See :meth:`Objective.loss`."""
         point, t = examples.point(flow_map.path), examples.draws.t
         zero, v = torch.zeros_like(t), point.velocity
         f = flow_map.output(point.x_t, t, zero, examples.features)

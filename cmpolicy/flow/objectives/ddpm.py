@@ -47,7 +47,6 @@ class Ddpm(Objective):
         return Draws(z, t, t)
 
     def loss(self, flow_map: FlowMap, examples: Examples) -> LossOutput:
-        """See :meth:`Objective.loss`."""
         z, t = examples.draws.z, examples.draws.t
         predicted = flow_map.output(noised(examples.x, z, t), t, t, examples.features)
         loss = mean_over((predicted - z).square(), examples.mask)

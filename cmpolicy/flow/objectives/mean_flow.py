@@ -51,7 +51,6 @@ class _MeanFlowFamily(Eulerian):
         generator: torch.Generator | None,
         device: torch.device,
     ) -> Draws:
-        """See :meth:`Objective.draw`."""
         draws = super().draw(batch_size, shape, generator, device)
         same = torch.rand(batch_size, generator=generator, device=device) < self.same_share
         return replace(draws, s=torch.where(same, draws.t, draws.s))
@@ -65,7 +64,6 @@ class _MeanFlowFamily(Eulerian):
         return 1.0
 
     def loss(self, flow_map: FlowMap, examples: Examples) -> LossOutput:
-        """See :meth:`Objective.loss`."""
         point, draws = examples.point(flow_map.path), examples.draws
         f = flow_map.output(point.x_t, draws.t, draws.s, examples.features)
         target = f.detach() + self.step(flow_map, examples, point, f.detach())

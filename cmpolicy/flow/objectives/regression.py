@@ -55,7 +55,6 @@ class Regression(Objective):
         return Draws(z, one, torch.zeros_like(one))
 
     def loss(self, flow_map: FlowMap, examples: Examples) -> LossOutput:
-        """See :meth:`Objective.loss`."""
         x, t, s = examples.x, examples.draws.t, examples.draws.s
         error = flow_map.output(torch.zeros_like(x), t, s, examples.features) - x
         loss = mean_over(error.abs() if self.norm == "l1" else error.square(), examples.mask)

@@ -44,7 +44,6 @@ class TwoTimes(Objective):
         generator: torch.Generator | None,
         device: torch.device,
     ) -> Draws:
-        """See :meth:`Objective.draw`."""
         law = TimeLaw(self.time_a, self.time_b)
         first = law.draw(batch_size, generator, device)
         second = law.draw(batch_size, generator, device)

@@ -198,7 +198,6 @@ class ImageData:
 
     @property
     def n_classes(self) -> int:
-        """Number of classes."""
         return len(self.class_names)
 
     @property

@@ -59,7 +59,6 @@ class StateEncoder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(input_dim, dim), nn.Mish(), nn.Linear(dim, dim))
 
     def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
-        """See the class."""
         parts = [obs[key] for key in self.keys]
         steps = [part.flatten(2) if part.ndim > 2 else part.unsqueeze(2) for part in parts]
         features: Tensor = self.mlp(torch.cat(steps, dim=-1).flatten(1))

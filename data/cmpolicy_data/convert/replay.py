@@ -50,7 +50,6 @@ class ReplayReport:
 
     @property
     def success_rate(self) -> float:
-        """Share of the episodes that succeed."""
         return 1.0 - len(self.failed) / self.episodes
 
 

@@ -49,7 +49,6 @@ class Feature:
 
     @property
     def is_camera(self) -> bool:
-        """Whether it holds frames."""
         return self.dtype in ("video", "image")
 
 

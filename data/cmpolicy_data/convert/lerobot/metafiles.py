@@ -20,7 +20,6 @@ class Info:
         self.values = read_json(path)
 
     def text(self, key: str) -> str:
-        """A text."""
         return str(self._get(key, str, "a text"))
 
     def number(self, key: str) -> float:
@@ -31,11 +30,9 @@ class Info:
         return value
 
     def count(self, key: str) -> int:
-        """A whole number."""
         return int(self._get(key, int, "a whole number"))
 
     def mapping(self, key: str) -> dict[str, Any]:
-        """A mapping."""
         return dict(self._get(key, dict, "a mapping"))
 
     def file(self, key: str, **where: Any) -> Path:

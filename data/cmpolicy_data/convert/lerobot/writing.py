@@ -158,7 +158,6 @@ class _Writer:
         self._videos = {c.name: files_of(c) for c in columns if c.dtype == "video"}
 
     def write(self, progress: Callable[[int, int], None] | None) -> None:
-        """All episodes."""
         ends = self._buffer.episode_ends
         try:
             for number, (start, end) in enumerate(

@@ -140,7 +140,6 @@ class Demonstrator:
         return Attempt(seed, len(actions), recording)
 
     def close(self) -> None:
-        """Free the simulator."""
         self.env.close()
 
     def _observe(self) -> dict[str, Array]:

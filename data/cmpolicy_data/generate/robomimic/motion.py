@@ -94,7 +94,6 @@ class Style:
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "Style":
-        """A style."""
         return cls(
             hover=rng.uniform(0.05, 0.1),
             carry=rng.uniform(0.0, 0.04),

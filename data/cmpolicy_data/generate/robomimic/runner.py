@@ -46,7 +46,6 @@ class GenerateReport:
 
     @property
     def success_rate(self) -> float:
-        """Share of the attempts that succeeded."""
         return self.kept / self.attempted
 
 
