@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -202,6 +202,14 @@ def at_least(name: str, value: float | None, least: float) -> None:
     """Raise ConfigError unless ``value`` of the setting ``name`` is at least that, or not given."""
     if value is not None and value < least:
         raise ConfigError(f"{name}={value} must be at least {least}")
+
+
+def each_once(name: str, values: Collection[Any], least: float | None = None) -> None:
+    """Raise ConfigError unless there are values, each once and, if numbers, at least that."""
+    if not values or len(set(values)) != len(values):
+        raise ConfigError(f"{name}={list(values)} must name something, and nothing twice")
+    if least is not None:
+        at_least(name, min(values), least)
 
 
 def positive(name: str, value: float | None) -> None:

@@ -14,7 +14,7 @@ from cmpolicy.bench.delayed import BATCH_SIZE, delayed_rollout
 from cmpolicy.bench.report import Report
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.robot.schedule import Asynchronous, Schedule, Synchronous
-from cmpolicy.schema import ConfigError, at_least
+from cmpolicy.schema import ConfigError, at_least, each_once
 from cmpolicy.training.device import choose_device, describe_device
 from cmpolicy_envs.realtime_pusht import PHYSICS_HZ
 from cmpolicy_eval.evaluate import git_commit, versions
@@ -66,10 +66,8 @@ class DelaySettings:
                     f"delays_ms: {delay} must be at least 0 and a multiple of {step}, the physics "
                     "step of Push-T"
                 )
-        for name in ("delays_ms", "modes"):
-            values = getattr(self, name)
-            if not values or len(set(values)) != len(values):
-                raise ConfigError(f"{name}={list(values)} must name something, and nothing twice")
+        each_once("delays_ms", self.delays_ms)
+        each_once("modes", self.modes)
         at_least("workers", self.workers, 1)
 
 

@@ -16,7 +16,7 @@ from cmpolicy.experiment.protocols import (
 from cmpolicy.experiment.scored import ScoredPolicy, given_policy, open_policy
 from cmpolicy.files import put_aside
 from cmpolicy.flow.sampler import SamplerKind
-from cmpolicy.schema import ConfigError, at_least, positive
+from cmpolicy.schema import ConfigError, at_least, each_once, positive
 from cmpolicy.spec import check_warm_start
 from cmpolicy_eval import evaluate as scoring
 from cmpolicy_eval.policy import ActionChunkPolicy
@@ -79,10 +79,7 @@ class EvalSettings:
 
     def __post_init__(self) -> None:
         if self.nfe is not None:
-            if not self.nfe or min(self.nfe) < 1:
-                raise ConfigError(f"nfe must hold numbers of at least 1, got {list(self.nfe)}")
-            if len(set(self.nfe)) != len(self.nfe):
-                raise ConfigError(f"nfe holds a number twice: {list(self.nfe)}")
+            each_once("nfe", self.nfe, 1)
         positive("noise_scale", self.noise_scale)
         check_warm_start(self.warm_start)
         fewest = min(self.nfe or (2,))

@@ -27,7 +27,7 @@ from cmpolicy.experiment.train import resume, train
 from cmpolicy.files import write_atomically
 from cmpolicy.flow.objectives import OBJECTIVES
 from cmpolicy.flow.sampler import SamplerKind, get_sampler
-from cmpolicy.schema import ConfigError, choose
+from cmpolicy.schema import ConfigError, at_least, choose, each_once
 from cmpolicy.training.checkpoint import state_path
 from cmpolicy.training.guard import NonFiniteError
 from cmpolicy.training.trackers import read_log
@@ -69,15 +69,9 @@ class ObjectivesSettings:
         for name in self.names:
             choose(OBJECTIVES, name, "objective")
         parse_seeds(self.eval_seeds)
-        for name in ("seeds", "nfe"):
-            values = getattr(self, name)
-            if not values or len(set(values)) != len(values):
-                raise ConfigError(f"{name} must hold different numbers, got {list(values)}")
-        if min(self.nfe) < 1 or min(self.seeds) < 0 or self.workers < 1:
-            raise ConfigError(
-                f"nfe={list(self.nfe)} and workers={self.workers} must be at least 1, "
-                f"seeds={list(self.seeds)} at least 0"
-            )
+        each_once("seeds", self.seeds, 0)
+        each_once("nfe", self.nfe, 1)
+        at_least("workers", self.workers, 1)
 
     @property
     def names(self) -> tuple[str, ...]:

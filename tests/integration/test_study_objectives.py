@@ -83,7 +83,7 @@ def test_a_study_that_is_stopped_goes_on(tmp_path: Path, number: signal.Signals)
         (["objectives=[isdd]"], "unknown objective 'isdd'; did you mean 'isd'"),
         (["objective=isd"], "the study chooses the objective"),
         (["seed=3"], "seeds=[0,1,2]"),
-        (["nfe=[1,1]"], "different numbers"),
+        (["nfe=[1,1]"], "nothing twice"),
         (["workers=0"], "workers=0"),
         (["eval_seeds=7-3"], "7-3"),
         (["task=custom", "data.path=none.zarr", "data.obs=[x]"], "simulator"),

@@ -43,7 +43,7 @@ from cmpolicy.image.metrics.features import ExtractorName
 from cmpolicy.image.metrics.fidelity import fidelity_scores, inception_weights
 from cmpolicy.image.pictures import neighbours_picture, samples_picture, save_picture
 from cmpolicy.image.pipeline import ConsistencyImagePipeline
-from cmpolicy.schema import ConfigError, at_least, complete, from_mapping
+from cmpolicy.schema import ConfigError, at_least, complete, each_once, from_mapping
 from cmpolicy.training.device import describe_device
 from cmpolicy_data.catalog import cache_dir, data_dir
 from cmpolicy_eval.result import write_atomically
@@ -93,10 +93,7 @@ class ImageEvalSettings:
         return complete(cls, data)
 
     def __post_init__(self) -> None:
-        if not self.nfe or min(self.nfe) < 1 or len(set(self.nfe)) != len(self.nfe):
-            raise ConfigError(
-                f"nfe must hold numbers of at least 1, each once, got {list(self.nfe)}"
-            )
+        each_once("nfe", self.nfe, 1)
         for key in ("samples", "batch_size"):
             at_least(key, getattr(self, key), 1)
         at_least("seed", self.seed, 0)
