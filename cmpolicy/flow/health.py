@@ -16,6 +16,8 @@ DIAGONAL_STEPS = 10
 HEALTH_STEPS = {"flow_map": 1, "restart": 1, "regression": 1, "mip": 2}
 #: Samples whose way along the flow is compared with the one jump: each costs so many evaluations.
 MAP_SAMPLES = 256
+#: Generated samples per example.
+DRAWS = 8
 #: Data that varies less than this (normalised units squared) counts as varying this much.
 MIN_VARIANCE = 1e-4
 
@@ -48,7 +50,6 @@ def flow_health(
     features: Tensor | None,
     generator: torch.Generator | None = None,
     *,
-    draws: int = 8,
     kind: SamplerKind = "flow_map",
 ) -> Health:
     """Measure :class:`Health` on normalised data x (N, ...) with its features.
@@ -58,7 +59,6 @@ def flow_health(
         x: data, scaled to about [-1, 1].
         features: (N, D), one row per example, or None.
         generator: draws noise and times.
-        draws: generated samples per example, at least 2.
         kind: how samples are generated: by one evaluation of the flow map, or by
             :data:`DIAGONAL_STEPS` steps along the diagonal, whose single step is the data's mean;
             others by their own sampler with at most so many evaluations.
@@ -66,8 +66,8 @@ def flow_health(
     n, device = len(x), x.device
     of_data = x.var(dim=0, correction=min(1, n - 1)).mean().clamp(min=MIN_VARIANCE)
     if not get_sampler(kind).is_flow_map:
-        _, samples, _ = _generate(flow_map, x, features, generator, draws, kind)
-        spread = samples.reshape(draws, *x.shape).var(dim=0).mean()
+        _, samples, _ = _generate(flow_map, x, features, generator, kind)
+        spread = samples.reshape(DRAWS, *x.shape).var(dim=0).mean()
         return Health(None, None, None, None, spread / of_data)
     z = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
     times = torch.rand(n, 3, generator=generator, device=device).to(x.dtype).sort(dim=1).values
@@ -82,8 +82,8 @@ def flow_health(
     tangent = _norm(_residual(flow_map, x_t, t, s, features)) / _norm(point.velocity)
     of_jump = _norm(_residual(flow_map, z, one, zero, features)) / _norm(z - x)
 
-    noise, samples, repeated = _generate(flow_map, x, features, generator, draws, kind)
-    spread = samples.reshape(draws, *x.shape).var(dim=0).mean()
+    noise, samples, repeated = _generate(flow_map, x, features, generator, kind)
+    spread = samples.reshape(DRAWS, *x.shape).var(dim=0).mean()
     few = slice(0, MAP_SAMPLES)
     some = None if repeated is None else repeated[few]
     along = sample(flow_map, noise[few], some, nfe=DIAGONAL_STEPS, kind="diagonal")
@@ -97,15 +97,14 @@ def _generate(
     x: Tensor,
     features: Tensor | None,
     generator: torch.Generator | None,
-    draws: int,
     kind: SamplerKind,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Noise, ``draws`` samples of every row of features one after the other, and the features."""
+    """Noise, samples of every row of features one after the other, and the features."""
     sampler, steps = get_sampler(kind), HEALTH_STEPS.get(kind, DIAGONAL_STEPS)
-    repeated = None if features is None else features.repeat(draws, *(1,) * (features.ndim - 1))
+    repeated = None if features is None else features.repeat(DRAWS, *(1,) * (features.ndim - 1))
     n_noises = sampler.n_noises(steps)
     several = () if n_noises == 1 else (n_noises,)
-    shape = (draws * len(x), *several, *x.shape[1:])
+    shape = (DRAWS * len(x), *several, *x.shape[1:])
     noise = torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
     return noise, sample(flow_map, noise, repeated, nfe=steps, kind=kind), repeated
 

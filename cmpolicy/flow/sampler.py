@@ -280,10 +280,9 @@ def trajectory(
     *,
     nfe: int = 1,
     kind: SamplerKind = "flow_map",
-    floor: float = 0.0,
 ) -> Tensor:
     """As :func:`sample`, but all states (nfe + 1, B, ...): the noise first, the data last."""
-    return torch.stack(_states(flow_map, z, features, nfe, kind, floor))
+    return torch.stack(_states(flow_map, z, features, nfe, kind))
 
 
 def _states(
@@ -292,7 +291,7 @@ def _states(
     features: Tensor | None,
     nfe: int,
     kind: SamplerKind,
-    floor: float,
+    floor: float = 0.0,
     start: Tensor | None = None,
 ) -> list[Tensor]:
     """Where it begins, and the state after each evaluation."""
