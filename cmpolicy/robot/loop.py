@@ -6,7 +6,6 @@ import logging
 import math
 import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 from cmpolicy.robot.episode import Episode, Tick, Timestamps
@@ -158,12 +157,7 @@ class ControlLoop:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._leave(error)
 
     def _leave(self, error: BaseException | None) -> None:

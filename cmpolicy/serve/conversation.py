@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from cmpolicy.serve.batcher import Batcher, InferenceError
@@ -30,12 +29,7 @@ class InFlight:
         self.count += 1
         self._none.clear()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.count -= 1
         if not self.count:
             self._none.set()
