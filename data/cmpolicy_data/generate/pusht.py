@@ -25,6 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from cmpolicy_data.chunks import ReplayBufferError
 from cmpolicy_data.generate.demonstrator import Demonstrator, NoPushError
+from cmpolicy_data.generate.request import FIRST_EVALUATION_SEED, check_request
 from cmpolicy_data.generate.tee import Pose
 from cmpolicy_data.generate.world import State
 from cmpolicy_data.pack import pack
@@ -39,8 +40,6 @@ MAX_STEPS = 300
 # More than success: a policy that is less exact than its demonstrations then still succeeds.
 _ENOUGH_COVERAGE = 0.975
 _REST_STEPS = 8
-# Evaluation draws its initial states by the same law: from 100000 on seeds are its own.
-_FIRST_EVALUATION_SEED = 100_000
 # Failed attempts in a row after which something is wrong with the simulator, not with the luck.
 _PATIENCE = 50
 
@@ -162,7 +161,7 @@ def generate(
         RuntimeError: too many attempts in a row failed.
     """
     out = Path(out).expanduser()
-    _check(out, episodes, seed, workers)
+    check_request("pusht", out, (".zip",), episodes, seed, workers, _is_ours)
     began = time.monotonic()
     kept: list[Episode] = []
     attempted = failed = 0
@@ -203,7 +202,7 @@ def _attempt(seed: int) -> Episode:
 
 def _attempts(seed: int, workers: int) -> Generator[Episode]:
     """Attempts in the order of their seeds, made by `workers` processes."""
-    seeds = range(seed, _FIRST_EVALUATION_SEED)
+    seeds = range(seed, FIRST_EVALUATION_SEED)
     if workers == 1:
         yield from map(_attempt, seeds)
         return
@@ -220,27 +219,6 @@ def _attempts(seed: int, workers: int) -> Generator[Episode]:
             queue.extend(pool.submit(_attempt, s) for s in itertools.islice(remaining, 1))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _check(out: Path, episodes: int, seed: int, workers: int) -> None:
-    if episodes < 1:
-        raise ValueError(f"episodes must be at least 1, got {episodes}.")
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}.")
-    if seed < 0 or seed + episodes > _FIRST_EVALUATION_SEED:
-        raise ValueError(
-            f"seed must be at least 0 and seed + episodes at most {_FIRST_EVALUATION_SEED} (from "
-            f"there on seeds belong to evaluation), got seed={seed} with {episodes} episodes."
-        )
-    if out.suffix != ".zip":
-        raise ValueError(f"out must be a path that ends in .zip, got {out}.")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"{out.parent} is not a folder. Create it first.")
-    if out.exists() and not _is_ours(out):
-        raise FileExistsError(
-            f"{out} exists and was not written by `cmpolicy data generate pusht`. Choose another "
-            "path or remove it."
-        )
 
 
 def _is_ours(path: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cmpolicy_data.generate.request import FIRST_EVALUATION_SEED, check_request
 from cmpolicy_data.generate.robomimic.attempt import VERSION, get_skill
 from cmpolicy_data.generate.robomimic.crew import attempts
 from cmpolicy_data.robomimic_file import RobomimicFileError, import_h5py
@@ -20,9 +20,6 @@ from cmpolicy_envs.robomimic_tasks import get_task
 from cmpolicy_envs.robosuite_make import import_robosuite
 
 GENERATOR = "cmpolicy_data.generate.robomimic"
-# Evaluation begins here: what is trained on must not start where policies are scored.
-_FIRST_EVALUATION_SEED = 100_000
-_SUFFIXES = (".hdf5", ".h5")
 _PATIENCE = 25  # failed attempts in a row after which it is the simulator, not bad luck
 _VALID_SHARE = 0.1
 
@@ -82,7 +79,8 @@ def generate(
     """
     out = Path(out).expanduser()
     task = get_task(task).name
-    _check(out, task, episodes, seed, workers)
+    get_skill(task)  # raises
+    check_request("robomimic", out, (".hdf5", ".h5"), episodes, seed, workers, _is_ours)
     import_robosuite()
     began = time.monotonic()
     attrs = {
@@ -94,7 +92,7 @@ def generate(
     attempted = failed = kept = 0
     with (
         DemoWriter(out, default_env_args(task).to_json(), attrs) as writer,
-        closing(attempts(task, range(seed, _FIRST_EVALUATION_SEED), workers)) as source,
+        closing(attempts(task, range(seed, FIRST_EVALUATION_SEED), workers)) as source,
     ):
         for attempt in source:
             attempted += 1
@@ -125,28 +123,6 @@ def _masks(episodes: int, seed: int) -> dict[str, list[int]]:
     order = np.random.default_rng([VERSION, seed, episodes]).permutation(episodes).tolist()
     masks = {"train": sorted(order[count:])}
     return masks | ({"valid": sorted(order[:count])} if count else {})
-
-
-def _check(out: Path, task: str, episodes: int, seed: int, workers: int) -> None:
-    get_skill(task)
-    if episodes < 1:
-        raise ValueError(f"episodes must be at least 1, got {episodes}.")
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}.")
-    if seed < 0 or seed + episodes > _FIRST_EVALUATION_SEED:
-        raise ValueError(
-            f"seed must be at least 0 and seed + episodes at most {_FIRST_EVALUATION_SEED} (from "
-            f"there on seeds belong to evaluation), got seed={seed} with {episodes} episodes."
-        )
-    if out.suffix not in _SUFFIXES:
-        raise ValueError(f"out must be a path that ends in .hdf5, got {out}.")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"{out.parent} is not a folder. Create it first.")
-    if out.exists() and not _is_ours(out):
-        raise FileExistsError(
-            f"{shlex.quote(str(out))} exists and was not written by `cmpolicy data generate "
-            "robomimic`. Choose another path or remove it."
-        )
 
 
 def _is_ours(path: Path) -> bool:
