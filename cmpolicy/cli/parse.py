@@ -11,9 +11,9 @@ import difflib
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
-from typing import Any, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
@@ -32,23 +32,16 @@ HYDRA_VERSION_BASE = "1.3"
 HOW = "`--help` lists all settings with their values"
 
 
-class Settings(Protocol):
-    """A dataclass of settings that a YAML file and its groups fill."""
-
-    @classmethod
-    def complete(cls, data: Mapping[str, Any]) -> dict[str, Any]:
-        """``data`` with all defaults."""
-
-
 @dataclass(frozen=True)
 class Composition:
     """Which YAML file, in which package, makes settings of which dataclass.
 
+    A dataclass with a ``complete`` classmethod is asked for the defaults itself.
     ``extra`` are settings of the command itself, such as ``out``, with their defaults; ``text``
     names those that are text whatever they look like. ``open_groups`` have keys of the user's own.
     """
 
-    settings: type[Settings]
+    settings: type[Any]
     config_name: str = "train"
     package: str = PACKAGE
     extra: Mapping[str, Any] = field(default_factory=lambda: {"out": None})
@@ -75,7 +68,8 @@ class Composition:
         for override in choices:
             _check_choice(override, groups[override.key_or_group])
         chosen = _compose(self.config_name, self.package, [str(o.input_line) for o in choices])
-        whole = {**self.extra, **self.settings.complete(_container(chosen))}
+        filled = getattr(self.settings, "complete", partial(complete, self.settings))
+        whole = {**self.extra, **filled(_container(chosen))}
         return self.replace(whole, [o for o in overrides if o not in choices])
 
     def replace(self, settings: Mapping[str, Any], overrides: Iterable[Override]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from cmpolicy.image.datasets.data import ImageDataConfig
 from cmpolicy.image.guidance import USUAL_DROPOUT, Guidance
 from cmpolicy.image.model import check_derivative
 from cmpolicy.image.net import KINDS, ImageNetConfig
-from cmpolicy.schema import ConfigError, at_least, complete, from_mapping
+from cmpolicy.schema import ConfigError, at_least, from_mapping
 from cmpolicy.training.config import EvalSchedule, LogConfig, LoopConfig, OptimConfig
 
 
@@ -100,11 +100,6 @@ class ImageTrainConfig(LoopConfig):
     def nfe(self) -> int:
         """Network evaluations of the model: ``eval.nfe``, or the objective's own number."""
         return self.objective.evaluations(self.eval.nfe)
-
-    @classmethod
-    def complete(cls, data: Mapping[str, Any]) -> dict[str, Any]:
-        """``data`` with the defaults of every setting it leaves out."""
-        return complete(cls, data)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +42,7 @@ from cmpolicy.image.metrics.features import ExtractorName
 from cmpolicy.image.metrics.fidelity import fidelity_scores, inception_weights
 from cmpolicy.image.pictures import neighbours_picture, samples_picture, save_picture
 from cmpolicy.image.pipeline import ConsistencyImagePipeline
-from cmpolicy.schema import ConfigError, at_least, complete, each_once, from_mapping
+from cmpolicy.schema import ConfigError, at_least, each_once, from_mapping
 from cmpolicy.training.device import describe_device
 from cmpolicy_data.catalog import cache_dir, data_dir
 from cmpolicy_eval.result import write_atomically
@@ -86,11 +85,6 @@ class ImageEvalSettings:
     pictures: bool = True
     out: str = "outputs/image-eval"
     dataset: ImageDataConfig | None = None
-
-    @classmethod
-    def complete(cls, data: Mapping[str, Any]) -> dict[str, Any]:
-        """``data`` with the defaults of every setting it leaves out."""
-        return complete(cls, data)
 
     def __post_init__(self) -> None:
         each_once("nfe", self.nfe, 1)
