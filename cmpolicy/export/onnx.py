@@ -29,6 +29,7 @@ from cmpolicy.export.runtime import (
     Floats,
     input_name,
 )
+from cmpolicy.schema import at_least
 
 #: Name of the metadata property that holds the seal, and what its value begins with.
 SEAL = "cmpolicy-seal"
@@ -63,8 +64,7 @@ class OnnxPolicy(ExportedRuntime):
         self, path: str | PathLike[str], threads: int = 1, *, seed: int | None = None
     ) -> None:
         file = Path(path).expanduser().absolute()
-        if threads < 1:
-            raise ValueError(f"threads={threads} must be at least 1")
+        at_least("threads", threads, 1)
         session = _open(file, threads)
         facts = ExportFacts.from_json(
             session.get_modelmeta().custom_metadata_map.get(KEY), str(file)

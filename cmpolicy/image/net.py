@@ -18,6 +18,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor, nn
 
 from cmpolicy.nn.embeddings import TwoTimeEmbedding, check_time_dim
+from cmpolicy.schema import at_least
 
 #: ``fused`` is torch's own kernel, which cannot be differentiated forward; ``plain`` can.
 AttentionKernel = Literal["fused", "plain"]
@@ -53,8 +54,7 @@ class UNetConfig:
                 f"net.widths={list(self.widths)} must be at least one multiple of "
                 f"net.groups={self.groups}"
             )
-        if self.blocks < 1:
-            raise ValueError(f"net.blocks={self.blocks} must be at least 1")
+        at_least("net.blocks", self.blocks, 1)
         strange = [k for k in self.attention_levels if not 0 <= k < len(self.widths)]
         if strange:
             raise ValueError(
@@ -128,8 +128,7 @@ class DiTConfig:
     def __post_init__(self) -> None:
         _check_common(self.width, self.attention)
         for name in ("depth", "heads", "patch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"net.{name}={getattr(self, name)} must be at least 1")
+            at_least(f"net.{name}", getattr(self, name), 1)
         if self.width % self.heads:
             raise ValueError(f"net.width={self.width} must be a multiple of net.heads={self.heads}")
 

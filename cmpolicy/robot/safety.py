@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cmpolicy.robot.rotations import rewritten
+from cmpolicy.schema import at_least, positive
 from cmpolicy.spec import Rotation
 
 Array = NDArray[Any]
@@ -73,17 +74,11 @@ class SafetyLimits:
     max_connect_seconds: float = 120.0
 
     def __post_init__(self) -> None:
-        if not self.max_observation_age > 0:
-            raise ValueError(
-                f"max_observation_age={self.max_observation_age} must be above 0 seconds"
-            )
-        if self.max_misses < 0:
-            raise ValueError(f"max_misses={self.max_misses} must be at least 0 ticks")
+        at_least("max_misses", self.max_misses, 0)
         if self.max_frozen is not None and self.max_frozen < 1:
             raise ValueError(f"max_frozen={self.max_frozen} must be at least 1 tick, or None")
-        for name in ("max_call_seconds", "max_connect_seconds"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0 seconds")
+        for name in ("max_observation_age", "max_call_seconds", "max_connect_seconds"):
+            positive(name, getattr(self, name))
 
 
 class SafetyFilter:

@@ -43,6 +43,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cmpolicy.robot.rotations import rewritten
+from cmpolicy.schema import at_least
 from cmpolicy.spec import Rotation
 
 Array = NDArray[Any]
@@ -174,10 +175,8 @@ class Asynchronous:
     name = "async"
 
     def __post_init__(self) -> None:
-        if self.every is not None and self.every < 1:
-            raise ValueError(f"every={self.every} must be at least 1 tick")
-        if self.blend < 0:
-            raise ValueError(f"blend={self.blend} must be at least 0 ticks")
+        at_least("every", self.every, 1)
+        at_least("blend", self.blend, 0)
         if not 0 < self.quantile <= 1:
             raise ValueError(f"quantile={self.quantile} must be in (0, 1]")
         if not 0 <= self.margin < math.inf:

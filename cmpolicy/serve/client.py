@@ -15,6 +15,7 @@ import numpy as np
 
 from cmpolicy.observation import encode_jpeg, read_noise, read_observation, read_plan
 from cmpolicy.robot.policy import Array
+from cmpolicy.schema import at_least, positive
 from cmpolicy.serve.wire import MAX_ENTRIES, MAX_LENGTH, WireError, pack, unpack
 from cmpolicy.spec import PolicySpec, SpecError
 
@@ -107,13 +108,11 @@ class RemotePolicy:
         proxy: bool = True,
     ) -> None:
         _check_url(url)
-        for name, value, least in (("retries", retries, 0), ("backoff", backoff, 0)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        at_least("retries", retries, 0)
+        at_least("backoff", backoff, 0)
+        positive("timeout", timeout)
         if jpeg is not None and not 1 <= jpeg <= 95:
             raise ValueError(f"jpeg must be a quality from 1 to 95, got {jpeg}")
-        if not timeout > 0:
-            raise ValueError(f"timeout must be above 0 seconds, got {timeout}")
         self.url = url
         self._jpeg = jpeg
         self._proxy = get_proxy(parse_uri(url)) if proxy and _is_public(url) else None

@@ -27,6 +27,7 @@ import numpy as np
 
 from cmpolicy import __version__
 from cmpolicy.robot.policy import ChunkPolicy
+from cmpolicy.schema import at_least
 from cmpolicy.serve.admission import Admission, Token, address_of
 from cmpolicy.serve.batcher import Batcher, InferenceError, StoppedError
 from cmpolicy.serve.conversation import GOING_AWAY, TRY_AGAIN_LATER, Conversation, InFlight
@@ -113,13 +114,9 @@ class PolicyServer:
             )
         if max_message_bytes is None:
             max_message_bytes = message_bound(spec, max_batch)
-        for limit, value in (
-            ("max_sessions", max_sessions),
-            ("max_batch", max_batch),
-            ("max_message_bytes", max_message_bytes),
-        ):
-            if value < 1:
-                raise ValueError(f"{limit} must be at least 1, got {value}")
+        at_least("max_sessions", max_sessions, 1)
+        at_least("max_batch", max_batch, 1)
+        at_least("max_message_bytes", max_message_bytes, 1)
         if idle_timeout is not None and not 0 <= idle_timeout < math.inf:
             raise ValueError(
                 "idle_timeout must be a number of seconds, or 0 or None for no limit, "

@@ -10,6 +10,7 @@ import torch
 
 from cmpolicy.image.datasets.data import ImageBatch, ImageSet
 from cmpolicy.image.pixels import from_uint8
+from cmpolicy.schema import at_least
 from cmpolicy.training.order import ExampleOrder
 
 _COINS = 1 << 32  # added to a seed it gives an order that is independent of the seed's own
@@ -38,8 +39,7 @@ class ImageLoader:
         flip: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        at_least("batch_size", batch_size, 1)
         if len(data) == 0:
             raise ValueError("The loader got no images.")
         self.batch_size = batch_size

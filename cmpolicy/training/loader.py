@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cmpolicy.policy.policy import Batch
+from cmpolicy.schema import at_least
 from cmpolicy.training.order import ExampleOrder
 
 
@@ -65,8 +66,7 @@ class DeviceLoader:
         precise: Collection[str] = (),
         targets: npt.NDArray[np.float32] | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        at_least("batch_size", batch_size, 1)
         if not obs:
             raise ValueError("The loader got no observations: name at least one key in data.obs.")
         n_windows = int(windows.action.shape[0])

@@ -566,9 +566,9 @@ def test_start_again_and_errors_of_starting(policy: ConsistencyPolicy, gated: Ga
         ({"host": ""}, "host is empty; give 127"),
         ({"idle_timeout": -1}, "idle_timeout must be a number of seconds, or 0 or None"),
         ({"idle_timeout": float("nan")}, "idle_timeout must be a number of seconds, or 0 or None"),
-        ({"max_sessions": 0}, "max_sessions must be at least 1, got 0"),
-        ({"max_batch": 0}, "max_batch must be at least 1, got 0"),
-        ({"max_message_bytes": 0}, "max_message_bytes must be at least 1, got 0"),
+        ({"max_sessions": 0}, "max_sessions=0 must be at least 1"),
+        ({"max_batch": 0}, "max_batch=0 must be at least 1"),
+        ({"max_message_bytes": 0}, "max_message_bytes=0 must be at least 1"),
     ],
 )
 def test_bad_settings(policy: ConsistencyPolicy, settings: dict[str, Any], message: str) -> None:

@@ -71,7 +71,7 @@ def test_the_shares_of_ranks_are_the_global_batch(first, share, ranks):
 
 
 def test_bad_requests():
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
         make(batch_size=0)
     with pytest.raises(ValueError, match="seed must not be negative, got -1"):
         make(seed=-1)

@@ -39,7 +39,7 @@ def test_the_data_is_a_copy():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"seed": -1}, "must not be negative, got -1"),
         ({"obs": {}}, "no observations"),
         ({"obs": {"state": np.zeros((11, 3))}}, "'state' has 11 steps but 'action' has 12"),
