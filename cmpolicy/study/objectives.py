@@ -96,7 +96,8 @@ class RunScores:
     Args:
         diverged: where the loss became NaN or infinite, in examples; None where it did not.
         grad_norm: before clipping: median over the log's entries, and the largest.
-        cpu_ms_per_step: processor time of a training step, other processes not counted.
+        cpu_ms_per_step: processor time of the run over its steps; loading the data and the
+            evaluations of health count as well, other processes do not.
         peak_mb: memory of the process at its largest.
         health: numbers of :mod:`cmpolicy.flow.health` at the end, by name.
     """

@@ -113,7 +113,7 @@ def markdown(runs: Sequence[RunScores]) -> str:
         cells = {r.nfe: r for r in table if r.objective == name}
         lines.append([name, *(_cell(cells.get(n)) for n in numbers)])
     second = ["objective", "runs", "diverged", "warned of", "gradient norm: median, largest"]
-    second += ["CPU ms a step", "peak MB", "map error", "variance ratio"]
+    second += ["CPU ms of the run a step", "peak MB", "map error", "variance ratio"]
     return (
         "Success / score, 95 % intervals over training seeds and episodes:\n\n"
         + aligned(head, lines, left=1)

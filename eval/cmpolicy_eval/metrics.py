@@ -44,24 +44,21 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def nested_bootstrap_interval(
+def crossed_bootstrap_interval(
     values: ArrayLike, *, n_resamples: int = 4000, seed: int = 0, level: float = 0.95
 ) -> Interval:
     """Percentile bootstrap interval of the mean of ``values`` (groups, n), both resampled.
 
-    Groups (training seeds) are drawn with replacement, then entries (episodes) within each that was
-    drawn. With few groups the interval is too narrow, as any from so few is.
+    Every group (training seed) meets the same n subjects (episodes), so one draw of subjects, with
+    replacement, serves all groups that are drawn: more groups do not make a hard subject easier.
+    With few groups the interval is too narrow, as any from so few is.
     """
     sample = np.asarray(values, dtype=np.float64)
     if sample.ndim != 2 or sample.size == 0:
-        raise ValueError(f"nested_bootstrap_interval: need (groups, n) values; got {sample.shape}")
+        raise ValueError(f"crossed_bootstrap_interval: need (groups, n) values; got {sample.shape}")
     rng = np.random.default_rng(seed)
-    groups, n = sample.shape
-    means: NDArray[np.float64] = np.empty(n_resamples)
-    for i in range(n_resamples):
-        chosen = rng.integers(groups, size=groups)
-        index = rng.integers(n, size=(groups, n))
-        means[i] = sample[chosen[:, None], index].mean()
+    times = [rng.multinomial(k, np.full(k, 1 / k), size=n_resamples) for k in sample.shape]
+    means = ((times[0] @ sample) * times[1]).sum(axis=1) / sample.size
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -78,7 +75,7 @@ class Estimate:
     def over(cls, values: ArrayLike) -> "Estimate":
         """Of (training runs, episodes)."""
         sample = np.asarray(values, dtype=np.float64)
-        return cls(sample, float(sample.mean()), nested_bootstrap_interval(sample))
+        return cls(sample, float(sample.mean()), crossed_bootstrap_interval(sample))
 
     @property
     def by_seed(self) -> tuple[float, ...]:

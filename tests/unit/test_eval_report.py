@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cmpolicy_eval.metrics import nested_bootstrap_interval
+from cmpolicy_eval.metrics import crossed_bootstrap_interval
 from cmpolicy_eval.report import difference_table, runs_table, table, write_report
 from cmpolicy_eval.result import Origin, Result, ResultError
 from cmpolicy_eval.rollout import EpisodeResult
@@ -80,7 +80,7 @@ def test_training_runs_of_one_name_are_averaged(tmp_path: Path) -> None:
     others = [make("fm", 10, share - 0.2) for share in shares]
     rows = [[c.strip() for c in row.split("|")] for row in runs_table(runs + others).splitlines()]
     solved = np.array([[e.success for e in result.episodes] for result in runs], float)
-    low, high = nested_bootstrap_interval(solved)
+    low, high = crossed_bootstrap_interval(solved)
     success = f"{solved.mean():.3f} [{low:.3f}, {high:.3f}]"
     each = ", ".join(f"{share:.3f}" for share in sorted(solved.mean(1)))
     assert rows[2][1:6] == ["isd", "pusht-dp", "3", "200", "1"]

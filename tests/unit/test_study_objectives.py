@@ -12,7 +12,7 @@ import pytest
 from cmpolicy.experiment.config import ObjectiveConfig
 from cmpolicy.study.objectives import RunScores, Scores, evaluations
 from cmpolicy.study.objectives_report import markdown, plot, rows
-from cmpolicy_eval.metrics import bootstrap_interval, nested_bootstrap_interval
+from cmpolicy_eval.metrics import bootstrap_interval, crossed_bootstrap_interval
 
 
 def _run(name: str, seed: int, success: list[bool], *, diverged: int | None = None) -> RunScores:
@@ -69,18 +69,28 @@ def test_objectives_without_a_trained_run_stay_in_the_table(tmp_path: Path) -> N
     assert plot(runs, tmp_path / "x.png").stat().st_size > 1000
 
 
-def test_nested_interval_counts_both_levels() -> None:
+def test_crossed_interval_counts_both_levels() -> None:
     rng = np.random.default_rng(0)
     same = rng.random((1, 200)).repeat(3, axis=0)
-    flat = bootstrap_interval(same[0], n_resamples=4000)
-    nested = nested_bootstrap_interval(same)
-    assert nested[1] - nested[0] == pytest.approx((flat[1] - flat[0]) / 3**0.5, rel=0.1)
+    low, high = crossed_bootstrap_interval(same)
+    flat = bootstrap_interval(same[0], n_resamples=4000)  # three equal runs say what one says
+    assert high - low == pytest.approx(flat[1] - flat[0], rel=0.1)
     apart = np.stack([same[0] * 0, same[0] * 0 + 1, same[0] * 0 + 0.5])
-    low, high = nested_bootstrap_interval(apart)
+    low, high = crossed_bootstrap_interval(apart)
     assert low < 0.1  # three seeds that differ say little
     assert high > 0.9
     with pytest.raises(ValueError, match="groups, n"):
-        nested_bootstrap_interval(np.zeros(4))
+        crossed_bootstrap_interval(np.zeros(4))
+
+
+def test_crossed_interval_holds_the_mean_as_often_as_it_says() -> None:
+    """Episodes that are hard for one training seed are hard for all."""
+    rng, inside = np.random.default_rng(1), 0
+    for _ in range(200):
+        episodes, rest = rng.normal(size=(1, 100)), rng.normal(size=(3, 100))
+        low, high = crossed_bootstrap_interval(episodes + 0.3 * rest, n_resamples=400)
+        inside += low <= 0 <= high
+    assert inside > 180
 
 
 @pytest.mark.parametrize(
