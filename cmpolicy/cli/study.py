@@ -64,6 +64,11 @@ def _objectives(words: Sequence[str], command: str) -> None:
             )
         if key == "seed":
             raise ConfigError(f"{word}: training seeds are given as seeds=[0,1,2]")
+        if key == "eval.episodes":
+            raise ConfigError(
+                f"{word}: policies are scored at the end alone; name the episodes in "
+                "eval_seeds=500000-500099"
+            )
     configs = {
         name: TrainConfig.from_mapping(
             _TRAINING.compose([*others, f"objective={name}", "eval.episodes=0"])

@@ -86,6 +86,7 @@ def test_a_study_that_is_stopped_goes_on(tmp_path: Path, number: signal.Signals)
         (["nfe=[1,1]"], "nothing twice"),
         (["workers=0"], "workers=0"),
         (["eval_seeds=7-3"], "7-3"),
+        (["eval.episodes=200"], "name the episodes in eval_seeds=500000-500099"),
         (["task=custom", "data.path=none.zarr", "data.obs=[x]"], "simulator"),
     ],
 )
