@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cmpolicy.export.plan_map import PlanMap, example_inputs
+from cmpolicy.export.plan_map import PlanMap, example_inputs, example_warm_inputs
 from cmpolicy.policy.policy import ConsistencyPolicy
 
 _REPETITIONS = 30
@@ -58,18 +59,23 @@ class Floor:
         )
 
 
-def measure_floor(policy: ConsistencyPolicy) -> Floor:
-    """Of the policy's network, with torch's present number of threads on the CPU."""
+def measure_floor(policy: ConsistencyPolicy, nfe: int) -> Floor:
+    """Of the policy's network, with torch's present number of threads on the CPU.
+
+    Counted on a chunk of ``nfe`` evaluations; give the fewest that the policy makes.
+    """
+    policy = copy.deepcopy(policy)
+    policy.nfe = nfe  # and so the draws of noise among the inputs
     plan_map = PlanMap(policy)
     size = sum(p.numel() for p in (*plan_map.parameters(), *plan_map.buffers()))
     counter = FlopCounterMode(display=False)
     with torch.inference_mode(), counter:
-        plan_map(*example_inputs(policy, 1))
+        plan_map(*example_inputs(policy, 1), *example_warm_inputs(policy, 1))
     stream = torch.ones(size)
     square = torch.ones(_MATRIX, _MATRIX)
     return Floor(
         bytes=4 * size,
-        flops=counter.get_total_flops(),
+        flops=counter.get_total_flops() // nfe,
         bandwidth=4 * size / _seconds(stream.sum),
         rate=2 * _MATRIX**3 / _seconds(lambda: square @ square),
     )

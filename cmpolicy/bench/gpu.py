@@ -26,7 +26,7 @@ from cmpolicy.experiment.config import TrainConfig
 from cmpolicy.experiment.data import load_training_data
 from cmpolicy.experiment.train import new_policy
 from cmpolicy.policy.policy import ConsistencyPolicy
-from cmpolicy.schema import at_least
+from cmpolicy.schema import ConfigError, at_least
 from cmpolicy.training.device import choose_device, describe_device, make_accelerator
 
 Row = tuple[str, float, float, float, str]
@@ -44,7 +44,7 @@ class GpuSettings:
         minutes: instead of all that, train for so long; every setting of `cmpolicy train` can be
             given as well.
         device: cuda; cpu is for trying the benchmark itself.
-        out: JSON file.
+        out: JSON file; with minutes, the folder of the run.
     """
 
     pairs: int = 20
@@ -58,6 +58,18 @@ class GpuSettings:
     def __post_init__(self) -> None:
         at_least("pairs", self.pairs, 1)
         at_least("calls", self.calls, 1)
+        if not (self.batches and self.nets):
+            raise ConfigError(
+                f"batches={list(self.batches)} and nets={list(self.nets)} must name something to "
+                "measure"
+            )
+        if self.minutes is not None and not self.minutes > 0:
+            raise ConfigError(f"minutes={self.minutes} must be above 0")
+        if self.minutes is not None and Path(self.out).suffix == ".json":
+            raise ConfigError(
+                f"minutes={self.minutes} trains, so out={self.out} must be the folder of the run, "
+                "such as out=outputs/gpu/run"
+            )
 
 
 def measure_gpu(
@@ -91,7 +103,8 @@ def measure_gpu(
         try:
             rows += measure()
         except Exception as error:  # a row that fails is a finding, the others go on
-            note = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:150]}"
+            said = str(error).partition("\n")[0]  # may be empty, as of MemoryError()
+            note = f"failed: {type(error).__name__}: {said[:150]}"
             rows.append((name, float("nan"), float("nan"), float("nan"), note))
         report().save(settings.out, command)
         print(f"{time.perf_counter() - begin:6.1f} s  {rows[-1]}", flush=True)
@@ -278,7 +291,7 @@ def train_for(config: TrainConfig, minutes: float, out: str, command: str) -> st
         )
         rate = train(short, Path(folder) / "speed", command=command).metrics["examples_per_s"]
     left = 60 * minutes - (time.perf_counter() - begin) - 20  # for the start and the end of the run
-    # the steps before L_sd joins in are quicker: the short run had both kinds, in their shares
+    # the rate is that of the last third, with L_sd; steps before it joins in are quicker
     examples = max(config.batch_size, int(rate * left) // config.batch_size * config.batch_size)
     warmup = min(config.optim.warmup, examples // 10)
     final = _changed(config, examples=examples, optim=asdict(config.optim) | {"warmup": warmup})

@@ -152,7 +152,8 @@ def measure_latency(settings: LatencySettings, networks: Networks | None = None)
         where = describe_device(device)
         contenders = make_contenders(policy, settings)
         time_calls(contenders, policy, settings)
-        floor = measure_floor(policy) if device.type == "cpu" else None
+        on_cpu = device.type == "cpu"
+        floor = measure_floor(policy, min(settings.nfe)) if on_cpu else None
     finally:
         torch.set_num_threads(before)
     size = sum(p.numel() for p in policy.parameters()) / 1e6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from cmpolicy.bench import delay, gpu, latency, loop, rollout, server, step
@@ -66,9 +67,11 @@ def run(words: Sequence[str]) -> int:
         return _gpu(rest, command)
     if name == "step":
         settings, others = split(cls, rest)
+        _check_out(settings.out)
         report = step.measure_step(settings, *_objectives(others))
     else:
         settings = read(cls, rest)
+        _check_out(settings.out)
         if name == "latency":
             report = latency.measure_latency(settings, _networks(settings))
         elif name == "delay":
@@ -80,9 +83,21 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
+def _check_out(out: str) -> None:
+    """Before measuring, which may take hours.
+
+    Raises:
+        ConfigError: no name of a JSON file: pictures and folders get theirs from it.
+    """
+    if Path(out).suffix != ".json" or Path(out).is_dir():
+        raise ConfigError(f"out={out} must be a JSON file, such as outputs/bench/mine.json")
+
+
 def _gpu(words: Sequence[str], command: str) -> int:
     settings, others = split(gpu.GpuSettings, words)
-    if settings.minutes is not None:
+    if settings.minutes is None:
+        _check_out(settings.out)
+    else:
         config = TrainConfig.from_mapping(_TRAINING.compose(["preset=gpu", *others]))
         print(gpu.train_for(config, settings.minutes, settings.out, command))
         return 0

@@ -12,7 +12,14 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
-from cmpolicy.bench.latency import DIFFUSIONS, Contender, LatencySettings, time_calls
+from cmpolicy.bench import floor, gpu
+from cmpolicy.bench.latency import (
+    DIFFUSIONS,
+    Contender,
+    LatencySettings,
+    measure_latency,
+    time_calls,
+)
 from cmpolicy.bench.networks import Runtime, diffusion_chunk, make_runtime
 from cmpolicy.bench.step import half_way_trainers, time_pairs
 from cmpolicy.cli.main import main as command
@@ -133,6 +140,27 @@ def test_latency_of_a_policy_that_takes_several_draws_of_noise(
     words = [f"policy={tmp_path / 'ddpm'}", "nfe=[2,3]", "calls=2", "diffusion=false"]
     assert main(["latency", *words, f"out={out}"]) == 0
     assert len(_by_row(_read(out))) == 4
+
+
+@pytest.mark.parametrize("kind", ["plain", "warm", "ddpm"])
+def test_the_floor_is_that_of_one_evaluation(
+    untrained_pusht: Callable[[], ConsistencyPolicy],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    """Whichever row was timed last, with a warm start, and with several draws of noise."""
+    monkeypatch.setattr(floor, "_REPETITIONS", 1)
+    policy = untrained_pusht()
+    policy.warm_start = 0.5 if kind == "warm" else None
+    policy.sampler = "ddpm" if kind == "ddpm" else "flow_map"
+    policy.save_pretrained(tmp_path)
+    shared: dict[str, Any] = {"runtimes": ("eager",), "calls": 1, "diffusion": False}
+    one, other = (
+        measure_latency(LatencySettings(policy=str(tmp_path), nfe=nfe, **shared)).summary["flops"]
+        for nfe in ((1,), (1, 3))
+    )
+    assert one == other > 0
 
 
 def test_a_slow_row_ends_early_but_is_measured(bundle: Path, tmp_path: Path) -> None:
@@ -303,6 +331,29 @@ def test_pairs_alternate_and_warmup_is_dropped() -> None:
     assert times.first.shape == times.second.shape == times.load.shape == (2,)
 
 
+def test_a_gpu_row_that_fails_without_a_message_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(config: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(gpu, "load_training_data", no_memory)
+    settings = gpu.GpuSettings(device="cpu", batches=(8,), out=str(tmp_path / "gpu.json"))
+    config = compose("net=tiny")
+    report = gpu.measure_gpu(settings, [("tiny", config, config)], "")
+    assert [row[-1] for row in report.rows] == ["failed: MemoryError: "] * 5
+
+
+@pytest.mark.parametrize("words", ["latency policy=x", "delay policy=x", "step", "gpu"])
+@pytest.mark.parametrize("out", ["folder.json", "delay", "step.png"])
+def test_an_out_that_cannot_be_written_is_refused_before_measuring(
+    words: str, out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder.json").mkdir()
+    assert main([*words.split(), f"out={tmp_path / out}"]) == 2
+    assert f"out={tmp_path / out} must be a JSON file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -325,6 +376,9 @@ def test_pairs_alternate_and_warmup_is_dropped() -> None:
         (["step", "pairs=0"], "pairs=0 must be at least 1"),
         (["step", "objective=fm"], "leave out objective=..."),
         (["step", "batchsize=3"], "did you mean 'batch_size'?"),
+        (["gpu", "batches=[]"], "batches=[] and nets="),
+        (["gpu", "minutes=-1"], "must be above 0"),
+        (["gpu", "minutes=1"], "must be the folder of the run, such as out=outputs/gpu/run"),
         (["speed"], "unknown benchmark 'speed'"),
     ],
 )
