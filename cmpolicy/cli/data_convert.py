@@ -18,7 +18,7 @@ class RobomimicSettings:
     Args:
         out: store to write (.zarr or .zip); null: named as the source.
         actions: delta, or absolute: target poses, 10 numbers per arm.
-        obs: observation keys; empty: all that are one vector per step.
+        obs: observation keys, those of images too; empty: all that are one vector per step.
         filter: convert only the demonstrations of this mask (train, valid, ...).
         states: false leaves out what only `replay` reads, most of the bytes.
         cameras: to render at the recorded states, such as [agentview,robot0_eye_in_hand].
@@ -93,7 +93,11 @@ class ToLeRobotSettings:
     license: str | None = None
 
 
+_ARM = ("eef_pos", "eef_quat", "gripper_qpos")
+
+
 def _robomimic(settings: RobomimicSettings, source: str) -> int:
+    from cmpolicy_data.chunks import printable
     from cmpolicy_data.convert import robomimic
 
     suffix = "_abs.zarr" if settings.actions == "absolute" else ".zarr"
@@ -120,11 +124,16 @@ def _robomimic(settings: RobomimicSettings, source: str) -> int:
     for name, count in report.masks.items():
         print(f"mask {name}: {count} episode(s)")
     print(f"check it with: cmpolicy data replay robomimic {shown}")
+    if report.left_out:
+        print(printable(f"left out (obs=[...] names what is taken): {', '.join(report.left_out)}"))
     task = f"task={report.task}"
-    if settings.cameras:  # with what the arm itself knows, and not where the objects are
-        frames = [f"{camera}_image" for camera in settings.cameras]
-        obs = ",".join([*frames, "robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos"])
+    frames = [key for key in report.obs if key.endswith("_image")]
+    arm = [key for key in report.obs if key.partition("_")[2] in _ARM]  # of robot0, robot1
+    if frames:  # with what the arm itself knows, and not where the objects are
+        obs = ",".join([*frames, *arm])
         task += f" task.protocol=robomimic-ph-image encoder=compact 'data.obs=[{obs}]'"
+    elif len(arm) < len(_ARM) or "object" not in report.obs:
+        task += f" 'data.obs=[{','.join(report.obs)}]'"
     print(f"train on it with: cmpolicy train {task} data=robomimic data.path={shown}")
     return 0
 

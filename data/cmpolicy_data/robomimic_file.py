@@ -150,6 +150,10 @@ class RobomimicFile:
             )
         return self.masks[filter_key]
 
+    def obs_keys(self) -> list[str]:
+        """Observation keys of the first demonstration, sorted."""
+        return sorted(self._observations(self.demos[0]))
+
     def low_dim_keys(self) -> list[str]:
         """Observation keys that hold one vector per step (images do not), sorted.
 

@@ -460,3 +460,24 @@ def test_inspect_shows_a_converted_store(
     assert shown.startswith('  env_args: { "env_name": "Lift", ')
     assert shown.endswith(" characters)")
     assert max(map(len, lines)) < 160
+
+
+def test_the_command_says_what_it_leaves_out_and_how_to_train_on_the_rest(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    def add(file: Any) -> None:
+        for name in file["data"]:
+            length = len(file[f"data/{name}/actions"])
+            file[f"data/{name}/obs/agentview_image"] = np.zeros((length, 6, 6, 3), np.uint8)
+
+    def printed(*words: str) -> str:
+        assert main(["convert", "robomimic", str(source), f"out={tmp_path}/x.zarr", *words]) == 0
+        return capsys.readouterr().out
+
+    edit(source, add)
+    assert "names what is taken): agentview_image\n" in printed()
+    assert "cmpolicy train task=lift data=robomimic" in printed()
+    told = printed("obs=[agentview_image,robot0_eef_pos]")
+    assert "taken): object, robot0_eef_quat, robot0_gripper_qpos\n" in told
+    assert "encoder=compact 'data.obs=[agentview_image,robot0_eef_pos]'" in told
+    assert "task=lift 'data.obs=[robot0_eef_pos]' data=robomimic" in printed("obs=[robot0_eef_pos]")

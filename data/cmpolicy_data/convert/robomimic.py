@@ -43,7 +43,8 @@ class ConversionReport:
 
     Attributes:
         path: of the store. task: its Robomimic task. actions: ``delta`` or ``absolute``.
-        obs: the observation keys. masks: filter -> number of its episodes.
+        obs: the observation keys. left_out: those of the file that were not taken.
+        masks: filter -> number of its episodes.
         goals_from_file: episodes whose absolute actions the file held already (``actions_abs``).
     """
 
@@ -51,6 +52,7 @@ class ConversionReport:
     task: str
     actions: str
     obs: tuple[str, ...]
+    left_out: tuple[str, ...]
     episodes: int
     steps: int
     masks: dict[str, int]
@@ -111,7 +113,7 @@ def convert(
         names = file.select(filter_key)
         if not names:
             raise RobomimicFileError(f"{source}: the filter {filter_key!r} is empty.")
-        obs_keys = _obs_keys(file, keys)
+        obs_keys, found = _obs_keys(file, keys), file.obs_keys()
         source_hash = _sha256(source)
         numbers = {name: i for i, name in enumerate(names)}
         masks = {
@@ -138,6 +140,7 @@ def convert(
         task=env.task.name,
         actions=actions,
         obs=tuple(obs_keys),
+        left_out=tuple(key for key in found if key not in obs_keys),
         episodes=len(names),
         steps=steps,
         masks={key: len(chosen) for key, chosen in masks.items()},
