@@ -147,7 +147,7 @@ def lost_message(lost: list[Chunk], array: Array) -> str:
         f"{len(lost)} of {n_chunks(array)} chunks of {array.path} are not there, the first is "
         f"{first.name} (steps {first.start} to {first.stop - 1}): the store is truncated. Copy or "
         "download it again; or, if the writer left them out because they hold only zeros, say so "
-        "with data.missing_chunks=zero"
+        "with data.missing_chunks=zero in training, missing_chunks=zero in `cmpolicy data validate`"
     )
 
 
