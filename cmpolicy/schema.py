@@ -18,6 +18,10 @@ class ConfigError(ValueError):
     """Settings that are unknown, of the wrong kind, or that cannot go together."""
 
 
+class UnknownNameError(ConfigError):
+    """A name that is not in a registry."""
+
+
 def unknown_key_message(key: str, known: Iterable[str], *, how: str = "") -> str:
     """What to tell about an unknown setting: the nearest known ones and all that are allowed.
 
@@ -40,22 +44,50 @@ def unknown_key_message(key: str, known: Iterable[str], *, how: str = "") -> str
     return "\n".join([*lines, how] if how else lines)
 
 
-def choose(known: Mapping[str, T], name: str, what: str) -> T:
+#: What helps where a name may be that of a user's own code.
+OWN = (
+    "one of your own is known once its module is imported: CMPOLICY_PLUGINS=<module> for commands, "
+    "an import in Python"
+)
+
+
+def choose(known: Mapping[str, T], name: str, what: str, how: str = "") -> T:
     """The entry of a registry.
 
     Args:
         known: the registry.
         name: of the entry.
         what: one entry of the registry, for messages, e.g. ``objective``.
+        how: a closing hint.
 
     Raises:
-        ConfigError: an unknown name, with the nearest known one.
+        UnknownNameError: with the nearest known name.
     """
     if name in known:
         return known[name]
     near = difflib.get_close_matches(str(name), known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"unknown {what} {name!r}{hint}\nknown: {', '.join(sorted(known))}")
+    lines = [f"unknown {what} {name!r}{hint}", f"known: {', '.join(sorted(known))}"]
+    raise UnknownNameError("\n".join([*lines, how] if how else lines))
+
+
+def enter(known: dict[str, T], name: str, entry: T, what: str) -> None:
+    """Put an entry into a registry; the same code may do so again, as a cell of a notebook does.
+
+    Raises:
+        ConfigError: the name is that of another entry.
+    """
+    before = known.get(name, entry)
+    if _origin(before) != _origin(entry):
+        raise ConfigError(
+            f"{what} {name!r} is {'.'.join(_origin(before))} already; give "
+            f"{'.'.join(_origin(entry))} another name"
+        )
+    known[name] = entry
+
+
+def _origin(entry: Any) -> tuple[str, str]:
+    return entry.__module__, entry.__qualname__
 
 
 def from_mapping(cls: type[T], data: Mapping[str, Any], *, where: str = "") -> T:

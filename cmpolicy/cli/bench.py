@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cmpolicy.bench import delay, gpu, latency, loop, rollout, server, step
 from cmpolicy.bench.report import Report
-from cmpolicy.cli.parse import Composition, describe, read, split
+from cmpolicy.cli.parse import describe, read, split
+from cmpolicy.cli.train import COMPOSITION
 from cmpolicy.experiment.config import TrainConfig
 from cmpolicy.nn.registry import encoder_config, net_config
 from cmpolicy.schema import ConfigError, choose
@@ -46,7 +48,7 @@ _SIMPLE: dict[str, Callable[[Any], Report]] = {
     "server": server.measure_server,
     "loop": loop.measure_loop,
 }
-_TRAINING = Composition(TrainConfig, extra={})
+_TRAINING = replace(COMPOSITION, extra={})
 
 
 def help_text(words: Sequence[str]) -> str:

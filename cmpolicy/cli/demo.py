@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 
-from cmpolicy.cli.parse import Composition, describe, split
+from cmpolicy.cli.parse import describe, split
+from cmpolicy.cli.train import COMPOSITION
 from cmpolicy.experiment.config import TrainConfig
 from cmpolicy.experiment.demo import DemoSettings, run_demo
 
@@ -24,7 +26,7 @@ def help_text(words: Sequence[str]) -> str:
 def run(words: Sequence[str]) -> int:
     """Run the demo; the exit status."""
     demo, rest = split(DemoSettings, words)
-    settings = Composition(TrainConfig, extra={}).compose(
+    settings = replace(COMPOSITION, extra={}).compose(
         ["task=pusht", "preset=demo", "data.augment=[mirror]", *rest]
     )
     command = shlex.join(["cmpolicy", "demo", *words])

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from cmpolicy.cli.plugins import load_plugins
+
 #: Verb: its module in ``cmpolicy.cli`` and what ``cmpolicy --help`` says of it.
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("train", "train a policy from demonstrations, or continue a run"),
@@ -59,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(verb: str, words: list[str]) -> int:
     """Run the verb; errors become one message and an exit status."""
     try:
+        load_plugins()
         # imported here, so that --help and a typing error load neither torch nor Hydra
         module = import_module(f"cmpolicy.cli.{VERBS[verb][0]}")
         asked = [word for word in words if word not in ("-h", "--help")]

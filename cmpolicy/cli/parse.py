@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache, partial
 from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_module
@@ -23,12 +25,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cmpolicy.schema import ConfigError, complete, from_mapping, unknown_key_message
+from cmpolicy.schema import OWN, ConfigError, complete, from_mapping, unknown_key_message
 
 T = TypeVar("T")
 
 PACKAGE = "cmpolicy_conf"
 HYDRA_VERSION_BASE = "1.3"
+SEARCH_PATH = "hydra.searchpath"
 HOW = "`--help` lists all settings with their values"
 
 
@@ -39,6 +42,8 @@ class Composition:
     A dataclass with a ``complete`` classmethod is asked for the defaults itself.
     ``extra`` are settings of the command itself, such as ``out``, with their defaults; ``text``
     names those that are text whatever they look like. ``open_groups`` have keys of the user's own.
+    ``kinds`` are groups whose choices may also be entries of a registry: the setting that names the
+    entry, and the registry. ``hydra.searchpath=[folder]`` adds YAML files of the user's own.
     """
 
     settings: type[Any]
@@ -50,11 +55,17 @@ class Composition:
         *("dataset.path", "task.name"),
     )
     open_groups: Sequence[str] = ("data.obs", "data.normalize")
+    kinds: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
 
-    @property
-    def groups(self) -> dict[str, list[str]]:
-        """Choices by group, of the groups in the YAML file's defaults list."""
-        return _groups(self.config_name, self.package)
+    def files(self, places: Sequence[str] = ()) -> dict[str, list[str]]:
+        """Choices by group that are YAML files, of the groups in the defaults list."""
+        return _groups(self.config_name, self.package, tuple(places))
+
+    def groups(self, places: Sequence[str] = ()) -> dict[str, list[str]]:
+        """All choices by group."""
+        files = self.files(places)
+        names = {group: self.kinds.get(group, ("", {}))[1] for group in files}
+        return {group: sorted({*files[group], *names[group]}) for group in files}
 
     def compose(self, words: Sequence[str]) -> dict[str, Any]:
         """All settings with these words: the command's own and those of :attr:`settings`.
@@ -62,15 +73,31 @@ class Composition:
         Raises:
             ConfigError: a word that cannot be read, an unknown group, choice or setting.
         """
-        overrides = parse(words)
-        groups = self.groups
+        overrides = [*map(self._choice, parse(words))]
+        places = search_path(overrides)
+        files, groups = self.files(places), self.groups(places)
         choices = [o for o in overrides if o.key_or_group in groups]
         for override in choices:
-            _check_choice(override, groups[override.key_or_group])
-        chosen = _compose(self.config_name, self.package, [str(o.input_line) for o in choices])
+            group = override.key_or_group
+            _check_choice(override, groups[group], OWN if group in self.kinds else "")
+        in_files = [o for o in choices if o.value() in files[o.key_or_group]]
+        lines = [f"{o.key_or_group}={o.value()}" for o in in_files]
+        composed = _container(_compose(self.config_name, self.package, lines, places))
+        for override in choices:
+            if override not in in_files:
+                group = override.key_or_group
+                composed[group] = {self.kinds[group][0]: override.value()}
         filled = getattr(self.settings, "complete", partial(complete, self.settings))
-        whole = {**self.extra, **filled(_container(chosen))}
-        return self.replace(whole, [o for o in overrides if o not in choices])
+        whole = {**self.extra, **filled(composed)}
+        rest = [o for o in overrides if o not in choices and o.key_or_group != SEARCH_PATH]
+        return self.replace(whole, rest)
+
+    def _choice(self, override: Override) -> Override:
+        """``net.kind=unet1d`` is ``net=unet1d``, whose other settings are its own."""
+        for group, (name, _) in self.kinds.items():
+            if override.key_or_group == f"{group}.{name}":
+                return OverridesParser.create().parse_override(f"{group}={override.value()}")
+        return override
 
     def replace(self, settings: Mapping[str, Any], overrides: Iterable[Override]) -> dict[str, Any]:
         """Finished settings with some values replaced.
@@ -85,13 +112,14 @@ class Composition:
             is_open = any(key.startswith(f"{group}.") for group in self.open_groups)
             if key not in known and not is_open:
                 group = key.partition(".")[0]
-                if settings.get(group) is None and group in self.groups:
+                groups = self.groups()
+                if settings.get(group) is None and group in groups:
                     raise ConfigError(
                         f"{key} is set, but no {group} is chosen; add "
-                        f"{group}={'|'.join(self.groups[group])}"
+                        f"{group}={'|'.join(groups[group])}"
                     )
                 leaves = [k for k in known if not any(o.startswith(f"{k}.") for o in known)]
-                raise ConfigError(unknown_key_message(key, [*leaves, *self.groups], how=HOW))
+                raise ConfigError(unknown_key_message(key, [*leaves, *groups], how=HOW))
             OmegaConf.update(config, key, self._value(override), merge=False)
         return _container(config)
 
@@ -106,9 +134,10 @@ class Composition:
     def help(self, header: str, words: Sequence[str]) -> str:
         """The groups with their choices and all settings with their values."""
         settings = self.compose(words)
-        groups = "\n".join(f"  {name}: {', '.join(found)}" for name, found in self.groups.items())
+        found = self.groups(search_path(parse(words)))
+        groups = "\n".join(f"  {name}: {', '.join(choices)}" for name, choices in found.items())
         return (
-            f"{header}\n\ngroups, one choice each (such as {next(iter(self.groups))}=...):\n"
+            f"{header}\n\ngroups, one choice each (such as {next(iter(found))}=...):\n"
             f"{groups}\n\nsettings and their values, each given as key=value:\n"
             + OmegaConf.to_yaml(OmegaConf.create(settings))
         )
@@ -248,15 +277,40 @@ def _is_text(hint: Any) -> bool:
     return hint is str
 
 
+def search_path(overrides: Iterable[Override]) -> list[str]:
+    """``hydra.searchpath`` of the words, as Hydra wants it: a plain folder is ``file://folder``.
+
+    Raises:
+        ConfigError: no list, or a folder that is not there.
+    """
+    given = [o.value() for o in overrides if o.key_or_group == SEARCH_PATH]
+    if not given:
+        return []
+    if not isinstance(given[-1], list):
+        raise ConfigError(f"{SEARCH_PATH}={given[-1]} must be a list: {SEARCH_PATH}=[conf]")
+    places = [str(_plain(place)) for place in given[-1]]
+    places = [place if "://" in place else f"file://{Path(place).absolute()}" for place in places]
+    for place in places:
+        if place.startswith("file://") and not Path(place.removeprefix("file://")).is_dir():
+            raise ConfigError(f"{SEARCH_PATH}: {place} is no folder")
+    return places
+
+
 def _compose(
-    config_name: str, package: str, words: Sequence[str], *, with_hydra: bool = False
+    config_name: str,
+    package: str,
+    words: Sequence[str],
+    places: Sequence[str] = (),
+    *,
+    with_hydra: bool = False,
 ) -> DictConfig:
     # a caller's own Hydra state, such as that of --multirun, is put back afterwards
     before = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module(package, version_base=HYDRA_VERSION_BASE):
-            return compose(config_name, list(words), return_hydra_config=with_hydra)
+            where = [f"{SEARCH_PATH}={list(places)}"] if places else []
+            return compose(config_name, [*words, *where], return_hydra_config=with_hydra)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error)) from error
     finally:
@@ -274,26 +328,32 @@ def _container(config: DictConfig) -> dict[str, Any]:
 
 
 @cache
-def _groups(config_name: str, package: str) -> dict[str, list[str]]:
+def _groups(config_name: str, package: str, places: tuple[str, ...]) -> dict[str, list[str]]:
     composed = _compose(config_name, package, (), with_hydra=True)
     chosen = [str(group) for group in composed.hydra.runtime.choices if "/" not in group]
-    return {group: _choices(group, package) for group in chosen}
+    return {group: _choices(group, package, places) for group in chosen}
 
 
-def _choices(group: str, package: str) -> list[str]:
+def _choices(group: str, package: str, places: Sequence[str]) -> list[str]:
     roots = [files(package), files(PACKAGE)]
-    folder = next(root / group for root in roots if (root / group).is_dir())
-    names = [entry.name for entry in folder.iterdir()]
+    own: list[Traversable] = [
+        Path(p.removeprefix("file://")) for p in places if p.startswith("file://")
+    ]
+    own += [files(p.removeprefix("pkg://")) for p in places if p.startswith("pkg://")]
+    folders: list[Traversable] = [next(root / group for root in roots if (root / group).is_dir())]
+    folders += [place / group for place in own if (place / group).is_dir()]
+    names = [entry.name for folder in folders for entry in folder.iterdir()]
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
-def _check_choice(override: Override, choices: Sequence[str]) -> None:
+def _check_choice(override: Override, choices: Sequence[str], how: str) -> None:
     group, value = override.key_or_group, override.value()
     if value in choices:
         return
     near = difflib.get_close_matches(str(value), choices, n=1)
     hint = f"; did you mean {group}={near[0]}?" if near else ""
-    raise ConfigError(f"unknown choice {group}={value}{hint}\n{group} is one of {list(choices)}")
+    lines = [f"unknown choice {group}={value}{hint}", f"{group} is one of {list(choices)}"]
+    raise ConfigError("\n".join([*lines, how] if how else lines))
 
 
 def _keys(config: object, prefix: str = "") -> list[str]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from cmpolicy.cli.parse import Composition, describe, read, split
+from cmpolicy.cli.parse import describe, read, split
+from cmpolicy.cli.train import COMPOSITION
 from cmpolicy.experiment.config import TrainConfig
 from cmpolicy.schema import ConfigError, choose
 from cmpolicy.study.objectives import STUDY_FILE, ObjectivesSettings, study_objectives
@@ -29,7 +31,7 @@ commands:
 
 `cmpolicy study COMMAND --help` lists its settings."""
 _SETTINGS = {"stability": StabilitySettings, "objectives": ObjectivesSettings}
-_TRAINING = Composition(TrainConfig, extra={})
+_TRAINING = replace(COMPOSITION, extra={})
 
 
 def help_text(words: Sequence[str]) -> str:

@@ -6,16 +6,35 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cmpolicy.cli.parse import HYDRA_VERSION_BASE, PACKAGE, Composition, parse
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override
+
+from cmpolicy.cli.parse import (
+    HYDRA_VERSION_BASE,
+    PACKAGE,
+    SEARCH_PATH,
+    Composition,
+    parse,
+    search_path,
+)
+from cmpolicy.cli.plugins import load_plugins
 from cmpolicy.experiment.config import TrainConfig
 from cmpolicy.files import write_atomically
+from cmpolicy.flow.objectives import OBJECTIVES
+from cmpolicy.nn.registry import ENCODERS, NETS, load_built_in
 from cmpolicy.schema import ConfigError
 
-COMPOSITION = Composition(TrainConfig)
+load_built_in()
+#: Choices that are no YAML file: what is registered, with its own defaults.
+KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "net": ("kind", NETS),
+    "encoder": ("kind", ENCODERS),
+    "objective": ("name", OBJECTIVES),
+}
+COMPOSITION = Composition(TrainConfig, kinds=KINDS)
 _HEADER = """\
 usage: cmpolicy train [task=...] [preset=...] [data=...] [objective=...] [net=...] [key=value ...]
        cmpolicy train resume=outputs/<run> [examples=...]
@@ -109,23 +128,32 @@ def _sweep(words: Sequence[str]) -> int:
     folder = Path(str(given[-1].value()) if given else f"outputs/sweep-{stamp}").absolute()
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"out={folder} exists and is not an empty folder; choose another out")
-    groups = COMPOSITION.groups
-    passed = [
+    places = search_path(overrides)
+    files = COMPOSITION.files(places)
+    passed: list[str] = []
+    swept: set[str] = set()
+    for override, word in zip(overrides, words, strict=True):
+        key = override.key_or_group
+        if key in ("out", SEARCH_PATH):
+            continue
+        if key in KINDS and not _in_files(override, files[key]):
+            key, word = f"{key}.{KINDS[key][0]}", word.replace("=", f".{KINDS[key][0]}=", 1)
         # Hydra's own composition holds the differences only, so single values are added to it.
-        word if key in groups or key.startswith("hydra") else f"++{word}"
-        for key, word in zip(keys, words, strict=True)
-        if key != "out"
-    ]
-    swept = {o.key_or_group for o in overrides if o.is_sweep_override()}
+        passed.append(word if key in files or key.startswith("hydra") else f"++{word}")
+        if override.is_sweep_override():
+            swept.add(key)
+    where = [f"{SEARCH_PATH}={places}"] if places else []
 
     @hydra.main(f"pkg://{PACKAGE}", "train", version_base=HYDRA_VERSION_BASE)
     def job(_: Any) -> None:
         from hydra.core.hydra_config import HydraConfig
 
         config = HydraConfig.get()
-        _run_job(int(config.job.num), [str(w) for w in config.overrides.task], swept, folder)
+        words = [str(word) for word in config.overrides.task]
+        _run_job(int(config.job.num), [*words, *where], swept, folder)
 
-    before, sys.argv = sys.argv, ["cmpolicy train", "-m", *passed, f"hydra.sweep.dir={folder}"]
+    argv = ["cmpolicy train", "-m", *passed, *where, f"hydra.sweep.dir={folder}"]
+    before, sys.argv = sys.argv, argv
     try:
         job()
     finally:
@@ -139,6 +167,7 @@ def _sweep(words: Sequence[str]) -> int:
 
 def _run_job(number: int, words: Sequence[str], swept: set[str], folder: Path) -> None:
     """Train one combination; what came of it, an error too, goes into a file beside its folder."""
+    load_plugins()  # a launcher may run this in a process of its own
     plain = [word.removeprefix("++") for word in words]
     what = [word for word in plain if word.partition("=")[0] in swept]
     name = "-".join([str(number), *(w.replace("/", "_") for w in what)])
@@ -158,6 +187,13 @@ def _run_job(number: int, words: Sequence[str], swept: set[str], folder: Path) -
     except Exception as error:  # the other runs go on
         found["error"] = f"{error}".splitlines()[0]
     write_atomically(folder / f"job-{number}.json", json.dumps(found).encode())
+
+
+def _in_files(override: Override, known: Sequence[str]) -> bool:
+    """Whether all values of a word choose YAML files, which Hydra itself can do."""
+    value = override.value()
+    values = value.list if isinstance(value, ChoiceSweep) else [value]
+    return isinstance(value, Glob) or all(str(one) in known for one in values)
 
 
 def _table(jobs: Sequence[dict[str, Any]]) -> str:

@@ -26,6 +26,7 @@ from cmpolicy.nn.registry import (
 )
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.schema import (
+    OWN,
     ConfigError,
     at_least,
     choose,
@@ -82,7 +83,7 @@ class DataConfig:
         val_fraction: share of the episodes held out for validation.
         augment: what is done to the demonstrations, in this order; of Push-T: ``recentre`` (each
             episode moved so that its block comes to rest on the goal), ``mirror`` (every episode's
-            mirror image is added).
+            mirror image is added); or what was registered under a name of one's own.
         max_pause: where nothing moves for longer, the further steps are left out; null keeps all.
             A policy stands still where its demonstrations do.
         normalize: how keys are scaled, all (``data.normalize=gaussian``) or one of the policy's
@@ -284,7 +285,7 @@ class ObjectiveConfig:
     def complete(cls, data: Mapping[str, Any]) -> dict[str, Any]:
         """The settings with the defaults of the objective, side by side."""
         name = str(data.get("name") or "isd")
-        own = complete(choose(OBJECTIVES, name, "objective"), {})
+        own = complete(choose(OBJECTIVES, name, "objective", OWN), {})
         rest = {k: v for k, v in data.items() if k not in ("name", "sampler", "settings")}
         given = {**data.get("settings", {}), **rest}
         return {"name": name, "sampler": data.get("sampler"), **merge(own, given)}
@@ -347,7 +348,7 @@ class TrainConfig(LoopConfig):
         for name, (known, default) in parts.items():
             load_built_in()
             given = dict(data.get(name) or {})
-            kind = choose(known, given.get("kind") or default.kind, f"{name}.kind")
+            kind = choose(known, given.get("kind") or default.kind, f"{name}.kind", OWN)
             filled[name] = merge({"kind": kind.kind, **complete(kind, {})}, given)
         return filled
 

@@ -1,8 +1,9 @@
 """Networks F(x, t, s, features) and observation encoders by kind.
 
 To add one: write a frozen dataclass of its settings with what :class:`NetConfig` or
-:class:`EncoderConfig` asks for, decorate it with ``@register_net`` or ``@register_encoder``, and
-add a YAML to ``conf/cmpolicy_conf/net/`` or ``.../encoder/``. Nothing else names it.
+:class:`EncoderConfig` asks for, and decorate it with ``@register_net`` or ``@register_encoder``.
+``net=<kind>`` then chooses it, once its module is imported (``CMPOLICY_PLUGINS``: see
+cmpolicy/training/README.md); a YAML of other values than its defaults is not needed.
 
 Legend: B batch, To observation steps, T horizon, A action size, D features.
 """
@@ -15,7 +16,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 from torch import nn
 
-from cmpolicy.schema import ConfigError, choose, from_mapping
+from cmpolicy.schema import OWN, ConfigError, choose, enter, from_mapping
 from cmpolicy.spec import PolicySpec
 
 
@@ -55,13 +56,15 @@ C = TypeVar("C")
 
 def register_net(cls: type[C]) -> type[C]:
     """Make a network's settings known under ``cls.kind``."""
-    NETS[cast(type[NetConfig], cls).kind] = cast(type[NetConfig], cls)
+    config = cast(type[NetConfig], cls)
+    enter(cast(dict[str, Any], NETS), config.kind, config, "net.kind")
     return cls
 
 
 def register_encoder(cls: type[C]) -> type[C]:
     """Make an encoder's settings known under ``cls.kind``."""
-    ENCODERS[cast(type[EncoderConfig], cls).kind] = cast(type[EncoderConfig], cls)
+    config = cast(type[EncoderConfig], cls)
+    enter(cast(dict[str, Any], ENCODERS), config.kind, config, "encoder.kind")
     return cls
 
 
@@ -98,6 +101,11 @@ def _read(known: dict[str, type[Any]], settings: Mapping[str, Any], where: str) 
         return settings
     if not isinstance(settings, Mapping):
         raise ConfigError(f"{where} must be a group of settings with `kind`, got {settings!r}")
+    if "_target_" in settings:
+        raise ConfigError(
+            f"{where}._target_={settings['_target_']}: nothing is built from a class's path here; "
+            f"register its settings and give {where}.kind, see cmpolicy/nn/registry.py"
+        )
     rest = {key: value for key, value in settings.items() if key != "kind"}
-    cls = choose(known, str(settings.get("kind")), f"{where}.kind")
+    cls = choose(known, str(settings.get("kind")), f"{where}.kind", OWN)
     return from_mapping(cls, rest, where=where)

@@ -26,6 +26,7 @@ from cmpolicy.hub import HubError, download
 from cmpolicy.nn.registry import EncoderConfig, NetConfig, encoder_config, net_config, to_mapping
 from cmpolicy.policy.card import with_header
 from cmpolicy.policy.format_1 import from_format_1
+from cmpolicy.schema import UnknownNameError
 from cmpolicy.spec import PolicySpec, check_warm_start
 
 FORMAT = "cmpolicy-policy"
@@ -242,6 +243,8 @@ def _read(directory: Path) -> Bundle:
             warm_start=check_warm_start(config.get("warm_start")),
             source=directory,
         )
+    except UnknownNameError as error:  # perhaps of a module that is not imported
+        raise BundleError(f"{directory / CONFIG}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise BundleError(f"{directory / CONFIG} is damaged: {reason}") from error

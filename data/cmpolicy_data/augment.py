@@ -46,25 +46,55 @@ class Episodes:
 
 Augmentation = Callable[[Episodes], Episodes]
 
+AUGMENTATIONS: dict[str, Augmentation] = {}
 
-def augmentation(name: str) -> Augmentation:
-    """The augmentation of that name.
+
+def register_augmentation(name: str) -> Callable[[Augmentation], Augmentation]:
+    """Make an augmentation known to ``data.augment`` under ``name``; it gets numbers, no frames."""
+
+    def add(function: Augmentation) -> Augmentation:
+        AUGMENTATIONS[name] = function
+        return function
+
+    return add
+
+
+def augment(episodes: Episodes, name: str) -> Episodes:
+    """The episodes as the augmentation of that name gives them.
 
     Raises:
-        AugmentError: an unknown name.
+        AugmentError: an unknown name, data that it cannot work on, or episodes that do not fit
+            together afterwards.
     """
-    if name == "mirror":
-        return mirror_pusht
-    if name == "recentre":
-        from cmpolicy_data.convert.recentre import recentre_pusht  # needs the simulator
+    if name not in AUGMENTATIONS:
+        raise AugmentError(
+            f"unknown augmentation {name!r} (data.augment); known: {', '.join(AUGMENTATIONS)}; one "
+            "of your own is known once its module is imported: CMPOLICY_PLUGINS=<module> for "
+            "commands, an import in Python"
+        )
+    changed = AUGMENTATIONS[name](episodes)
+    steps, ends = {key: len(value) for key, value in changed.data.items()}, changed.episode_ends
+    if (
+        steps.keys() != episodes.data.keys()
+        or {*steps.values()} != {int(ends[-1])}
+        or (np.diff(ends, prepend=0) < 1).any()
+        or len(changed.source) != len(ends)
+        or not np.isin(changed.source, episodes.source).all()
+    ):
+        raise AugmentError(
+            f"the augmentation {name!r} gave steps {steps}, episode_ends to {ends[-1:]} and "
+            f"{len(changed.source)} sources of {len(ends)} episodes; expected the keys "
+            f"{sorted(episodes.data)}, each with as many steps as the last of rising episode_ends, "
+            "and for every episode the stored one that it comes from"
+        )
+    return changed
 
-        return recentre_pusht
-    raise AugmentError(
-        f"unknown augmentation {name!r} (data.augment); known: {', '.join(AUGMENTATIONS)}"
-    )
 
+@register_augmentation("recentre")
+def _recentre(episodes: Episodes) -> Episodes:
+    from cmpolicy_data.convert.recentre import recentre_pusht  # needs the simulator
 
-AUGMENTATIONS = ("recentre", "mirror")
+    return recentre_pusht(episodes)
 
 
 def mirror_points(points: FloatArray) -> FloatArray:
@@ -92,6 +122,7 @@ def mirror_keypoints(keypoint: FloatArray, state: FloatArray) -> FloatArray:
     return np.asarray(mirrored[..., None, 2:4] + turned, dtype=keypoint.dtype)
 
 
+@register_augmentation("mirror")
 def mirror_pusht(episodes: Episodes) -> Episodes:
     """The demonstrations and, after them, their mirror images.
 

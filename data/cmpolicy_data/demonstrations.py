@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cmpolicy_data.augment import AugmentError, Episodes, augmentation
+from cmpolicy_data import augment as augmenting
+from cmpolicy_data.augment import AugmentError, Episodes
 from cmpolicy_data.chunks import MissingChunks
 from cmpolicy_data.frames import load_frames, looks_like_frames, select_frames
 from cmpolicy_data.replay_buffer import ReplayBuffer
@@ -196,15 +197,15 @@ def load_demonstrations(
             keys (then key = selector).
         action: selector of the actions.
         augment: transformations of the demonstrations, applied in this order: names of
-            :data:`~cmpolicy_data.augment.AUGMENTATIONS` (Push-T only; they need the key ``state``).
-            Push-T's frames are then rendered from the transformed states.
+            :data:`~cmpolicy_data.augment.AUGMENTATIONS` (those that come with cmpolicy are of
+            Push-T). Push-T's frames are then rendered from the transformed states.
         targets: as ``obs``, numbers alone, under keys of their own.
         image_memory: GiB of frames that are kept in memory, see ``frames``.
         missing_chunks: what a chunk that is not there means, see ``ReplayBuffer.open``.
 
     Raises:
         FileNotFoundError, ReplayBufferError, SelectorError: see ``ReplayBuffer``.
-        AugmentError: an unknown name, or data that is not Push-T's.
+        AugmentError: an unknown name, or data that it cannot work on.
         ValueError: no observations, actions that are no vectors, or targets that are frames or
             observations as well.
     """
@@ -227,14 +228,15 @@ def load_demonstrations(
     chosen_action = Selector.parse(action)
     number = np.arange(buffer.n_episodes, dtype=np.int64)
     if augment:
-        needed = {"state", "action", chosen_action.key, *(s.key for s in chosen.values())}
+        needed = {chosen_action.key, *(s.key for s in chosen.values())}
+        needed |= {key for key in ("state", "action") if key in buffer}  # Push-T's need the whole
         episodes = Episodes({key: buffer.load(key) for key in needed}, buffer.episode_ends, number)
         for name in augment:
-            episodes = augmentation(name)(episodes)
+            episodes = augmenting.augment(episodes, name)
         arrays = {key: s.take(episodes.data[s.key]) for key, s in chosen.items()}
         actions = chosen_action.take(episodes.data[chosen_action.key])
         ends, number = episodes.episode_ends, episodes.source
-        states = episodes.data["state"]
+        states = episodes.data.get("state")
     else:
         arrays = {key: buffer.load(str(s)) for key, s in chosen.items()}
         actions, ends = buffer.load(action), buffer.episode_ends

@@ -99,7 +99,7 @@ ELSEWHERE = (
 
 
 def _text(readme: str) -> str:
-    return (ROOT / readme).read_text().partition("## A simulator of your own")[0]
+    return re.split(r"## (A simulator|Parts) of your own\n", (ROOT / readme).read_text())[0]
 
 
 def _blocks(readme: str, language: str) -> list[str]:

@@ -10,7 +10,7 @@ from cmpolicy_data import ReplayBuffer
 from cmpolicy_data.augment import (
     AugmentError,
     Episodes,
-    augmentation,
+    augment,
     mirror_keypoints,
     mirror_points,
     mirror_pusht,
@@ -114,7 +114,7 @@ def test_the_pose_is_needed():
 
 def test_unknown_augmentations():
     with pytest.raises(AugmentError, match=r"unknown augmentation 'rotate'.*recentre, mirror"):
-        augmentation("rotate")
+        augment(Episodes(DATA, ENDS, np.arange(2)), "rotate")
 
 
 # -- recentre -------------------------------------------------------------------------------------

@@ -357,7 +357,7 @@ def _other_weights(directory: Path) -> None:
         (_edit(spec={"obs": {}}), ["is damaged", "incomplete"]),
         (_edit(net={"kind": "unet1d", "width": 3}), ["is damaged", "net.width"]),
         (_edit(net=3), ["is damaged", "net must be a group"]),
-        (_edit(encoder={"kind": "cnn"}), ["is damaged", "unknown encoder.kind 'cnn'"]),
+        (_edit(encoder={"kind": "cnn"}), ["config.json: unknown encoder.kind 'cnn'"]),
         (_edit(nfe=0), ["nfe=0"]),
         (_edit(path="cubic"), ["unknown path 'cubic'"]),
         (_edit(sampler="heun"), ["unknown sampler 'heun'"]),

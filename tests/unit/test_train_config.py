@@ -82,7 +82,7 @@ def test_settings_survive_a_round_trip() -> None:
         ("objective.epsilom=1", r"did you mean 'objective.epsilon'"),
         ("+objective.epsilom=1", r"unknown setting 'objective.epsilom'"),
         ("preset=quik", r"unknown choice preset=quik; did you mean preset=quick"),
-        ("net=huge", r"net is one of \['base', 'large', 'small', 'tiny'\]"),
+        ("net=huge", r"net is one of \['base', 'large', 'small', 'tiny', 'unet1d'\](.|\n)*PLUGINS"),
         ("examples", r"'examples' is not a setting; settings are given as key=value"),
         ("data.obs=[state", r"cannot read 'data.obs=\[state'"),
         ("optim.lr=1e-3,1e-4", r"--multirun"),

@@ -1,8 +1,8 @@
 """Training objectives: one frozen dataclass of settings each.
 
-To add one: write the class in a file of its own, decorate it with ``@register("name")``, import it
-(below, or in the code that trains with it), and add a YAML of that name to
-``conf/cmpolicy_conf/objective/``.
+To add one: write the class in a file of its own and decorate it with ``@register("name")``.
+``objective=name`` then chooses it, once its module is imported (below, or by ``CMPOLICY_PLUGINS``:
+see cmpolicy/training/README.md).
 """
 
 from cmpolicy.flow.objectives.consistency import ConsistencyTraining, DiscreteConsistencyTraining

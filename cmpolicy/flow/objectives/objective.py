@@ -17,7 +17,7 @@ from torch import Tensor
 from cmpolicy.flow.flow_map import FlowMap
 from cmpolicy.flow.path import Path, PathSample
 from cmpolicy.flow.sampler import SamplerKind
-from cmpolicy.schema import choose, from_mapping
+from cmpolicy.schema import OWN, choose, enter, from_mapping
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def register(name: str) -> Callable[[type], type]:
     """Make a frozen dataclass of settings known to :func:`build_objective` under ``name``."""
 
     def add(cls: type) -> type:
-        OBJECTIVES[name] = cls
+        enter(OBJECTIVES, name, cls, "objective")
         return cls
 
     return add
@@ -174,7 +174,7 @@ def build_objective(name: str, **settings: Any) -> Objective:
     Raises:
         ConfigError: an unknown name or setting (with the nearest known ones), or a bad value.
     """
-    return from_mapping(choose(OBJECTIVES, name, "objective"), settings, where="objective")
+    return from_mapping(choose(OBJECTIVES, name, "objective", OWN), settings, where="objective")
 
 
 def check_shares(settings: object, *names: str) -> None:
