@@ -67,7 +67,7 @@ def test_early_and_short_runs_say_nothing() -> None:
     "log",
     [
         "pusht/training_long.jsonl",
-        "pusht/training_rate3e4.jsonl",
+        "pusht/training_rate3e4_seed0.jsonl",
         "pusht_image/training.jsonl",
         "pusht_image/training_targets.jsonl",
         "image/mnist/isd_training.jsonl",
