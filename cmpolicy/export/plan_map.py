@@ -108,7 +108,8 @@ class _FixedTimes(nn.Module):
     def forward(self, i: int, x: Tensor, condition: Tensor) -> Tensor:
         """F at x (B, T, A) in evaluation ``i``."""
         t, s = self.get_buffer("times")[:, i]
-        f: Tensor = self.net(x, t.expand(len(x)), s.expand(len(x)), condition)
+        rows = x.shape[0]  # len() would fix the batch size of the exported file
+        f: Tensor = self.net(x, t.expand(rows), s.expand(rows), condition)
         return f
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -185,15 +185,12 @@ def _example_plan(policy: ConsistencyPolicy, batch: int) -> Tensor | None:
 
 
 def _write_onnx(module: PlanMap, policy: ConsistencyPolicy, facts: ExportFacts, file: Path) -> None:
-    obs, noise = example_inputs(policy, batch=2)
     warm_names = () if facts.warm_start is None else WARM
     program = torch.onnx.export(
-        module,
-        (obs, noise, *example_warm_inputs(policy, batch=2)),
+        _traced(module, policy),
         dynamo=True,
         optimize=True,
         verbose=False,
-        dynamic_shapes=_dynamic(policy),
         input_names=[*map(input_name, facts.spec.obs), NOISE, *warm_names],
         output_names=[ACTIONS, PLAN],
     )
@@ -210,18 +207,31 @@ def _write_onnx(module: PlanMap, policy: ConsistencyPolicy, facts: ExportFacts, 
 def _write_program(
     module: PlanMap, policy: ConsistencyPolicy, facts: ExportFacts, file: Path
 ) -> None:
-    obs, noise = example_inputs(policy, batch=2)
-    inputs = (obs, noise, *example_warm_inputs(policy, batch=2))
-    program = torch.export.export(module, inputs, dynamic_shapes=_dynamic(policy))
+    program = _traced(module, policy)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
     torch.export.save(program, file, extra_files={KEY: facts.to_json()})
 
 
-def _dynamic(policy: ConsistencyPolicy) -> Any:
+def _traced(module: PlanMap, policy: ConsistencyPolicy) -> torch.export.ExportedProgram:
+    """The map as a program for any batch size.
+
+    Raises:
+        ExportError: a network or an encoder that ``torch.export`` cannot follow.
+    """
+    obs, noise = example_inputs(policy, batch=2)
+    inputs = (obs, noise, *example_warm_inputs(policy, batch=2))
     rows = {0: torch.export.Dim("batch")}
-    others = (rows,) if policy.warm_start is None else (rows, rows, rows)
-    return tuple(rows for _ in policy.spec.obs), *others
+    shapes = (tuple(rows for _ in obs), *(rows for _ in inputs[1:]))
+    try:
+        return torch.export.export(module, inputs, dynamic_shapes=shapes)
+    except Exception as error:  # of the network's own, and of torch without a common base
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise ExportError(
+            f"torch.export cannot follow net.kind={policy.net_config.kind} or encoder.kind="
+            f"{policy.encoder_config.kind} for any batch size: {why}; a module "
+            "takes sizes from tensor.shape, not from len(tensor), and does not branch on values"
+        ) from error
 
 
 @contextmanager

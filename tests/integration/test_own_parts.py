@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cmpolicy import ConsistencyPolicy
+from cmpolicy import ConsistencyPolicy, OnnxPolicy
 from cmpolicy.cli.main import main
 from cmpolicy.cli.train import compose
 from cmpolicy.flow.objectives import OBJECTIVES
@@ -58,7 +58,19 @@ def test_the_example_of_the_readme(
     )  # an image goes along
     policy = ConsistencyPolicy.from_pretrained("outputs/mine/policy")
     assert (policy.net_config.kind, policy.encoder_config.kind) == ("per_action", "newest")
-    assert policy.infer({"state": np.zeros((1, 2, 4))}).shape == (1, 8, 2)
+    obs = {"state": np.random.default_rng(0).normal(size=(3, 2, 4)).astype(np.float32)}
+    noise = np.random.default_rng(1).normal(size=(3, 16, 2)).astype(np.float32)
+    assert main(["export", "policy=outputs/mine/policy", "out=mine.onnx"]) == 0
+    np.testing.assert_allclose(
+        OnnxPolicy("mine.onnx").infer(obs, noise), policy.infer(obs, noise), atol=1e-4
+    )
+    network = type(policy.net)
+    monkeypatch.setattr(network, "forward", lambda self, x, t, s, features: x[: len(x)] * 0)
+    capsys.readouterr()
+    assert main(["export", "policy=outputs/mine/policy", "out=mine.onnx"]) == 2
+    message = capsys.readouterr().err
+    assert "torch.export cannot follow net.kind=per_action" in message
+    assert "not from len(tensor)" in message
 
     monkeypatch.delenv("CMPOLICY_PLUGINS")
     del NETS["per_action"]
