@@ -65,7 +65,7 @@ def rows(runs: Sequence[RunScores]) -> list[Row]:
             nothing = (0.0,) * length
             success = np.array([nothing if s is None else s.success for s in several], float)
             score = np.array([nothing if s is None else s.score for s in several], float)
-            found.append(Row(name, kind, nfe, Estimate.over(success), Estimate.over(score)))
+            found.append(Row(name, kind, nfe, Estimate.of_share(success), Estimate.over(score)))
     return found
 
 

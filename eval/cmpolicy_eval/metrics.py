@@ -77,6 +77,17 @@ class Estimate:
         sample = np.asarray(values, dtype=np.float64)
         return cls(sample, float(sample.mean()), crossed_bootstrap_interval(sample))
 
+    @classmethod
+    def of_share(cls, solved: ArrayLike) -> "Estimate":
+        """Of zeros and ones. Where all are alike, which leaves nothing to resample: Wilson's
+        interval for so many episodes, however many runs met them.
+        """
+        found = cls.over(solved)
+        if found.mean not in (0.0, 1.0):
+            return found
+        n = found.values.shape[1]
+        return cls(found.values, found.mean, wilson_interval(round(n * found.mean), n))
+
     @property
     def by_seed(self) -> tuple[float, ...]:
         """Means over the episodes."""

@@ -184,11 +184,11 @@ class _Group:
 
     @cached_property
     def score(self) -> Estimate:
-        return self._over(lambda episode: episode.score)
+        return Estimate.over(self._table(lambda episode: episode.score))
 
     @cached_property
     def success(self) -> Estimate:
-        return self._over(lambda episode: float(episode.success))
+        return Estimate.of_share(self._table(lambda episode: float(episode.success)))
 
     @property
     def score_interval(self) -> tuple[float, Interval]:
@@ -220,13 +220,12 @@ class _Group:
         both = (self.score - other.score, self.success - other.success)
         return [(difference.mean, difference.ci95) for difference in both]
 
-    def _over(self, value: Callable[[EpisodeScore], float]) -> Estimate:
-        return Estimate.over(
-            [
-                [value(episode) for episode in sorted(result.episodes, key=lambda e: e.seed)]
-                for result in self.results
-            ]
-        )
+    def _table(self, value: Callable[[EpisodeScore], float]) -> list[list[float]]:
+        """(training runs, episodes)."""
+        return [
+            [value(episode) for episode in sorted(result.episodes, key=lambda e: e.seed)]
+            for result in self.results
+        ]
 
 
 def _groups(results: Sequence[Result], pool: bool) -> list[_Group]:

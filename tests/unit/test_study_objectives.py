@@ -12,7 +12,12 @@ import pytest
 from cmpolicy.experiment.config import ObjectiveConfig
 from cmpolicy.study.objectives import RunScores, Scores, evaluations
 from cmpolicy.study.objectives_report import markdown, plot, rows
-from cmpolicy_eval.metrics import bootstrap_interval, crossed_bootstrap_interval
+from cmpolicy_eval.metrics import (
+    Estimate,
+    bootstrap_interval,
+    crossed_bootstrap_interval,
+    wilson_interval,
+)
 
 
 def _run(name: str, seed: int, success: list[bool], *, diverged: int | None = None) -> RunScores:
@@ -67,6 +72,16 @@ def test_objectives_without_a_trained_run_stay_in_the_table(tmp_path: Path) -> N
     text = markdown(runs)
     assert any(line.startswith("| esd") and " - |" in line for line in text.splitlines())
     assert plot(runs, tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_three_runs_that_all_failed_are_no_proof_of_zero() -> None:
+    failed = Estimate.of_share(np.zeros((3, 100)))
+    assert failed.ci95 == wilson_interval(0, 100)
+    assert Estimate.of_share(np.ones((3, 100))).ci95 == wilson_interval(100, 100)
+    mixed = np.zeros((3, 100))
+    mixed[:, :50] = 1
+    assert Estimate.of_share(mixed).ci95 == crossed_bootstrap_interval(mixed)
+    assert (failed - failed).ci95 == (0.0, 0.0)  # of a difference it would be another interval
 
 
 def test_crossed_interval_counts_both_levels() -> None:
