@@ -6,11 +6,14 @@ OSError or ImportError with a message for people; an exception class whose ``exi
 says that the work itself failed.
 
 Exit status, of every verb: 0 done; 1 the work failed (a run, an environment, a robot; what was
-saved before is kept); 2 bad settings, data or files; 130 stopped by Ctrl-C, 143 by SIGTERM.
+saved before is kept); 2 bad settings, data or files; 130 stopped by Ctrl-C, 143 by SIGTERM, 141 by
+the end of the program that read its output.
 """
 
 from __future__ import annotations
 
+import os
+import select
 import sys
 import warnings
 from collections.abc import Sequence
@@ -66,14 +69,17 @@ def _run(verb: str, words: list[str]) -> int:
         module = import_module(f"cmpolicy.cli.{VERBS[verb][0]}")
         asked = [word for word in words if word not in ("-h", "--help")]
         if len(asked) < len(words):
-            print(module.help_text(asked).rstrip())
+            print(module.help_text(asked).rstrip(), flush=True)
             return 0
         status: int = module.run(words)
+        sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         print(f"cmpolicy {verb}: stopped", file=sys.stderr)
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 141
         status = getattr(error, "exit_status", 0)
         if not status and not isinstance(error, ValueError | OSError | ImportError):
             raise  # a defect of ours: its traceback is what a report needs
@@ -81,6 +87,16 @@ def _run(verb: str, words: list[str]) -> int:
         text = "\n".join([f"cmpolicy {verb}: {error}", *notes])
         print(_printable(text), file=sys.stderr)
         return status or 2
+
+
+def _nobody_reads() -> bool:
+    """Whether the program that read the output has ended, as ``| head`` does."""
+    output = select.poll()
+    output.register(sys.stdout, select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False  # the pipe of something else
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+    return True
 
 
 def _printable(text: str) -> str:

@@ -29,7 +29,8 @@ class Health:
     semigroup: |X_{m->s}(X_{t->m}(x)) - X_{t->s}(x)| / |X_{t->s}(x) - x|.
     tangent: |Eulerian residual| / |v|. The conditional velocity v of the same samples never
         vanishes; the network's own velocity does while the network is fresh.
-    tangent_at_1: the same at t = 1 and s = 0, the one jump that one-step sampling makes.
+    tangent_at_1: the same at t = 1 and s = 0, the one jump that one-step sampling makes; against
+        |z - x|, which is |v| on the linear path.
     map_error: distance of the one-step map from its own flow (:data:`DIAGONAL_STEPS` steps of the
         velocity from the same noise), against the spread of its samples over noise.
     variance_ratio: variance over noise draws given the same features, against the data's variance;

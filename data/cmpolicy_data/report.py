@@ -117,7 +117,7 @@ def examine_store(path: str | Path, *, missing_chunks: MissingChunks = "auto") -
         FileNotFoundError, ReplayBufferError: see :class:`ReplayBuffer`.
     """
     buffer = ReplayBuffer.open(path, missing_chunks=missing_chunks)
-    values = _numbers(buffer)
+    values = {key: buffer.load(key) for key in _numeric(buffer)}
     clocks = {key: values.pop(key) for key in list(values) if _CLOCK_KEY.fullmatch(key)}
     found = examine(values, buffer.episode_ends)
     for key, times in clocks.items():
@@ -140,20 +140,30 @@ def examine_store(path: str | Path, *, missing_chunks: MissingChunks = "auto") -
 
 
 def table_of_store(path: str | Path) -> list[str]:
-    """:func:`table` of all numbers of a store; raises as :func:`examine_store`."""
-    return table(_numbers(ReplayBuffer.open(path)))
+    """:func:`table` of all numbers of a store, and a line for each key that cannot be read.
+
+    Raises:
+        FileNotFoundError, ReplayBufferError: see :class:`ReplayBuffer`.
+    """
+    buffer = ReplayBuffer.open(path)
+    values, unread = {}, []
+    for key in _numeric(buffer):
+        try:
+            values[key] = buffer.load(key)
+        except ValueError as error:
+            unread.append(f"no percentiles of {key}: {error}")
+    return [*table(values), *unread]
 
 
-def _numbers(buffer: ReplayBuffer) -> dict[str, npt.NDArray[Any]]:
+def _numeric(buffer: ReplayBuffer) -> list[str]:
     """Keys that are no images, with few enough numbers per step."""
-    small = [
+    return [
         key
         for key in buffer
         if buffer[key].dtype.kind in "biuf"
         and not looks_like_frames(buffer[key])
         and 0 < int(np.prod(buffer[key].shape[1:])) <= _MOST_NUMBERS
     ]
-    return {key: buffer.load(key) for key in small}
 
 
 def _gaps(key: str, times: npt.NDArray[Any], ends: Int64Array) -> Iterator[Finding]:

@@ -1,5 +1,8 @@
 """``cmpolicy data`` as a user meets it: output, messages, exit status."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -108,3 +111,34 @@ def test_errors(
 def test_usage(capsys: pytest.CaptureFixture[str], arguments: list[str]):
     assert main(arguments) == 2
     assert capsys.readouterr().err.startswith("cmpolicy data: ")
+
+
+@pytest.mark.parametrize("words", [["data", "inspect", "demos.zarr"], ["data", "--help"]])
+def test_a_reader_that_ends_early_is_no_error(store: Path, words: list[str]) -> None:
+    """``cmpolicy data inspect x | head`` printed "[Errno 32] Broken pipe"."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = "import sys; from cmpolicy.cli.main import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        cwd=store.parent,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_inspect_shows_the_keys_beside_one_that_cannot_be_read(
+    capsys: pytest.CaptureFixture[str], store: Path
+) -> None:
+    root = zarr.open_group(store, mode="r+")
+    values = np.ones((14, 2), np.float32)
+    root.create_array("data/stage", data=values, chunks=(7, 2), fill_value=np.nan)
+    (store / "data/stage/c/1/0").unlink()
+    status, out, _ = run(capsys, "inspect", store)
+    assert status == 0
+    assert "  state[2]" in out
+    assert "no percentiles of stage: " in out
