@@ -66,7 +66,7 @@ def _objectives(words: Sequence[str], command: str) -> None:
             )
         if key == "seed":
             raise ConfigError(f"{word}: training seeds are given as seeds=[0,1,2]")
-        if key == "eval.episodes":
+        if key == "eval.episodes" and word != "eval.episodes=0":
             raise ConfigError(
                 f"{word}: policies are scored at the end alone; name the episodes in "
                 "eval_seeds=500000-500099"
