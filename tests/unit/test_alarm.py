@@ -68,6 +68,10 @@ def test_early_and_short_runs_say_nothing() -> None:
     [
         "pusht/training_long.jsonl",
         "pusht/training_rate3e4_seed0.jsonl",
+        "pusht/training_rate3e4_seed1.jsonl",
+        "pusht/training_rate3e4_seed2.jsonl",
+        "lift/training_seed0.jsonl",
+        "square/training_seed0.jsonl",
         "pusht_image/training.jsonl",
         "pusht_image/training_targets.jsonl",
         "image/mnist/isd_training.jsonl",
