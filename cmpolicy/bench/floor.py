@@ -64,7 +64,7 @@ def measure_floor(policy: ConsistencyPolicy, nfe: int) -> Floor:
 
     Counted on a chunk of ``nfe`` evaluations; give the fewest that the policy makes.
     """
-    policy = copy.deepcopy(policy)
+    policy = copy.copy(policy)  # the weights stay shared
     policy.nfe = nfe  # and so the draws of noise among the inputs
     plan_map = PlanMap(policy)
     size = sum(p.numel() for p in (*plan_map.parameters(), *plan_map.buffers()))

@@ -26,7 +26,7 @@ from cmpolicy.experiment.config import TrainConfig
 from cmpolicy.experiment.data import load_training_data
 from cmpolicy.experiment.train import new_policy
 from cmpolicy.policy.policy import ConsistencyPolicy
-from cmpolicy.schema import ConfigError, at_least
+from cmpolicy.schema import ConfigError, at_least, positive
 from cmpolicy.training.device import choose_device, describe_device, make_accelerator
 
 Row = tuple[str, float, float, float, str]
@@ -63,8 +63,7 @@ class GpuSettings:
                 f"batches={list(self.batches)} and nets={list(self.nets)} must name something to "
                 "measure"
             )
-        if self.minutes is not None and not self.minutes > 0:
-            raise ConfigError(f"minutes={self.minutes} must be above 0")
+        positive("minutes", self.minutes)
         if self.minutes is not None and Path(self.out).suffix == ".json":
             raise ConfigError(
                 f"minutes={self.minutes} trains, so out={self.out} must be the folder of the run, "

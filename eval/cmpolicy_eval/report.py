@@ -18,6 +18,7 @@ _HEAD = ("policy", "protocol", "episodes", "evaluations", "score", "success", "m
 # Okabe and Ito's colours: told apart by colour-blind readers, too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = "osD^vPX"
+_Point = tuple[float, Interval]
 
 
 def table(results: Sequence[Result]) -> str:
@@ -99,8 +100,8 @@ def markdown(results: Sequence[Result], figure: str | None = None, *, pool: bool
             f"To the first row ({_labels(results)[0]}, {_evaluations(first.nfe)}), episode by "
             "episode; an interval that leaves out 0 is a difference at the 5 % level. "
             "Score: paired bootstrap; success: Bonett and Price's paired interval; of several "
-            "training runs both by the bootstrap over runs and episodes. Results on other seeds or "
-            "another protocol are left out."
+            "training runs both by the bootstrap over runs and episodes. Results on other seeds, "
+            "another protocol or another number of runs are left out."
         )
         parts.append(differences)
     if figure is not None:
@@ -131,8 +132,10 @@ def plot(results: Sequence[Result], path: str | Path, *, pool: bool = False) -> 
             "marker": MARKERS[index % len(MARKERS)],
             "label": name,
         }
-        _curve(left, x, [group.score_interval for group in line], style)
-        _curve(right, x, [group.success_interval for group in line], style)
+        for axes, points in zip(
+            (left, right), zip(*(g.points for g in line), strict=True), strict=True
+        ):
+            _curve(axes, x, points, style)
     for axes, label in ((left, "score"), (right, "success rate")):
         axes.set_xscale("log", base=2)
         axes.set_xticks(evaluations, [str(nfe) for nfe in evaluations])
@@ -191,32 +194,24 @@ class _Group:
         return Estimate.of_share(self._table(lambda episode: float(episode.success)))
 
     @property
-    def score_interval(self) -> tuple[float, Interval]:
-        only = self.results[0]
+    def points(self) -> list[_Point]:
+        """Score and success with intervals, of one run its own."""
         if len(self.results) == 1:
-            return only.score_mean, only.score_ci95
-        return self.score.mean, self.score.ci95
+            (only,) = self.results
+            return [(only.score_mean, only.score_ci95), (only.success_rate, only.success_ci95)]
+        return [(found.mean, found.ci95) for found in (self.score, self.success)]
 
-    @property
-    def success_interval(self) -> tuple[float, Interval]:
-        only = self.results[0]
-        if len(self.results) == 1:
-            return only.success_rate, only.success_ci95
-        return self.success.mean, self.success.ci95
-
-    def minus(self, other: "_Group") -> list[tuple[float, Interval]] | None:
+    def minus(self, other: "_Group") -> list[_Point] | None:
         """Differences of score and success with intervals; None where they cannot be paired."""
         if len(self.results) != len(other.results):
             return None
-        if len(self.results) == 1:
-            try:
-                found = self.results[0].minus(other.results[0])
-            except ResultError:
-                return None
-            return [(found.score, found.score_ci95), (found.success, found.success_ci95)]
         mine, theirs = self.results[0], other.results[0]
-        if mine.protocol != theirs.protocol or set(mine.seeds) != set(theirs.seeds):
+        try:
+            found = mine.minus(theirs)
+        except ResultError:
             return None
+        if len(self.results) == 1:
+            return [(found.score, found.score_ci95), (found.success, found.success_ci95)]
         both = (self.score - other.score, self.success - other.success)
         return [(difference.mean, difference.ci95) for difference in both]
 
@@ -244,9 +239,7 @@ def _groups(results: Sequence[Result], pool: bool) -> list[_Group]:
     return [_Group(key[0], tuple(group)) for key, group in found.items()]
 
 
-def _curve(
-    axes: Any, x: Sequence[float], points: Sequence[tuple[float, Interval]], style: dict[str, Any]
-) -> None:
+def _curve(axes: Any, x: Sequence[float], points: Sequence[_Point], style: dict[str, Any]) -> None:
     y = [mean for mean, _ in points]
     below = [max(0.0, mean - low) for mean, (low, _) in points]
     above = [max(0.0, high - mean) for mean, (_, high) in points]

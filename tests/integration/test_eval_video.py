@@ -82,6 +82,12 @@ def test_executed_and_remaining_actions_look_different(episodes: list[EpisodeRes
     assert (frame[:32] < 100).any()  # the caption
 
 
+def _blank(size: int) -> Moment:
+    """A black picture with a long caption."""
+    image = np.zeros((size, size, 3), np.uint8)
+    return Moment(image, step=399, coverage=None, success=True, plan=None, n_executed=0)
+
+
 @pytest.mark.parametrize(
     ("size", "shown"),
     [
@@ -94,15 +100,7 @@ def test_what_is_seen_is_framed_also_in_frames_of_another_size(
     size: tuple[int, int], shown: tuple[int, int, int, int]
 ) -> None:
     """A crop of 72 from frames of 96, in the middle, where frames are resized too."""
-    moment = Moment(
-        np.zeros((512, 512, 3), np.uint8),
-        step=0,
-        coverage=None,
-        success=False,
-        plan=None,
-        n_executed=0,
-        seen={"image": np.zeros((*size, 3), np.uint8)},
-    )
+    moment = replace(_blank(512), seen={"image": np.zeros((*size, 3), np.uint8)})
     panel = annotate(moment, 0, {"image": View((96, 96), (72, 72))})[32:, 512:].astype(int)
     rows, columns = np.nonzero(((panel - [222, 66, 32]) ** 2).sum(-1) < 300)
     left, top, width, height = shown
@@ -124,15 +122,7 @@ def test_what_cannot_be_drawn_is_an_error(episodes: list[EpisodeResult]) -> None
 
 
 def test_a_caption_on_a_small_image_keeps_its_parts_apart() -> None:
-    moment = Moment(
-        np.zeros((256, 256, 3), np.uint8),
-        step=399,
-        coverage=None,
-        success=True,
-        plan=None,
-        n_executed=0,
-    )
-    strip = annotate(moment, 4_294_967_295)[:32].astype(int)
+    strip = annotate(_blank(256), 4_294_967_295)[:32].astype(int)
     ink = (strip < 230).any(axis=(0, 2))
     told = np.flatnonzero((strip[..., 1] - strip[..., 0] > 10).any(axis=0))
     assert not ink[told[0] - 4 : told[0]].any()
