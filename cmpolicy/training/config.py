@@ -155,8 +155,8 @@ class LoopConfig:
         examples: training examples seen in the whole run.
         batch_size: examples per step and process; with R processes a step sees R times as many.
         seed: of weights, data order, noise and times.
-        precision: ``bf16`` runs the network under autocast; ``auto`` is bf16 on GPUs and CPUs
-            that multiply in it (a quarter faster on a CPU with AVX512-BF16).
+        precision: ``bf16`` runs the network under autocast; ``auto`` is bf16 on GPUs
+            and on CPUs with AMX (1.7 times the speed there; AVX512-BF16 alone is slower than fp32).
         device: ``auto`` takes the GPU if there is one.
         compile: torch.compile the network; takes minutes once, pays off in long runs.
         save_every: examples between training states on disk.
