@@ -49,6 +49,7 @@ class ModelEma:
 
     The averaging and its warm-up are ``diffusers``' EMAModel; the averaged weights live directly
     in :attr:`model`, which is thus ready to be evaluated, saved, or used as a teacher at any time.
+    Buffers, such as the statistics of a batch norm, are the first's as they are.
 
     Args:
         source: begins as its own average.
@@ -75,6 +76,8 @@ class ModelEma:
     def step(self, source: nn.Module) -> None:
         """Move the average towards ``source``'s weights of this step."""
         self._average.step(source.parameters())
+        for mine, theirs in zip(self.model.buffers(), source.buffers(), strict=True):
+            mine.copy_(theirs)
 
     @property
     def counter(self) -> int:

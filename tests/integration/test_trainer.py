@@ -29,6 +29,7 @@ from cmpolicy.training.config import EmaConfig, EvalConfig, LogConfig, LoopConfi
 from cmpolicy.training.device import make_accelerator
 from cmpolicy.training.guard import FiniteGuard, NonFiniteError
 from cmpolicy.training.loader import Batch, DeviceLoader
+from cmpolicy.training.optim import ModelEma
 from cmpolicy.training.trackers import JsonLines, read_log
 from cmpolicy.training.trainer import Scores, Trainer
 from cmpolicy_data import window_index
@@ -195,6 +196,18 @@ def test_ema_is_the_warmed_up_average(tmp_path: Path) -> None:
         average = decay * average + (1 - decay) * weight.detach()
     assert torch.allclose(trainer.ema.model.get_parameter(name), average, atol=1e-6)
     assert not any(p.requires_grad for p in trainer.ema.model.parameters())
+
+
+def test_the_average_has_the_statistics_of_a_batch_norm() -> None:
+    """Networks of one's own have them; with those of the start the average would be another map."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    ema = ModelEma(model, EmaConfig(decay=0.0))
+    for _ in range(3):
+        model(torch.randn(16, 2) + 5)
+        ema.step(model)
+    x = torch.randn(4, 2)
+    assert torch.allclose(ema.model(x), model.eval()(x))
+    assert int(ema.model.get_buffer("1.num_batches_tracked")) == 3
 
 
 def test_a_smaller_learning_rate_may_be_given_on_resume(tmp_path: Path) -> None:
