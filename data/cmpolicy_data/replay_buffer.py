@@ -187,12 +187,16 @@ class ReplayBuffer:
         """
         masks = self.attrs.get("masks")
         if isinstance(masks, dict) and name in masks:
-            try:
-                return np.isin(np.arange(self.n_episodes), np.asarray(masks[name], np.int64))
-            except (TypeError, ValueError, OverflowError) as error:
+            mask = masks[name]
+            if not isinstance(mask, list) or not all(
+                type(e) is int and 0 <= e < self.n_episodes for e in mask
+            ):
                 raise ReplayBufferError(
-                    f"{self.path}: the mask {name!r} must be a list of episode numbers ({error})."
-                ) from error
+                    f"{self.path}: the mask {name!r} must be a list of episode numbers from 0 to "
+                    f"{self.n_episodes - 1}, got {str(mask)[:60]}. True or false of every episode "
+                    "is an array meta/<name>, (E,)."
+                )
+            return np.isin(np.arange(self.n_episodes), mask)
         array = get_array(self._root, f"meta/{name}", self.path)
         if array is None:
             there = sorted({*array_names(self._root, "meta"), *(masks or ())} - {"episode_ends"})

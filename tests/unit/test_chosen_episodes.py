@@ -109,6 +109,14 @@ def test_episodes_that_nobody_judged(store: Path) -> None:
         load(store, episodes="judged")
 
 
+@pytest.mark.parametrize("mask", [[True, False] * 4, [1.0, 2.0], [7, 8], "better"])
+def test_a_mask_that_does_not_number_episodes(store: Path, mask: Any) -> None:
+    """True and false would be taken for the episodes 1 and 0."""
+    ReplayBuffer.open(store, "r+").update_attrs({"masks": {"mine": mask}})
+    with pytest.raises(ReplayBufferError, match="'mine' must be a list of episode numbers from 0"):
+        load(store, episodes="mine")
+
+
 def test_rotations_that_the_store_names_are_those_of_its_actions(store: Path) -> None:
     buffer = ReplayBuffer.open(store)
     mine = ReplayBuffer.create(
