@@ -109,7 +109,10 @@ class Accelerated:
 
         try:
             if name == "tensorboard":
-                self._tracker: Any = TensorBoardTracker("tensorboard", run_dir, purge_step=start)
+                # what follows the state that the run goes on from is written again
+                self._tracker: Any = TensorBoardTracker(
+                    "tensorboard", run_dir, purge_step=start + 1
+                )
             else:
                 import_module("wandb")
                 self._tracker = WandBTracker(

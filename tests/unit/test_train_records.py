@@ -56,6 +56,17 @@ def test_tensorboard_counts_samples(tmp_path: Path) -> None:
     assert (scalar.step, scalar.value) == (128, 0.25)
 
 
+def test_tensorboard_of_a_resumed_run_keeps_what_its_state_knows(tmp_path: Path) -> None:
+    for start, steps in ((0, (64, 128, 192)), (128, (192, 256))):
+        board = Accelerated("tensorboard", tmp_path, start=start)
+        for step in steps:
+            board.log("train", step, {"loss": start + step})
+        board.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()  # type: ignore[no-untyped-call]
+    found = [(scalar.step, scalar.value) for scalar in events.Scalars("train/loss")]
+    assert found == [(64, 64), (128, 128), (192, 320), (256, 384)]
+
+
 def test_terminal_without_a_terminal_writes_few_lines() -> None:
     stream = io.StringIO()
     terminal = Terminal(1000, stream=stream)
