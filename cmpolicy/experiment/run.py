@@ -247,8 +247,6 @@ def run_training(
         )
         if folder.resumed:
             trainer.resume()
-            if folder.other_data:
-                trainer.best = None
             if trainer.examples - config.batch_size * accelerator.num_processes >= config.examples:
                 raise ConfigError(
                     f"examples={config.examples} is less than the {trainer.examples} that "
@@ -262,6 +260,9 @@ def run_training(
                 )
                 return _result(trainer, folder, is_main)
         try:
+            if folder.other_data:
+                trainer.best = None
+                trainer.save()  # before facts.json says that this data is the run's own
             if is_main:
                 facts = dict(folder.facts)
                 if folder.resumed:

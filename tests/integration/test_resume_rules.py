@@ -14,6 +14,7 @@ from cmpolicy.experiment.data_checks import DataWarning
 from cmpolicy.experiment.run import read_facts
 from cmpolicy.policy.bundle import read_bundle
 from cmpolicy.schema import ConfigError
+from cmpolicy.training.checkpoint import load_state
 from cmpolicy.training.trackers import read_log
 from cmpolicy_data import ReplayBuffer
 
@@ -143,6 +144,18 @@ def test_other_data_has_its_own_best_policy_and_the_old_held_out_episodes(
     assert set(held_out) < set(now)
     assert all(episode >= 12 for episode in set(now) - set(held_out))
     assert read_bundle(run / "policy").metadata["examples"] > 192
+
+
+def test_other_data_is_not_forgotten_by_a_run_that_is_cut_off(run: Path, store: Path) -> None:
+    """The score of before is gone from the state as soon as the run takes the data for its own."""
+    append(store, 2)
+    log = run / "log.jsonl"
+    log.rename(run / "kept.jsonl")
+    log.mkdir()  # the run ends before its first step
+    with pytest.raises(OSError, match="directory"):
+        cmpolicy.resume(run, {"data.changed": "accept", "examples": 384})
+    assert len(read_facts(run)["data"]["episodes"]) == 5
+    assert load_state(run).values["best"] is None
 
 
 def test_an_unknown_schedule(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
