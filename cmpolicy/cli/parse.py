@@ -144,7 +144,24 @@ class Composition:
 
 
 def parse(words: Iterable[str]) -> list[Override]:
-    """Hydra's reading of ``key=value`` words.
+    """Hydra's reading of ``key=value`` words, one value each.
+
+    Raises:
+        ConfigError: several values, or as :func:`parse_sweep`.
+    """
+    overrides = parse_sweep(words)
+    for override in overrides:
+        if override.is_sweep_override():
+            key, _, value = str(override.input_line).partition("=")
+            raise ConfigError(
+                f"'{key}={value}' gives several values: write {key}=[{value}] for a list; "
+                "`cmpolicy train` makes one run of each with --multirun"
+            )
+    return overrides
+
+
+def parse_sweep(words: Iterable[str]) -> list[Override]:
+    """Hydra's reading of ``key=value`` words, which may give several values.
 
     Raises:
         ConfigError: a word without ``=``, or one that Hydra's grammar does not know.
@@ -155,7 +172,7 @@ def parse(words: Iterable[str]) -> list[Override]:
         if "=" not in word or word.startswith("~"):
             raise ConfigError(f"{word!r} is not a setting; settings are given as key=value. {HOW}")
         try:
-            override = parser.parse_override(word)
+            overrides.append(parser.parse_override(word))
         except HydraException as error:
             found = _plain_text(word)
             if found is None:
@@ -163,14 +180,7 @@ def parse(words: Iterable[str]) -> list[Override]:
                     f"cannot read {word!r}: quote values that hold spaces or any of , : = [ ] {{ }}"
                     f", as in 'key=\"a value\"' ({str(error).splitlines()[0]})"
                 ) from error
-            override = found
-        if override.is_sweep_override():
-            key, _, value = word.partition("=")
-            raise ConfigError(
-                f"{word!r} gives several values: write {key}=[{value}] for a list; `cmpolicy "
-                "train` makes one run of each with --multirun"
-            )
-        overrides.append(override)
+            overrides.append(found)
     return overrides
 
 

@@ -18,6 +18,7 @@ from cmpolicy.cli.parse import (
     SEARCH_PATH,
     Composition,
     parse,
+    parse_sweep,
     search_path,
 )
 from cmpolicy.cli.plugins import load_plugins
@@ -117,23 +118,22 @@ def _written(run_dir: Path) -> dict[str, Any]:
 def _sweep(words: Sequence[str]) -> int:
     """One run for every combination, by Hydra's sweeper and launcher; then the table."""
     import hydra
-    from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    overrides = OverridesParser.create().parse_overrides(list(words))
+    overrides = parse_sweep(words)
     keys = [override.key_or_group for override in overrides]
     if "resume" in keys:
         raise ConfigError("-m starts new runs; resume=... goes on with one run at a time")
-    given = [o for o in overrides if o.key_or_group == "out"]
+    out = COMPOSITION.values(o for o in overrides if o.key_or_group == "out").get("out")
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = Path(str(given[-1].value()) if given else f"outputs/sweep-{stamp}").absolute()
+    folder = Path(out or f"outputs/sweep-{stamp}").expanduser().absolute()
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"out={folder} exists and is not an empty folder; choose another out")
     places = search_path(overrides)
     files = COMPOSITION.files(places)
     passed: list[str] = []
     swept: set[str] = set()
-    for override, word in zip(overrides, words, strict=True):
-        key = override.key_or_group
+    for override in overrides:
+        key, word = override.key_or_group, str(override.input_line)
         if key in ("out", SEARCH_PATH):
             continue
         if key in KINDS and not _in_files(override, files[key]):
@@ -152,7 +152,7 @@ def _sweep(words: Sequence[str]) -> int:
         words = [str(word) for word in config.overrides.task]
         _run_job(int(config.job.num), [*words, *where], swept, folder)
 
-    argv = ["cmpolicy train", "-m", *passed, *where, f"hydra.sweep.dir={folder}"]
+    argv = ["cmpolicy train", "-m", *passed, *where, f"hydra.sweep.dir='{folder}'"]
     before, sys.argv = sys.argv, argv
     try:
         job()

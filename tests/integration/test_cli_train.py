@@ -316,6 +316,19 @@ def test_multirun_makes_one_run_of_each(store: Path, tmp_path: Path) -> None:
     assert rates == {1e-3, 1e-4}
 
 
+def test_multirun_takes_the_words_of_one_run(
+    store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shell leaves the ``~`` of ``data.path=~/...`` as it is, and so does Hydra's grammar."""
+    monkeypatch.setenv("HOME", str(store.parent))
+    words = [*custom(store, "examples=32", "seed=0,1", "out=~/läufe"), "data.path=~/my.zarr"]
+    assert main(["-m", *words]) == 0
+    config = store.parent / "läufe/1-seed=1/config.yaml"
+    assert read_yaml(config)["data"]["path"] == str(store)
+    assert main(["-m", *words, "seed"]) == 2
+    assert "'seed' is not a setting" in capsys.readouterr().err
+
+
 def test_help_lists_groups_and_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
