@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -154,19 +155,29 @@ def _sweep(words: Sequence[str]) -> int:
 
     argv = ["cmpolicy train", "-m", *passed, *where, f"hydra.sweep.dir='{folder}'"]
     before, sys.argv = sys.argv, argv
+    signum = 0
     try:
         job()
+    except KeyboardInterrupt as stop:  # the runs that have not begun are left out
+        signum = stop.args[0] if stop.args else signal.SIGINT
     finally:
         sys.argv = before
     jobs = [json.loads(file.read_text()) for file in sorted(folder.glob("job-*.json"))]
     table = _table(sorted(jobs, key=lambda found: int(found["job"])))
     write_atomically(folder / _TABLE, (table + "\n").encode())
     print(f"{table}\n\n  {folder / _TABLE}")
+    if signum:
+        print(f"stopped; go on with a run: cmpolicy train resume={folder}/<run>")
+        return 128 + signum
     return 1 if not jobs or any(found["error"] for found in jobs) else 0
 
 
 def _run_job(number: int, words: Sequence[str], swept: set[str], folder: Path) -> None:
-    """Train one combination; what came of it, an error too, goes into a file beside its folder."""
+    """Train one combination; what came of it, an error too, goes into a file beside its folder.
+
+    Raises:
+        KeyboardInterrupt: a signal stopped it; its argument is the signal's number.
+    """
     load_plugins()  # a launcher may run this in a process of its own
     plain = [word.removeprefix("++") for word in words]
     what = [word for word in plain if word.partition("=")[0] in swept]
@@ -178,15 +189,19 @@ def _run_job(number: int, words: Sequence[str], swept: set[str], folder: Path) -
         "error": "",
         "metrics": {},
     }
+    signum = None
     try:
         command = f"cmpolicy train {shlex.join(plain)}"
         result, _ = train_words(plain, command, out=str(folder / name))
         found["metrics"] = dict(result.metrics)
         if not result.finished:
             found["error"] = f"stopped at {result.end.examples} examples"
+            signum = result.end.signum
     except Exception as error:  # the other runs go on
         found["error"] = f"{error}".splitlines()[0]
     write_atomically(folder / f"job-{number}.json", json.dumps(found).encode())
+    if signum:
+        raise KeyboardInterrupt(signum)
 
 
 def _in_files(override: Override, known: Sequence[str]) -> bool:

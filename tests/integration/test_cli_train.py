@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -327,6 +328,25 @@ def test_multirun_takes_the_words_of_one_run(
     assert read_yaml(config)["data"]["path"] == str(store)
     assert main(["-m", *words, "seed"]) == 2
     assert "'seed' is not a setting" in capsys.readouterr().err
+
+
+def test_ctrl_c_stops_a_sweep_and_not_its_first_run_alone(
+    store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop() -> None:
+        while not any(log.stat().st_size for log in Path("runs").glob("0-*/log.jsonl")):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    words = custom(store, "examples=24000", "eval.every=24000", "seed=0,1", "out=runs")
+    thread = threading.Thread(target=stop)
+    thread.start()
+    status = main(["-m", *words])
+    thread.join()
+    assert status == 130
+    assert [path.name for path in Path("runs").glob("job-*.json")] == ["job-0.json"]
+    assert "stopped at" in Path("runs/table.md").read_text()
+    assert "resume=" in capsys.readouterr().out
 
 
 def test_help_lists_groups_and_settings(capsys: pytest.CaptureFixture[str]) -> None:
