@@ -232,6 +232,21 @@ def test_a_run_goes_on_with_its_own_pictures_alone(
     assert "are not those that run was started on" in capsys.readouterr().err
 
 
+def test_a_run_goes_on_from_any_folder_and_where_its_pictures_were_moved_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write_pictures(tmp_path / "mine", {"dark": 0, "light": 128})
+    (tmp_path / "mine/dark/note.txt").write_text("no picture")
+    rest = [w for w in TINY if not w.startswith("dataset")]
+    words = ["dataset=folder", "dataset.path=mine", "dataset.broken=skip"]
+    assert main(["train", *rest, *words, "out=run"]) == 0
+    assert "left out 1 broken files: dark/note.txt\n" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path / "run")
+    assert main(["train", "resume=../run", "examples=96"]) == 0
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    assert main(["train", "resume=../run", "examples=128", "dataset.path=../moved"]) == 0
+
+
 def test_a_folder_of_ones_own_in_colour(tmp_path: Path) -> None:
     _write_pictures(tmp_path / "mine", {"dark": 0, "light": 128})
     rest = [w for w in TINY if not w.startswith("dataset")]
@@ -241,11 +256,12 @@ def test_a_folder_of_ones_own_in_colour(tmp_path: Path) -> None:
     assert pipe.class_names == ("dark", "light")
     assert pipe("light").images[0].mode == "RGB"
     assert str(tmp_path) not in json.dumps(pipe.metadata["config"])
-    assert read_yaml(Path("run/config.yaml"))["dataset"]["path"] == "mine"
+    mine = str(tmp_path / "mine")
+    assert read_yaml(Path("run/config.yaml"))["dataset"]["path"] == mine
     # the run knows where its data lies, the model alone does not
     for inside in ("run", "run/model"):
         config = trained_on(inside, pipe)
-        assert (config.name, config.path, config.flip) == ("folder", "mine", True)
+        assert (config.name, config.path, config.flip) == ("folder", mine, True)
     Path("run/model").rename("handed_on")
     with pytest.raises(ConfigError, match=r"give dataset=folder dataset\.path="):
         trained_on("handed_on", pipe)

@@ -29,7 +29,7 @@ from cmpolicy.experiment.image.sampling import (
 from cmpolicy.experiment.run import CONFIG_FILE, read_yaml
 from cmpolicy.files import put_aside
 from cmpolicy.flow.sampler import SamplerKind
-from cmpolicy.image.datasets import ImageData, ImageDataConfig, load_images
+from cmpolicy.image.datasets import ImageData, ImageDataConfig, load_images, skipped_text
 from cmpolicy.image.metrics import (
     ClassifierFeatures,
     ContentCache,
@@ -219,7 +219,7 @@ def open_data(config: ImageDataConfig, pipe: ConsistencyImagePipeline) -> ImageD
                 f"model's {ours}; give the data set that the model was trained on"
             )
     if data.skipped:
-        print(f"left out {len(data.skipped)} broken files: {', '.join(data.skipped[:3])} ...")
+        print(skipped_text(data))
     return data
 
 

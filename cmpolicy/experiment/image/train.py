@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from cmpolicy.experiment.run import (
     run_training,
 )
 from cmpolicy.flow.alarm import health_alarm
-from cmpolicy.image.datasets import ImageBatch, ImageData, load_images
+from cmpolicy.image.datasets import ImageBatch, ImageData, load_images, skipped_text
 from cmpolicy.image.model import ImageFlowModel
 from cmpolicy.image.net import build_net
 from cmpolicy.image.pictures import samples_picture, save_picture
@@ -41,6 +42,7 @@ from cmpolicy_eval.evaluate import git_commit, versions
 BEST, LAST, SAMPLES = "model", "model_last", "samples"
 #: Images in one call of the network; images of the health metrics (about 20 evaluations of each).
 PART, HEALTH_IMAGES = 256, 128
+RESUMABLE = (*RESUME_SETTINGS, "dataset.path")
 
 
 def train_images(
@@ -68,10 +70,10 @@ def resume_images(run_dir: str | Path, changes: Mapping[str, Any] | None = None)
     """Go on with a run; ``changes`` by dotted key.
 
     Raises:
-        ConfigError: no run there, or a change that would make it another run.
+        ConfigError: no run there, other pictures, or a change that would make it another run.
     """
     folder = Path(run_dir).expanduser()
-    settings = resumed_settings(folder, changes or {}, RESUME_SETTINGS)
+    settings = resumed_settings(folder, changes or {}, RESUMABLE)
     config = ImageTrainConfig.from_mapping(settings)
     return _train(config, folder, command="", resume=True)
 
@@ -85,10 +87,15 @@ def _train(
     resume: bool,
 ) -> RunResult:
     accelerator = make_accelerator(config)
+    if config.dataset.path is not None:  # a run can be resumed from any folder
+        path = str(Path(config.dataset.path).expanduser().absolute())
+        config = dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, path=path))
     stem = f"{config.dataset.name}-{config.objective.name}"
     folder = open_run(accelerator, stem, out, command=command, resume=resume, verb="image train")
     with accelerator.main_process_first():  # one of them downloads
         data = load_images(config.dataset, download_dir=data_dir())
+    if data.skipped and accelerator.is_main_process:
+        print(skipped_text(data), file=sys.stderr)
     facts = {"images": _facts(data)}
     if resume:
         _check_same_images(read_facts(folder.path).get("images"), facts["images"], folder.path)

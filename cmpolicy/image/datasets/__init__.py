@@ -7,6 +7,7 @@ from cmpolicy.image.datasets.data import (
     ImageDataConfig,
     ImageDataError,
     ImageSet,
+    skipped_text,
 )
 from cmpolicy.image.datasets.load import load_images
 
@@ -18,4 +19,5 @@ __all__ = [
     "ImageDataError",
     "ImageSet",
     "load_images",
+    "skipped_text",
 ]

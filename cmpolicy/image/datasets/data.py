@@ -209,3 +209,9 @@ class ImageData:
     def channels(self) -> int:
         """1 (grey) or 3 (RGB)."""
         return int(self.train.images.shape[3])
+
+
+def skipped_text(data: ImageData) -> str:
+    """How many files were left out, and the first of them."""
+    rest = ", ..." if len(data.skipped) > 3 else ""
+    return f"left out {len(data.skipped)} broken files: {', '.join(data.skipped[:3])}{rest}"
