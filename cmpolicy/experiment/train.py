@@ -316,7 +316,9 @@ def _with_absolute_path(config: TrainConfig) -> TrainConfig:
 
 def _validator(config: TrainConfig, data: TrainingData, device: torch.device) -> Validator | None:
     """None where no episodes are held out."""
-    loader = data.loader(train=False, batch_size=VALIDATION_BATCH, seed=config.seed, device=device)
+    # frames of more windows than a training step takes may not fit into the memory
+    size = min(VALIDATION_BATCH, config.batch_size) if data.arrays.images else VALIDATION_BATCH
+    loader = data.loader(train=False, batch_size=size, seed=config.seed, device=device)
     if loader is None:
         return None
     return Validator(loader, windows=config.eval.windows, seed=config.seed)

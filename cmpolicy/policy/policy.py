@@ -180,10 +180,17 @@ class ConsistencyPolicy(SampledModule):
         return self.compute_loss(batch, **kwargs)
 
     @torch.no_grad()
-    def health(self, batch: Batch, generator: torch.Generator | None = None) -> Health:
-        """How well the network keeps the identities of a flow map on these windows."""
+    def health(
+        self, batch: Batch, generator: torch.Generator | None = None, *, part: int | None = None
+    ) -> Health:
+        """How well the network keeps the identities of a flow map on these windows.
+
+        ``part`` of them are encoded at a time; None: all.
+        """
         action = self.normalizer.normalize("action", batch["action"]).to(self.dtype)
-        features = self.encode(batch["obs"])
+        obs, size = batch["obs"], part or len(action)
+        parts = [{k: v[i : i + size] for k, v in obs.items()} for i in range(0, len(action), size)]
+        features = torch.cat([self.encode(some) for some in parts])
         return flow_health(self.flow_map, action, features, generator, kind=self.sampler)
 
     # -- inference ------------------------------------------------------------------------------

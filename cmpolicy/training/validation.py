@@ -70,7 +70,7 @@ class Validator:
         count = min(windows, loader.n_windows)
         numbers = torch.arange(count, device=loader.device) * loader.n_windows // count
         self._loader = loader
-        self._parts = numbers.split(loader.batch_size)
+        self._numbers = numbers
         self._seed = seed
 
     @torch.no_grad()
@@ -83,7 +83,8 @@ class Validator:
         losses = HeldOutLosses()
         values = 0
         squares = 0.0
-        for part in self._parts:
+        size = self._loader.batch_size
+        for part in self._numbers.split(size):
             batch = self._loader.gather(part)
             output = policy.compute_loss(batch, generator, progress=1.0, ema=policy)
             losses.add(output, len(part))
@@ -96,7 +97,8 @@ class Validator:
             "val_action_error": float((squares / max(values, 1)) ** 0.5),
             "val_action_range": _action_range(policy),
         }
-        health = policy.health(self._loader.gather(self._parts[0][:HEALTH_WINDOWS]), generator)
+        some = self._loader.gather(self._numbers[:HEALTH_WINDOWS])
+        health = policy.health(some, generator, part=size)
         return Validation(metrics | health_metrics(health))
 
 

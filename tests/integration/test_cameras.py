@@ -18,9 +18,11 @@ from safetensors import safe_open
 import cmpolicy
 from cmpolicy import ConsistencyPolicy, ControlLoop, PolicyServer, RemotePolicy
 from cmpolicy.cli.main import main
+from cmpolicy.nn.encoders.image import CompactEncoderConfig, ImageEncoder
+from cmpolicy.nn.registry import ENCODERS
 from cmpolicy.observation import ObservationError, encode_jpeg, read_observation
 from cmpolicy.robot import SafetyLimits
-from cmpolicy.spec import SpecError
+from cmpolicy.spec import PolicySpec, SpecError
 from cmpolicy.training.trackers import read_log
 from cmpolicy_data import ReplayBuffer, bundled_path
 from cmpolicy_eval import get_protocol
@@ -95,6 +97,27 @@ def test_a_resumed_run_is_the_straight_one_to_the_bit(store: Path, run: Path) ->
     for name in ("model.safetensors", "normalizer.safetensors"):
         straight, resumed = ((p / "policy_last" / name).read_bytes() for p in (run, out))
         assert straight == resumed
+
+
+def test_held_out_frames_are_encoded_as_few_at_a_time_as_in_training(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch that just fits into the memory must not end the run at its first evaluation."""
+    rows: list[int] = []
+
+    class Counted(CompactEncoderConfig):
+        kind = "counted"
+
+        def build(self, spec: PolicySpec) -> ImageEncoder:
+            encoder = super().build(spec)
+            encoder.register_forward_pre_hook(lambda _, given: rows.append(len(given[0]["top"])))
+            return encoder
+
+    monkeypatch.setitem(ENCODERS, "counted", Counted)
+    words = _words(store, "examples=16", "eval.windows=20", "encoder.kind=counted")
+    run = cmpolicy.train(cmpolicy.compose(*words), tmp_path / "run")
+    assert "health_semigroup" in run.metrics
+    assert max(rows) == 8
 
 
 def test_the_bundle_knows_its_frames(policy: ConsistencyPolicy, run: Path) -> None:
