@@ -13,13 +13,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cmpolicy.cli.main import main as command
 from cmpolicy.cli.parse import Composition
 from cmpolicy.experiment.image.config import ImageTrainConfig
 from cmpolicy.experiment.image.evaluate import trained_on
-from cmpolicy.experiment.image.train import resume_images, train_images
+from cmpolicy.experiment.image.train import (
+    PART,
+    HeldOutScorer,
+    new_model,
+    resume_images,
+    train_images,
+)
 from cmpolicy.experiment.run import read_yaml
+from cmpolicy.image.datasets import load_images
 from cmpolicy.image.pipeline import ConsistencyImagePipeline
 from cmpolicy.schema import ConfigError
 from cmpolicy.training.checkpoint import load_state
@@ -202,8 +210,6 @@ def test_bad_input_is_one_message(
 
 
 def _write_pictures(folder: Path, levels: dict[str, int], count: int = 6) -> None:
-    from PIL import Image
-
     rng = np.random.default_rng(0)
     for name, level in levels.items():
         (folder / name).mkdir(parents=True)
@@ -245,6 +251,22 @@ def test_a_run_goes_on_from_any_folder_and_where_its_pictures_were_moved_to(
     assert main(["train", "resume=../run", "examples=96"]) == 0
     (tmp_path / "mine").rename(tmp_path / "moved")
     assert main(["train", "resume=../run", "examples=128", "dataset.path=../moved"]) == 0
+
+
+def test_many_classes_are_not_drawn_all_at_once(tmp_path: Path) -> None:
+    """1000 classes would be 8000 images in one call of the network."""
+    _write_pictures(tmp_path / "mine", {f"{k:02d}": 5 * k for k in range(22)}, count=2)
+    rest = [w for w in TINY if not w.startswith(("dataset", "eval.per_class"))]
+    words = Composition(ImageTrainConfig, package="cmpolicy_conf.image").compose(
+        [*rest, "dataset=folder", "dataset.path=mine", "eval.per_class=15"]
+    )
+    config = ImageTrainConfig.from_mapping({k: v for k, v in words.items() if k != "out"})
+    data = load_images(config.dataset)
+    model = new_model(config, data).eval()
+    rows: list[int] = []
+    model.net.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    HeldOutScorer(config, data, tmp_path)(model, 64)
+    assert rows[-2:] == [PART, 20 * 15 - PART]  # of 20 classes
 
 
 def test_a_folder_of_ones_own_in_colour(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ class ImageEvalConfig(EvalSchedule):
 
     Args:
         images: at most this many held-out images are scored.
-        per_class: images of each class in the picture of samples.
+        per_class: images of each class (the first 20) in the picture of samples.
     """
 
     every: int = 48_000

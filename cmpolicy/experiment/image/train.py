@@ -42,6 +42,8 @@ from cmpolicy_eval.evaluate import git_commit, versions
 BEST, LAST, SAMPLES = "model", "model_last", "samples"
 #: Images in one call of the network; images of the health metrics (about 20 evaluations of each).
 PART, HEALTH_IMAGES = 256, 128
+#: Classes in the picture of samples.
+SHOWN = 20
 RESUMABLE = (*RESUME_SETTINGS, "dataset.path")
 
 
@@ -178,7 +180,7 @@ class HeldOutScorer:
         self._config, self._data, self._run_dir = config, data, run_dir
         count = min(config.eval.images, len(data.test))
         self._rows = np.arange(count) * len(data.test) // count
-        self._labels = np.repeat(np.arange(data.n_classes), config.eval.per_class)
+        self._labels = np.repeat(np.arange(min(data.n_classes, SHOWN)), config.eval.per_class)
 
     @torch.no_grad()
     def __call__(self, model: ImageFlowModel, examples: int) -> Scores:
@@ -202,7 +204,8 @@ class HeldOutScorer:
     def _draw_samples(self, model: ImageFlowModel, examples: int) -> None:
         noise = torch.Generator().manual_seed(self._config.seed)
         nfe = self._config.nfe
-        images = model.generate(torch.from_numpy(self._labels), nfe=nfe, generator=noise)
+        parts = torch.from_numpy(self._labels).split(PART)
+        images = torch.cat([model.generate(part, nfe=nfe, generator=noise) for part in parts])
         title = f"{nfe} evaluation{'s' * (nfe > 1)}, after {examples} training examples"
         picture = samples_picture(as_pictures(images), self._labels, self._data.class_names, title)
         save_picture(picture, self._run_dir / SAMPLES / f"{examples:09d}.png")
