@@ -197,8 +197,17 @@ class TrainingData:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a resumed run has to find unchanged: the data, and which episodes are held out."""
-        return {"data": dict(self.fingerprint), "val_episodes": self.split.val_ids.tolist()}
+        """What a resumed run has to find unchanged: the data, and how its episodes are used.
+
+        Those that train are named as often as their windows come in an epoch.
+        """
+        train = self.split.train_ids
+        times: Any = 1 if self.times is None else self.times[train]
+        return {
+            "data": dict(self.fingerprint),
+            "val_episodes": self.split.val_ids.tolist(),
+            "train_episodes": np.repeat(train, times).tolist(),
+        }
 
 
 def load_training_data(config: TrainConfig) -> TrainingData:

@@ -113,11 +113,13 @@ def check_same_data(
         ConfigError: what changed, unless ``accept``, which makes it a warning.
     """
     before, after = facts.get("data", {}), now["data"]
-    if not before or facts == {**facts, **now}:
-        return
+    if not before or all(facts.get(key, now[key]) == now[key] for key in now):
+        return  # runs of before noted less
     old, new = before.get("episodes", []), after["episodes"]
     if before.get("arrays") != after["arrays"]:
         what = f"its arrays were {before.get('arrays')}, they are {after['arrays']}"
+    elif old == new:
+        what = "data.episodes or data.weights choose other episodes of it"
     elif new[: len(old)] == old:
         what = f"{len(new) - len(old)} episodes were added to the {len(old)} that it had"
     elif len(new) < len(old):

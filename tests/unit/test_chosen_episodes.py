@@ -10,6 +10,7 @@ import zarr
 
 import cmpolicy
 from cmpolicy.experiment.data import TrainingData, load_training_data
+from cmpolicy.experiment.data_checks import check_same_data
 from cmpolicy.schema import ConfigError
 from cmpolicy_data import ReplayBuffer
 from cmpolicy_data.chunks import ReplayBufferError
@@ -115,6 +116,27 @@ def test_a_mask_that_does_not_number_episodes(store: Path, mask: Any) -> None:
     ReplayBuffer.open(store, "r+").update_attrs({"masks": {"mine": mask}})
     with pytest.raises(ReplayBufferError, match="'mine' must be a list of episode numbers from 0"):
         load(store, episodes="mine")
+
+
+@pytest.mark.parametrize("setting", [{"episodes": "success"}, {"weights": "times"}])
+def test_a_run_does_not_go_on_with_other_episodes_of_its_data(
+    store: Path, setting: dict[str, str]
+) -> None:
+    before = load(store, **setting).facts
+    (name,) = setting.values()
+    array = zarr.open_group(store, mode="r+")[f"meta/{name}"]
+    assert isinstance(array, zarr.Array)
+
+    def compare(facts: dict[str, Any]) -> None:
+        data = load(store, **setting).with_held_out_of(facts, 0.02, 0)
+        check_same_data(facts, data.facts, Path("run"))
+
+    compare(before)
+    array[...] = 1
+    with pytest.raises(ConfigError, match=r"data\.episodes or data\.weights choose other episodes"):
+        compare(before)
+    del before["train_episodes"]  # runs of before did not note them
+    compare(before)
 
 
 def test_rotations_that_the_store_names_are_those_of_its_actions(store: Path) -> None:
