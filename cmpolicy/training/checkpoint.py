@@ -58,6 +58,8 @@ def save_state(run_dir: Path, state: TrainingState) -> Path:
     data = safetensors.torch.save(tensors, {"values": text, "digest": _digest(tensors, text)})
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        for part in target.parent.glob(f".{FILE}.*"):  # of a run that was killed as it saved
+            part.unlink(missing_ok=True)
         write_atomically(target, data)
     except WriteError as error:
         previous = "the previous one is intact" if target.is_file() else "there is no older one"

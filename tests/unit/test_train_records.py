@@ -146,6 +146,15 @@ def test_states_come_back_exactly(tmp_path: Path) -> None:
     assert all(torch.equal(state.tensors[k], v) for k, v in tensors.items())
 
 
+def test_what_a_killed_run_was_writing_is_removed(tmp_path: Path) -> None:
+    """Each part is as large as the state, and a queue that kills often would fill the disk."""
+    folder = tmp_path / "training_state"
+    folder.mkdir()
+    (folder / ".state.safetensors.x3k9").write_bytes(b"the first part")
+    save_state(tmp_path, TrainingState({"model/a": torch.zeros(3)}, {"examples": 8}))
+    assert [path.name for path in folder.iterdir()] == ["state.safetensors"]
+
+
 def test_a_state_of_a_newer_version_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
