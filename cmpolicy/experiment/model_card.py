@@ -46,6 +46,8 @@ class PolicyKeeper:
         metrics = dict(scores.metrics) if scores is not None else {}
         config = self._config.to_dict()
         config["data"]["path"] = None  # a folder of this machine
+        if config["init"] is not None:
+            config["init"] = without_folders(f"init={config['init']}").removeprefix("init=")
         metadata = {
             "task": self._config.task.name,
             "data": self._data.source,

@@ -185,6 +185,13 @@ def test_a_run_can_start_from_a_policy(
     assert main(["resume=second", "examples=96"]) == 0
     assert "- before that: 64 examples" in (tmp_path / "second/policy_last/README.md").read_text()
 
+    # a card may be handed on: of a folder of this machine it tells the name alone
+    words = ["out=third", "examples=16", f"init={tmp_path}/moved/policy_last", "optim.warmup=0"]
+    assert main(custom(store, *words)) == 0
+    for file in (tmp_path / "third/policy_last").glob("*.*"):
+        assert str(tmp_path).encode() not in file.read_bytes()
+    assert "further, from `policy_last`" in (tmp_path / "third/policy_last/README.md").read_text()
+
     capsys.readouterr()
     assert main(custom(store, "init=moved/policy_last", "policy.horizon=8")) == 2
     message = capsys.readouterr().err
