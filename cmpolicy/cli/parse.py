@@ -54,7 +54,7 @@ class Composition:
         *("out", "resume", "init", "data.path", "data.repo_id", "data.revision"),
         *("dataset.path", "task.name"),
     )
-    open_groups: Sequence[str] = ("data.obs", "data.normalize")
+    open_groups: Sequence[str] = ("data.obs", "data.targets", "data.normalize")
     kinds: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
 
     def files(self, places: Sequence[str] = ()) -> dict[str, list[str]]:

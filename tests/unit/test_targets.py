@@ -134,6 +134,12 @@ def test_bad_targets(store: Path, targets: object, message: str) -> None:
         load_demonstrations(store, {"arm": "state[:2]"}, targets=targets)  # type: ignore[arg-type]
 
 
+def test_targets_are_named_one_by_one_as_observations_are() -> None:
+    words = ["task=custom", "data.obs.top=camera", "data.targets.pose='state[1:]'"]
+    data = cmpolicy.compose(*words, "data.path=my.zarr", "control_hz=10").data
+    assert (data.obs, data.targets) == ({"top": "camera"}, {"pose": "state[1:]"})
+
+
 def test_bad_settings() -> None:
     words = ["task=custom", "data.path=x.zarr", "data.obs=[state]", "control_hz=10"]
     config = cmpolicy.compose(*words, "data.targets=[pose]")
