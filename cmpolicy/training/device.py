@@ -66,8 +66,9 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
 def use_bf16(config: LoopConfig, device: torch.device) -> bool:
     """Whether the network runs in bfloat16.
 
-    ``auto`` says yes on GPUs that have it and on CPUs with matrix units for it (AMX). The plain vector
-    instructions (AVX512-BF16) are no reason: with them alone a step took 1.2 times as long as in fp32.
+    ``auto`` says yes on GPUs that have it and on CPUs with matrix units for it (AMX). The plain
+    vector instructions (AVX512-BF16) are no reason: with them alone a step took 1.2 times as long
+    as in fp32.
     """
     if config.precision != "auto":
         return config.precision == "bf16"
