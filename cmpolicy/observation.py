@@ -34,6 +34,20 @@ class NonFiniteActionError(ValueError):
     """A policy's actions hold NaN or infinite numbers."""
 
 
+def checked_actions(actions: Array) -> Array:
+    """The actions that a policy gave.
+
+    Raises:
+        NonFiniteActionError: they hold NaN or infinite numbers.
+    """
+    if not np.isfinite(actions).all():
+        raise NonFiniteActionError(
+            "the policy's actions are not finite: the observation is far outside of what it "
+            "was trained on, or its weights are broken"
+        )
+    return actions
+
+
 def read_observation(spec: PolicySpec, key: str, value: Any) -> Array:
     """One key of an observation, of any number of steps or rows.
 

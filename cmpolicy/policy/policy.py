@@ -26,7 +26,7 @@ from cmpolicy.nn.encoders.state import StateEncoderConfig
 from cmpolicy.nn.registry import EncoderConfig, NetConfig
 from cmpolicy.nn.target_head import TargetHead
 from cmpolicy.normalize import Normalizer
-from cmpolicy.observation import NonFiniteActionError, read_plan
+from cmpolicy.observation import checked_actions, read_plan
 from cmpolicy.policy.bundle import BundleError, read_bundle, write_bundle
 from cmpolicy.policy.inputs import check_normalizer, check_tensors, obs_tensors
 from cmpolicy.policy.packing import pack, unpack
@@ -346,13 +346,7 @@ class ConsistencyPolicy(SampledModule):
         actions = trajectory[:, self.spec.n_obs_steps - 1 :]
         if actions.dtype is torch.bfloat16:  # which numpy does not know
             actions = actions.float()
-        found: npt.NDArray[Any] = actions.cpu().numpy()
-        if not np.isfinite(found).all():
-            raise NonFiniteActionError(
-                "the policy's actions are not finite: the observation is far outside of what it "
-                "was trained on, or its weights are broken"
-            )
-        return found
+        return checked_actions(actions.cpu().numpy())
 
     # -- bundles --------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from cmpolicy.export.write import TOLERANCE, Format, export_policy, largest_diff
 from cmpolicy.nn.kernels import MAX_BATCH
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
+from cmpolicy.observation import NonFiniteActionError
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.robot.policy import ChunkPolicy
 from cmpolicy.spec import PolicySpec, SpecError
@@ -264,6 +265,14 @@ def test_observations_that_do_not_fit(
     obs = {key: value for key, value in (obs | change).items() if value is not None}
     with pytest.raises(SpecError, match=message):
         runtime.infer(obs)
+
+
+def test_actions_that_are_not_finite_are_an_error_as_of_the_policy(files: dict[str, Path]) -> None:
+    obs = {"agent_pos": np.full((1, 2, 2), 3e38), "keypoint": np.full((1, 2, 3, 2), 3e38)}
+    for policy in (CASES["pt2"][0], runtime_of(files["pt2"])):
+        for ask in (policy.infer, policy.infer_plan):
+            with pytest.raises(NonFiniteActionError, match="actions are not finite"):
+                ask(obs)
 
 
 def test_noise_that_does_not_fit(files: dict[str, Path]) -> None:
