@@ -210,12 +210,13 @@ class SafetyFilter:
         vector = _vector(name, value, self._action_dim, 0.0)
         if not np.isfinite(vector).all():
             raise ValueError(f"safety limits: {name}={value} must be finite")
-        if ((vector < self._low) | (vector > self._high)).any():
+        inside = np.clip(vector, self._low, self._high)  # which are rounded to float32, inwards
+        if not np.allclose(vector, inside, rtol=1e-6, atol=0):
             raise ValueError(
                 f"safety limits: {name}={value} lies outside the bounds {self._low.tolist()} to "
                 f"{self._high.tolist()}"
             )
-        return vector
+        return inside
 
 
 def _inward(bound: Array, towards: float) -> Array:

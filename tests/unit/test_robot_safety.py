@@ -118,6 +118,18 @@ def test_impossible_limits(limits: dict[str, Any], words: str) -> None:
         _filter(**limits)
 
 
+@pytest.mark.parametrize("bound", [0.1, 0.3, 0.7, 1.1, 512.3])
+def test_a_robot_may_stand_at_its_bounds(bound: float) -> None:
+    """Float32, in which actions are sent, may not hold them."""
+    for start in ([bound, -bound], np.array([bound, -bound], np.float32)):
+        held = _filter(start=start, low=-bound, high=bound).hold
+        assert held is not None
+        assert held.astype(np.float64).max() <= bound
+        np.testing.assert_allclose(held, start, rtol=1e-6)
+    with pytest.raises(ValueError, match="lies outside the bounds"):
+        _filter(start=1.0001 * bound, low=-bound, high=bound)
+
+
 def _turning(kind: Any, *dims: int, rate: float = 2.0, **limits: Any) -> SafetyFilter:
     given = SafetyLimits(max_rate=rate, **limits)
     return SafetyFilter(given, len(dims), 0.1, rotations=(Rotation(kind, dims),))
