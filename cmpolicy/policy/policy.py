@@ -20,7 +20,7 @@ from cmpolicy.flow.flow_map import FlowMap
 from cmpolicy.flow.health import Health, flow_health
 from cmpolicy.flow.objectives import Draws, LossOutput, Objective
 from cmpolicy.flow.path import get_path
-from cmpolicy.flow.sampler import SamplerKind, get_sampler, sample, start_between
+from cmpolicy.flow.sampler import SamplerKind, check_sampler, get_sampler, sample, start_between
 from cmpolicy.hub import HubError, upload
 from cmpolicy.nn.encoders.state import StateEncoderConfig
 from cmpolicy.nn.registry import EncoderConfig, NetConfig
@@ -236,12 +236,15 @@ class ConsistencyPolicy(SampledModule):
         Raises:
             SpecError: observation keys or shapes, a noise or plan shape that do not fit, or a plan
                 without a warm start.
-            ValueError: an ``nfe`` that the sampler cannot do.
+            ValueError: an ``nfe`` that the sampler cannot do, or a sampler for other networks.
         """
         batch_size = self.spec.check_obs(obs)
         check_tensors(self.spec, obs, self.device)
         features = self.encode(obs)
-        kind = self.sampler if sampler is None else sampler
+        kind = self.sampler
+        if sampler is not None:
+            check_sampler(sampler, kind)
+            kind = sampler
         nfe = self.nfe if nfe is None else nfe
         n_noises = get_sampler(kind).n_noises(nfe)
         shape = (batch_size, *self.spec.noise_shape_of(n_noises))
