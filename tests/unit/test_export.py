@@ -14,6 +14,9 @@ import pytest
 import torch
 from torch import nn
 
+from cmpolicy.experiment.evaluate import EvalSettings
+from cmpolicy.experiment.protocols import Simulator
+from cmpolicy.experiment.scored import given_policy
 from cmpolicy.export import write
 from cmpolicy.export.plan_map import PlanMap, Target, example_inputs
 from cmpolicy.export.pt2 import Pt2Policy
@@ -225,6 +228,18 @@ def test_facts_travel_inside(files: dict[str, Path], name: str) -> None:
     assert (facts.data, facts.control_hz) == ("pusht_human", 10.0)
     assert runtime_of(files[name]).control_hz == 10.0
     assert str(Path(__file__).parents[2]).encode() not in files[name].read_bytes()
+
+
+def test_an_object_is_scored_in_the_simulator_that_its_file_tells_of(tmp_path: Path) -> None:
+    policy = make_policy(dims=(8,))
+    simulator = {"task": "lift", "env_args": "{}", "actions": "absolute"}
+    task = {"task": {"protocol": "robomimic-ph"}}
+    policy.metadata = {"data": "mine", "simulator": simulator, "config": task}
+    written = export_policy(policy, tmp_path / "policy.pt2", format="pt2")
+    for given in (policy, Pt2Policy(written.path, trust=True)):
+        scored = given_policy(given, EvalSettings(policy="an object"))
+        assert (scored.protocol, scored.data) == ("robomimic-ph", "mine")
+        assert scored.simulator == Simulator(**simulator)
 
 
 @pytest.mark.parametrize("name", ["onnx", "pt2"])
