@@ -34,6 +34,20 @@ class NonFiniteActionError(ValueError):
     """A policy's actions hold NaN or infinite numbers."""
 
 
+def checked_actions(actions: Array) -> Array:
+    """The actions that a policy gave.
+
+    Raises:
+        NonFiniteActionError: they hold NaN or infinite numbers.
+    """
+    if not np.isfinite(actions).all():
+        raise NonFiniteActionError(
+            "the policy's actions are not finite: the observation is far outside of what it "
+            "was trained on, or its weights are broken"
+        )
+    return actions
+
+
 def read_observation(spec: PolicySpec, key: str, value: Any) -> Array:
     """One key of an observation, of any number of steps or rows.
 
@@ -130,7 +144,7 @@ def read_frames(
         ObservationError: another size, grey or four-channel frames, channels first, or numbers that
             are not grey levels; the message says which conversion is needed.
     """
-    array = _array(what, _decoded(what, value, shape))
+    array = _array(what, _decoded(what, value, shape, resize))
     if 0 in array.shape[-3:]:
         size = " x ".join(map(str, array.shape[-3:]))
         raise ObservationError(f"{what} has an empty frame ({size}): the camera gave no picture")
@@ -171,12 +185,12 @@ def encode_jpeg(frame: npt.NDArray[np.uint8], quality: int) -> bytes:
     return file.getvalue()
 
 
-def _decoded(what: str, value: Any, shape: tuple[int, ...]) -> Any:
-    """Frames that come as files, as arrays; anything else as it is."""
+def _decoded(what: str, value: Any, shape: tuple[int, ...], resize: bool) -> Any:
+    """Frames that come as files, as arrays of the right size; anything else as it is."""
     if isinstance(value, list | tuple) and value and isinstance(value[0], bytes | list | tuple):
-        parts = [_decoded(what, part, shape) for part in value]
+        parts = [_decoded(what, part, shape, resize) for part in value]
         if len({np.shape(part) for part in parts}) > 1:
-            raise ObservationError(f"{what} holds frames of several sizes")
+            raise ObservationError(f"{what} holds lists of several lengths")
         return parts
     if not isinstance(value, bytes | bytearray):
         return value
@@ -190,7 +204,11 @@ def _decoded(what: str, value: Any, shape: tuple[int, ...]) -> Any:
                         f"{what} is an image of {image.height} x {image.width}; at most "
                         f"{_MOST_PIXELS} pixels are decoded"
                     )
-                return np.asarray(image.convert("RGB"))
+                size = (image.height, image.width, 3)
+                if not resize and size != shape:  # a small file may hold a large frame
+                    raise ObservationError(f"{what} {_why_not(size, shape)}")
+                frame = np.asarray(image.convert("RGB"))
+                return frame if size == shape else _resized(frame, shape)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, ObservationError):
             raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -24,6 +25,7 @@ from cmpolicy.export.write import Format, export_policy, quiet
 from cmpolicy.flow.flow_map import FlowMap, Network
 from cmpolicy.flow.sampler import SamplerKind
 from cmpolicy.nn.unet1d import UNet1D
+from cmpolicy.policy.packing import pack, unpack
 from cmpolicy.policy.policy import ConsistencyPolicy
 
 Array = npt.NDArray[Any]
@@ -123,9 +125,9 @@ def diffusion_chunk(
 
     The actions mean nothing, their time does. Each draws as much noise as it needs.
     """
-    diffusion = _with_network(policy, network)
-    diffusion.warm_start = None
-    diffusion.sampler, diffusion.nfe = kind, nfe
+    bundle = replace(pack(policy, {}), sampler=kind, nfe=nfe, warm_start=None)
+    diffusion = unpack(bundle, ConsistencyPolicy).to(policy.device, policy.dtype)
+    diffusion = _with_network(diffusion.eval().requires_grad_(False), network)
     return lambda obs, _: diffusion.infer(obs)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from cmpolicy.experiment.protocols import Simulator, own_protocol
-from cmpolicy.export.runtime import is_exported, open_exported
+from cmpolicy.export.runtime import ExportedRuntime, ExportFacts, is_exported, open_exported
 from cmpolicy.flow.sampler import check_sampler, get_sampler
 from cmpolicy.schema import ConfigError
 from cmpolicy_eval.policy import ActionChunkPolicy
@@ -57,7 +57,7 @@ def given_policy(policy: Any, settings: EvalSettings) -> ScoredPolicy:
         lambda nfe: None,
         settings.name or settings.policy,
         device=str(getattr(policy, "device", "cpu")),
-        **_told(metadata),
+        **(_told_by(policy.facts) if isinstance(policy, ExportedRuntime) else _told(metadata)),
     )
 
 
@@ -68,6 +68,12 @@ def _told(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "protocol": own_protocol(metadata),
         "simulator": Simulator.from_mapping(metadata.get("simulator", {})),
     }
+
+
+def _told_by(facts: ExportFacts) -> dict[str, Any]:
+    """What an exported file tells of its task."""
+    simulator = Simulator.from_mapping(facts.simulator)
+    return {"data": facts.data, "protocol": facts.protocol, "simulator": simulator}
 
 
 class _WithNfe:
@@ -155,8 +161,5 @@ def _open_exported(settings: EvalSettings) -> ScoredPolicy:
         facts.nfe,
         lambda nfe: None,
         settings.name or settings.policy,
-        facts.data,
-        "cpu",
-        facts.protocol,
-        Simulator.from_mapping(facts.simulator),
+        **_told_by(facts),
     )

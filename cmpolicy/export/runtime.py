@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cmpolicy.observation import read_noise, read_observation, read_plan
+from cmpolicy.observation import checked_actions, read_noise, read_observation, read_plan
 from cmpolicy.spec import PolicySpec, SpecError, check_warm_start
 
 FORMAT = "cmpolicy export"
@@ -204,8 +204,9 @@ class ExportedRuntime(ABC):
             ValueError: another ``nfe``.
             SpecError: keys, shapes or a dtype that do not fit, NaN or inf (key and count), a plan
                 for a policy without a warm start.
+            NonFiniteActionError: the actions are not finite.
         """
-        return self._run(*self._inputs(obs, noise, nfe, plan), output=0)
+        return checked_actions(self._run(*self._inputs(obs, noise, nfe, plan), output=0))
 
     def infer_plan(
         self,
@@ -216,7 +217,7 @@ class ExportedRuntime(ABC):
         plan: Array | None = None,
     ) -> Floats:
         """As :meth:`infer`, but every action from the newest observation on: (B, P, A)."""
-        return self._run(*self._inputs(obs, noise, nfe, plan), output=1)
+        return checked_actions(self._run(*self._inputs(obs, noise, nfe, plan), output=1))
 
     def _inputs(
         self, obs: Mapping[str, Array], noise: Array | None, nfe: int | None, plan: Array | None

@@ -20,13 +20,13 @@ from cmpolicy.flow.flow_map import FlowMap
 from cmpolicy.flow.health import Health, flow_health
 from cmpolicy.flow.objectives import Draws, LossOutput, Objective
 from cmpolicy.flow.path import get_path
-from cmpolicy.flow.sampler import SamplerKind, get_sampler, sample, start_between
+from cmpolicy.flow.sampler import SamplerKind, check_sampler, get_sampler, sample, start_between
 from cmpolicy.hub import HubError, upload
 from cmpolicy.nn.encoders.state import StateEncoderConfig
 from cmpolicy.nn.registry import EncoderConfig, NetConfig
 from cmpolicy.nn.target_head import TargetHead
 from cmpolicy.normalize import Normalizer
-from cmpolicy.observation import NonFiniteActionError, read_plan
+from cmpolicy.observation import checked_actions, read_plan
 from cmpolicy.policy.bundle import BundleError, read_bundle, write_bundle
 from cmpolicy.policy.inputs import check_normalizer, check_tensors, obs_tensors
 from cmpolicy.policy.packing import pack, unpack
@@ -243,12 +243,15 @@ class ConsistencyPolicy(SampledModule):
         Raises:
             SpecError: observation keys or shapes, a noise or plan shape that do not fit, or a plan
                 without a warm start.
-            ValueError: an ``nfe`` that the sampler cannot do.
+            ValueError: an ``nfe`` that the sampler cannot do, or a sampler for other networks.
         """
         batch_size = self.spec.check_obs(obs)
         check_tensors(self.spec, obs, self.device)
         features = self.encode(obs)
-        kind = self.sampler if sampler is None else sampler
+        kind = self.sampler
+        if sampler is not None:
+            check_sampler(sampler, kind)
+            kind = sampler
         nfe = self.nfe if nfe is None else nfe
         n_noises = get_sampler(kind).n_noises(nfe)
         shape = (batch_size, *self.spec.noise_shape_of(n_noises))
@@ -353,13 +356,7 @@ class ConsistencyPolicy(SampledModule):
         actions = trajectory[:, self.spec.n_obs_steps - 1 :]
         if actions.dtype is torch.bfloat16:  # which numpy does not know
             actions = actions.float()
-        found: npt.NDArray[Any] = actions.cpu().numpy()
-        if not np.isfinite(found).all():
-            raise NonFiniteActionError(
-                "the policy's actions are not finite: the observation is far outside of what it "
-                "was trained on, or its weights are broken"
-            )
-        return found
+        return checked_actions(actions.cpu().numpy())
 
     # -- bundles --------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from cmpolicy.flow.sampler import SamplerKind, get_sampler
+from cmpolicy.flow.sampler import SamplerKind, check_sampler, get_sampler
 from cmpolicy.spec import PolicySpec, check_warm_start
 
 
@@ -41,17 +41,23 @@ class SampledModule(nn.Module):
 
     @warm_start.setter
     def warm_start(self, value: float | None) -> None:
-        self._warm_start = check_warm_start(value)
-        if value is not None:
+        if check_warm_start(value) is not None:
             get_sampler(self._sampler).check_start()
+        self._warm_start = check_warm_start(value)
 
     @property
     def sampler(self) -> SamplerKind:
-        """How noise becomes actions; may be set, and counts from the next decision on."""
+        """How noise becomes actions; may be set, and counts from the next decision on.
+
+        Raises:
+            ValueError: on setting an unknown one, one for networks that predict something else, or
+                one that cannot have the :attr:`warm_start`.
+        """
         return self._sampler
 
     @sampler.setter
     def sampler(self, kind: SamplerKind) -> None:
+        check_sampler(kind, self._sampler)
         if self._warm_start is not None:
             get_sampler(kind).check_start()
         self._sampler = kind

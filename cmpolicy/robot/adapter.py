@@ -32,7 +32,8 @@ class LeRobotAdapter:
             ``robot.action_features``.
 
     Raises:
-        ValueError: no names for a key or for the action.
+        ValueError: no names for a key or for the action; a name of the action that is given twice,
+            or that is none of ``robot.action_features`` (most robots ignore it in silence).
     """
 
     def __init__(
@@ -48,8 +49,10 @@ class LeRobotAdapter:
         self._observation = {k: tuple(v) for k, v in observation.items() if k not in whole}
         self._used = {name for names in self._observation.values() for name in names}
         self._used |= set(whole.values())
-        given = getattr(robot, "action_features", ()) if action is None else action
-        self._action = tuple(str(name) for name in given)
+        features = getattr(robot, "action_features", {})
+        nested = isinstance(features, Mapping) and "names" in features  # as older robots tell them
+        known = features["names"] if nested else features
+        self._action = tuple(str(name) for name in (known if action is None else action))
         empty = [key for key, names in observation.items() if not names]
         if empty:
             raise ValueError(f"LeRobotAdapter: no names for the observations {empty}")
@@ -57,6 +60,13 @@ class LeRobotAdapter:
             raise ValueError(
                 "LeRobotAdapter: no names for the action; give action=[...] in the order of "
                 "training (the robot has no action_features)"
+            )
+        unknown = sorted(set(self._action) - set(known)) if known else []
+        if unknown or len(set(self._action)) < len(self._action):
+            what = f"{unknown} are none of the robot's" if unknown else "a name is given twice"
+            raise ValueError(
+                f"LeRobotAdapter: action={list(self._action)}: {what}; expected each once, in the "
+                f"order of training, out of {list(known) or 'those of the robot'}"
             )
 
     @property

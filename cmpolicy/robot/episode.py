@@ -305,7 +305,9 @@ class Episode:
         self._planner.fail()
 
     def _act(self, tick: int, fresh: bool) -> tuple[Array | None, str]:
-        """A safe action (A,), None if none is known, and where it comes from."""
+        """A safe action (A,), None if none is to be sent, and where it comes from."""
+        if self._is_stopped():  # perhaps by the watchdog, which has brought the robot to rest
+            return None, HELD
         if not fresh:
             return self._hold(kinds.STALE_OBSERVATION)
         planned = self._planner.choose(tick)

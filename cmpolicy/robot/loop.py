@@ -279,7 +279,9 @@ class ControlLoop:
         return self.report
 
     def stop(self, reason: str = "stop() was called") -> None:
-        """End the run after its present tick; from any thread, or from ``on_tick``.
+        """End the run with its present tick; from any thread, or from ``on_tick``.
+
+        An action of that tick is sent only if it is under way already.
 
         Between two runs it ends the next one before it moves the robot.
         """

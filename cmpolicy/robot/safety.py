@@ -26,6 +26,10 @@ NO_PLAN = "no plan"
 POLICY_UNAVAILABLE = "policy unavailable"
 FROZEN_CAMERA = "frozen camera"
 
+_ROUNDED_TURN = 0.01
+"""Radians by which the bounds of an angle that turns freely may fall short of a whole turn: 3.14
+stands for pi."""
+
 INTERVENTIONS = (
     OUT_OF_BOUNDS,
     TOO_FAST,
@@ -47,7 +51,9 @@ class SafetyLimits:
         low: least value of an action, (A,); None has none.
         high: largest value of an action, (A,); None has none.
         max_rate: largest change of an action per second, (A,); None has none. The first action of
-            a run is compared with where the robot stands, if ``run(start=...)`` says so.
+            a run is compared with where the robot stands, if ``run(start=...)`` says so. A rotation
+            goes the short way round, but an angle whose bounds leave out a part of the turn has
+            stops there, and goes the long way.
         rest: the action that brings the robot to rest, (A,): zeros for velocities or other relative
             commands. None re-sends the last safe action, which is right for absolute targets.
         max_observation_age: seconds. When the newest good observation is older, the robot is held.
@@ -103,7 +109,6 @@ class SafetyFilter:
         start: PerDimension | None = None,
         rotations: tuple[Rotation, ...] = (),
     ) -> None:
-        self._rotations = rotations
         self._low = _inward(_vector("low", limits.low, action_dim, -math.inf), math.inf)
         self._high = _inward(_vector("high", limits.high, action_dim, math.inf), -math.inf)
         rate = _vector("max_rate", limits.max_rate, action_dim, math.inf)
@@ -112,6 +117,7 @@ class SafetyFilter:
         if (rate <= 0).any():
             raise ValueError(f"safety limits: max_rate={limits.max_rate} must be above 0")
         self._step = rate * period
+        self._rotations = tuple(r for r in rotations if not self._has_stops(r))
         self._action_dim = action_dim
         self._bounded = bool(np.isfinite(self._low).any() or np.isfinite(self._high).any())
         self._rated = bool(np.isfinite(self._step).any())
@@ -169,10 +175,23 @@ class SafetyFilter:
             return
         self.counts[TOO_FAST] += 1
         slow = np.clip(wanted, low, high)
-        if self._rotations:  # described as the policy does
-            slow = rewritten(slow[None], safe[None], self._rotations, unit=False)[0]
+        if self._rotations:
+            described = rewritten(slow[None], safe[None], self._rotations, unit=False)[0]
+            inside = (described >= self._low) & (described <= self._high)
+            for rotation in self._rotations:  # as the policy does, where the bounds allow it
+                dims = list(rotation.dims)
+                if inside[dims].all():
+                    slow[dims] = described[dims]
             slow = np.clip(slow, self._low, self._high)
         safe[...] = slow
+
+    def _has_stops(self, rotation: Rotation) -> bool:
+        """Whether an angle cannot turn on from one of its bounds to the other within a tick."""
+        if rotation.kind != "angle":
+            return False
+        (dim,) = rotation.dims
+        left_out = 2 * np.pi - (self._high[dim] - self._low[dim])
+        return bool(left_out > min(self._step[dim], _ROUNDED_TURN))
 
     def rested(self) -> None:
         """The robot was sent ``rest``: the next action starts from there."""
@@ -191,12 +210,13 @@ class SafetyFilter:
         vector = _vector(name, value, self._action_dim, 0.0)
         if not np.isfinite(vector).all():
             raise ValueError(f"safety limits: {name}={value} must be finite")
-        if ((vector < self._low) | (vector > self._high)).any():
+        inside = np.clip(vector, self._low, self._high)  # which are rounded to float32, inwards
+        if not np.allclose(vector, inside, rtol=1e-6, atol=0):
             raise ValueError(
                 f"safety limits: {name}={value} lies outside the bounds {self._low.tolist()} to "
                 f"{self._high.tolist()}"
             )
-        return vector
+        return inside
 
 
 def _inward(bound: Array, towards: float) -> Array:

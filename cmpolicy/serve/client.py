@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import random
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -80,7 +81,8 @@ class RemotePolicy:
     Args:
         url: ``ws://host:8000``, or ``wss://...`` through a TLS proxy.
         token: of the server.
-        timeout: seconds for a connection to open, and for each answer.
+        timeout: seconds for a connection to open, for the server to take more of a request, and for
+            each answer.
         retries: attempts after the first, per call.
         backoff: seconds before the first of them.
         max_backoff: longest pause, seconds.
@@ -306,6 +308,9 @@ class RemotePolicy:
                     max_size=_MAX_REPLY,
                 )
             )
+            if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; sending has no time limit of its own
+                limit = max(1, round(self._timeout * 1e3))
+                connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit)
             greeting = connection.recv(timeout=self._timeout)
         except InvalidStatus as error:
             status = error.response.status_code

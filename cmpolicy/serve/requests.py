@@ -255,6 +255,7 @@ class Session:
         first, rows = "", 0
         arrays: dict[str, NDArray[Any]] = {}
         for key, shape in self.spec.obs.items():
+            self._check_files(key, message[key])
             array = read_observation(self.spec, key, message[key])
             own = _FORMS.get(array.ndim - len(shape))
             history = (self.spec.n_obs_steps, *shape)
@@ -285,6 +286,16 @@ class Session:
         assert form is not None  # a spec has at least one key
         return form, arrays
 
+    def _check_files(self, key: str, value: Any) -> None:
+        """Refuse more files than frames are taken, before any is decoded."""
+        found, most = _n_files(value), self._max_batch * self.spec.n_obs_steps
+        if found > most:
+            raise RequestError(
+                f"observation {key!r} holds {found} files; this server takes at most {most} frames "
+                f"of a camera in one message: {self._max_batch} histories of n_obs_steps="
+                f"{self.spec.n_obs_steps}"
+            )
+
     def _given_plan(
         self, message: Mapping[str, Any], form: _Form, rows: int
     ) -> NDArray[Any] | None:
@@ -313,6 +324,10 @@ class Session:
             older = [seen for seen in kept if seen.number <= wanted]
             chosen.append(older[-1] if older else kept[0])
         return {key: np.stack([seen.obs[key] for seen in chosen]) for key in step}
+
+
+def _n_files(value: Any) -> int:
+    return sum(map(_n_files, value)) if isinstance(value, list) else isinstance(value, bytes)
 
 
 def _flag(message: Mapping[Any, Any], key: str) -> bool:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from websockets.client import ClientProtocol
 from websockets.http11 import Request
+from websockets.server import ServerProtocol
 from websockets.sync.server import ServerConnection, serve
 
 from cmpolicy import PolicyServer, RemotePolicy
@@ -185,6 +186,41 @@ def test_no_answer_in_time_and_no_late_one_either() -> None:
             remote.infer(OBS)
         assert remote.infer_plan(OBS)[0, 0, 0] == 2
     assert len(asked) == 2  # nor is a request that took too long sent again
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="of Linux")
+def test_a_server_that_stops_reading_is_an_error_in_bounded_time() -> None:
+    """As one that is stopped, or behind a lost network: more is sent than sockets hold."""
+    spec = PolicySpec({"top": (1000, 1000, 3)}, 2, 8, 1, 4, images=("top",))
+    done = threading.Event()
+
+    def handle(connection: socket.socket) -> None:
+        protocol = ServerProtocol()
+        protocol.receive_data(connection.recv(65_536))
+        (request,) = protocol.events_received()
+        assert isinstance(request, Request)
+        protocol.send_response(protocol.accept(request))
+        protocol.send_binary(pack(GREETING | {"spec": spec.to_dict()}))
+        connection.sendall(b"".join(protocol.data_to_send()))
+        done.wait(WAIT)
+
+    with _listening(handle) as url:
+        remote = RemotePolicy(url, timeout=0.5, retries=0)
+        errors: list[Exception] = []
+
+        def ask() -> None:
+            try:
+                remote.infer({"top": np.zeros((8, 1, 1000, 1000, 3), np.uint8)})
+            except PolicyUnavailableError as error:
+                errors.append(error)
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(WAIT / 2)
+        done.set()
+        assert not asking.is_alive()
+        assert "connection was lost" in str(errors[0])
+        remote.close()
 
 
 def test_closing_ends_a_call_that_waits() -> None:

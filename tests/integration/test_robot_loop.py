@@ -673,6 +673,35 @@ def test_runs_in_another_thread_without_signal_handlers() -> None:
     assert robot.log == ["connect", "stop", "disconnect"]
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_nothing_is_sent_once_the_watchdog_has_stopped_the_robot(schedule: Any) -> None:
+    """Outside of the main thread a call that hangs is not interrupted: it may return later."""
+
+    class Hanging(StoppingRobot):
+        def send_action(self, action: np.ndarray) -> None:
+            self.log.append("act")
+
+    def observe(tick: int) -> dict[str, Any]:
+        if tick == 5:
+            time.sleep(1.0)
+            robot.log.append("returned")
+        return {"tick": [tick]}
+
+    robot = Hanging(observe)
+    limits = SafetyLimits(max_call_seconds=0.3, max_observation_age=60)
+    reports: list[Any] = []
+
+    def drive() -> None:
+        with ControlLoop(CountingPolicy(), robot, HZ, schedule=schedule, safety=limits) as loop:
+            reports.append(loop.run(seconds=60))
+
+    thread = threading.Thread(target=drive)
+    thread.start()
+    thread.join(20)
+    assert "get_observation() has not returned" in reports[0].stopped_by
+    assert robot.log[-4:] == ["stop", "returned", "stop", "disconnect"]
+
+
 def test_leaving_ends_a_run_in_another_thread_first() -> None:
     robot = StoppingRobot()
     reports: list[Any] = []

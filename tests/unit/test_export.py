@@ -14,6 +14,9 @@ import pytest
 import torch
 from torch import nn
 
+from cmpolicy.experiment.evaluate import EvalSettings
+from cmpolicy.experiment.protocols import Simulator
+from cmpolicy.experiment.scored import given_policy
 from cmpolicy.export import write
 from cmpolicy.export.plan_map import PlanMap, Target, example_inputs
 from cmpolicy.export.pt2 import Pt2Policy
@@ -22,6 +25,7 @@ from cmpolicy.export.write import TOLERANCE, Format, export_policy, largest_diff
 from cmpolicy.nn.kernels import MAX_BATCH
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
+from cmpolicy.observation import NonFiniteActionError
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.robot.policy import ChunkPolicy
 from cmpolicy.spec import PolicySpec, SpecError
@@ -226,6 +230,18 @@ def test_facts_travel_inside(files: dict[str, Path], name: str) -> None:
     assert str(Path(__file__).parents[2]).encode() not in files[name].read_bytes()
 
 
+def test_an_object_is_scored_in_the_simulator_that_its_file_tells_of(tmp_path: Path) -> None:
+    policy = make_policy(dims=(8,))
+    simulator = {"task": "lift", "env_args": "{}", "actions": "absolute"}
+    task = {"task": {"protocol": "robomimic-ph"}}
+    policy.metadata = {"data": "mine", "simulator": simulator, "config": task}
+    written = export_policy(policy, tmp_path / "policy.pt2", format="pt2")
+    for given in (policy, Pt2Policy(written.path, trust=True)):
+        scored = given_policy(given, EvalSettings(policy="an object"))
+        assert (scored.protocol, scored.data) == ("robomimic-ph", "mine")
+        assert scored.simulator == Simulator(**simulator)
+
+
 @pytest.mark.parametrize("name", ["onnx", "pt2"])
 def test_any_dtype_and_noise_of_its_own(files: dict[str, Path], name: str) -> None:
     runtime = runtime_of(files[name])
@@ -264,6 +280,14 @@ def test_observations_that_do_not_fit(
     obs = {key: value for key, value in (obs | change).items() if value is not None}
     with pytest.raises(SpecError, match=message):
         runtime.infer(obs)
+
+
+def test_actions_that_are_not_finite_are_an_error_as_of_the_policy(files: dict[str, Path]) -> None:
+    obs = {"agent_pos": np.full((1, 2, 2), 3e38), "keypoint": np.full((1, 2, 3, 2), 3e38)}
+    for policy in (CASES["pt2"][0], runtime_of(files["pt2"])):
+        for ask in (policy.infer, policy.infer_plan):
+            with pytest.raises(NonFiniteActionError, match="actions are not finite"):
+                ask(obs)
 
 
 def test_noise_that_does_not_fit(files: dict[str, Path]) -> None:

@@ -109,7 +109,9 @@ def test_frames_that_come_as_files() -> None:
         (_file(FRAME, "BMP"), "holds bytes that are no JPEG or PNG"),
         (_file(np.zeros((5000, 5000, 3), np.uint8)), "an image of 5000 x 5000; at most 16777216"),
         (_file(FRAME[:, :4]), "frames of 6 x 4 x 3: the policy was trained on frames of 6 x 8 x 3"),
-        ([_file(FRAME), _file(FRAME[:5])], "frames of several sizes"),
+        ([_file(FRAME), _file(FRAME[:5])], "frames of 5 x 8 x 3"),
+        ([[_file(FRAME)], [_file(FRAME)] * 2], "lists of several lengths"),
+        (_file(FRAME[:5])[:-30], "frames of 5 x 8 x 3"),  # by its header, before it is decoded
     ],
 )
 def test_files_that_are_no_frames(value: Any, words: str) -> None:
@@ -128,6 +130,11 @@ def test_resizing_keeps_proportions() -> None:
     small = read_frames("frame", np.stack([checks, checks]).astype(np.uint8), SHAPE, resize=True)
     assert small.shape == (2, *SHAPE)
     assert (small == 100).all()
+    files = [_file(checks.astype(np.uint8)), _file(FRAME), _file(wide)]  # each by itself
+    assert np.array_equal(
+        read_frames("frame", files, SHAPE, resize=True),
+        np.stack([small[0], FRAME, np.zeros(SHAPE, np.uint8)]),
+    )
     with pytest.raises(ObservationError, match=r"policy\.resize=true"):
         read_frames("frame", wide, SHAPE)
     with pytest.raises(ObservationError, match="drop alpha"):

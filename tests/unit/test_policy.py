@@ -279,6 +279,12 @@ def test_wrong_noise_and_steps() -> None:
         policy.predict_action_chunk(obs, nfe=0)
     with pytest.raises(ValueError, match="unknown sampler 'heun'"):
         policy.predict_action_chunk(obs, sampler="heun")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="sampler=mip is for networks that predict the data"):
+        policy.predict_action_chunk(obs, sampler="mip", nfe=2)
+    with pytest.raises(ValueError, match="sampler=ddim is for networks that predict the noise"):
+        policy.sampler = "ddim"
+    assert policy.sampler == "flow_map"
+    policy.sampler = "diagonal"
 
 
 # -- construction -------------------------------------------------------------------------------

@@ -169,6 +169,27 @@ class _Rated:
         self.__dict__.update(rates)
 
 
+@pytest.mark.parametrize(
+    ("action", "words"),
+    [
+        (["a.pos", "a.pos"], "a name is given twice"),
+        (["a.pos", "b"], r"\['b'\] are none of the robot's.*out of \['a.pos', 'b.pos'\]"),
+        ("a.pos", "are none of the robot's"),
+    ],
+)
+def test_adapter_refuses_names_by_which_a_motor_would_be_left_out(action: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        LeRobotAdapter(Arm(), observation={"state": ["a.pos"]}, action=action)
+
+
+def test_adapter_takes_names_that_are_nested() -> None:
+    arm = Arm()
+    arm.action_features = {"dtype": "float32", "shape": (2,), "names": {"x": 0, "y": 1}}  # type: ignore[assignment]
+    robot = LeRobotAdapter(arm, observation={"state": ["a.pos"]})
+    robot.send_action(np.array([1.0, 2.0], np.float32))
+    assert arm.sent == [{"x": 1.0, "y": 2.0}]
+
+
 def test_rates_must_match() -> None:
     check_rates(30, _Rated(fps=30), _Rated(control_hz=30.0))
     check_rates(29.97, _Rated(fps=30), _Rated())

@@ -118,9 +118,21 @@ def test_impossible_limits(limits: dict[str, Any], words: str) -> None:
         _filter(**limits)
 
 
-def _turning(kind: Any, *dims: int, rate: float = 2.0) -> SafetyFilter:
-    limits = SafetyLimits(max_rate=rate)
-    return SafetyFilter(limits, len(dims), 0.1, rotations=(Rotation(kind, dims),))
+@pytest.mark.parametrize("bound", [0.1, 0.3, 0.7, 1.1, 512.3])
+def test_a_robot_may_stand_at_its_bounds(bound: float) -> None:
+    """Float32, in which actions are sent, may not hold them."""
+    for start in ([bound, -bound], np.array([bound, -bound], np.float32)):
+        held = _filter(start=start, low=-bound, high=bound).hold
+        assert held is not None
+        assert held.astype(np.float64).max() <= bound
+        np.testing.assert_allclose(held, start, rtol=1e-6)
+    with pytest.raises(ValueError, match="lies outside the bounds"):
+        _filter(start=1.0001 * bound, low=-bound, high=bound)
+
+
+def _turning(kind: Any, *dims: int, rate: float = 2.0, **limits: Any) -> SafetyFilter:
+    given = SafetyLimits(max_rate=rate, **limits)
+    return SafetyFilter(given, len(dims), 0.1, rotations=(Rotation(kind, dims),))
 
 
 def test_an_angle_is_slowed_down_the_short_way_round() -> None:
@@ -134,6 +146,30 @@ def test_an_angle_is_slowed_down_the_short_way_round() -> None:
     angles = np.unwrap([sent[-1][0], *(f[0] for f in found)])  # type: ignore[index]
     np.testing.assert_allclose(np.diff(angles), 0.2, atol=1e-5)
     assert safety.counts[TOO_FAST] == 4
+
+
+@pytest.mark.parametrize("half", [np.pi, 3.1416, 3.14])
+@pytest.mark.parametrize("kind", ["angle", "axis_angle"])
+def test_a_turn_within_its_bounds_is_slowed_down_on_every_tick(kind: str, half: float) -> None:
+    """The description that the policy uses lies outside of the bounds half of the way."""
+    n = {"angle": 1, "axis_angle": 3}[kind]
+    safety = _turning(kind, *range(n), low=-half, high=half)
+    sent = [_apply(safety, *[0.0] * (n - 1), wanted)[-1] for wanted in [2.0, *[-2.0] * 13]]  # type: ignore[index]
+    steps = np.diff(np.unwrap(sent))
+    assert steps.min() >= 0
+    assert steps.max() <= 0.2 + 1e-5
+    assert sent[-1] == -2.0
+
+
+@pytest.mark.parametrize("bound", [2.0, 3.0, 3.12])
+def test_an_angle_with_stops_goes_the_way_that_there_is(bound: float) -> None:
+    """What lies between its bounds on the other side is not to be crossed."""
+    safety = _turning("angle", 0, low=-bound, high=bound)
+    far = bound - 0.1
+    sent = [_apply(safety, wanted)[0] for wanted in [far, *[-far] * 40]]  # type: ignore[index]
+    steps = np.diff(sent)
+    assert (np.abs(steps) <= 0.2 + 1e-5).all()
+    assert sent[-1] == pytest.approx(-far)
 
 
 def test_a_quaternion_may_change_its_sign() -> None:

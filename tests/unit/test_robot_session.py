@@ -183,3 +183,13 @@ def test_a_refused_message_changes_nothing(message: Any, expected: str) -> None:
     after, without = _read(session, next_step), _read(untouched, next_step)
     assert _seen(after) == _seen(without) == [1, 1, 2]
     assert np.array_equal(after.noise, without.noise)
+
+
+def test_more_files_than_frames_are_taken_are_not_decoded() -> None:
+    spec = PolicySpec({"top": (6, 8, 3)}, 2, 8, n_obs_steps=2, n_action_steps=4, images=("top",))
+    session = Session(spec, max_batch=4)
+    message = {"top": [[b"no file", b"at all"]] * 5}
+    with pytest.raises(RequestError, match=r"holds 10 files; .* at most 8 frames of a camera"):
+        session.read(message)
+    with pytest.raises(RequestError, match="bytes that are no JPEG or PNG"):
+        session.read({"top": message["top"][:4]})

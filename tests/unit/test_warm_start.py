@@ -193,10 +193,14 @@ def test_samplers_without_a_flow_have_none() -> None:
     policy = _policy(0.5)
     with pytest.raises(ValueError, match="sampler flow_map or diagonal"):
         policy.sampler = "restart"
+    cold = _policy(None, sampler="restart")
+    with pytest.raises(ValueError, match="sampler flow_map or diagonal"):
+        cold.warm_start = 0.5
+    assert cold.warm_start is None
     tensors = {key: torch.from_numpy(value) for key, value in obs.items()}
     with pytest.raises(ValueError, match="sampler flow_map or diagonal"):
         policy.predict_trajectory(
-            tensors, noise=torch.from_numpy(noise), plan=torch.from_numpy(plan), sampler="ddim"
+            tensors, noise=torch.from_numpy(noise), plan=torch.from_numpy(plan), sampler="restart"
         )
 
 
