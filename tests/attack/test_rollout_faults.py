@@ -130,7 +130,9 @@ def test_an_environment_that_cannot_be_made_in_time() -> None:
 
 
 _PARENT = """
+import signal
 import sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup hands down that it is ignored
 sys.path.insert(0, sys.argv[1])
 from test_rollout_faults import Faulty, Still
 from cmpolicy_eval import pool

@@ -136,8 +136,9 @@ def test_latency_of_a_policy_that_takes_several_draws_of_noise(
     untrained_pusht: Callable[[], ConsistencyPolicy], tmp_path: Path
 ) -> None:
     policy = untrained_pusht()
-    policy.sampler, policy.nfe = "ddpm", 5
     policy.save_pretrained(tmp_path / "ddpm")
+    bundle = read_bundle(tmp_path / "ddpm")
+    write_bundle(replace(bundle, sampler="ddpm", nfe=5), tmp_path / "ddpm")
     out = tmp_path / "latency.json"
     words = [f"policy={tmp_path / 'ddpm'}", "nfe=[2,3]", "calls=2", "diffusion=false"]
     assert main(["latency", *words, f"out={out}"]) == 0

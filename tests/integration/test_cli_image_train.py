@@ -183,7 +183,7 @@ def test_a_diverging_run_stops_and_keeps_its_state(
     [
         (["guidance=0.5"], "guidance=0.5 makes no sense"),
         (["dataset=folder", "dataset.path=nowhere"], "nowhere"),
-        (["dataset=mnist", "dataset.path=nowhere.npz"], "there is no file nowhere.npz"),
+        (["dataset=mnist", "dataset.path=nowhere.npz"], "nowhere.npz; check path"),
         (["net.widths=[8,8,8,8,8]"], "halves the image 4 times, which 8 pixels do not allow"),
         (["optim.lrr=1"], "did you mean 'optim.lr'"),
         (["examples=4"], "examples=4 is less than one batch"),

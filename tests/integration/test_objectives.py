@@ -19,6 +19,7 @@ from cmpolicy.export.write import DIFFUSION_TOLERANCE, export_policy, largest_di
 from cmpolicy.flow.flow_map import FlowMap
 from cmpolicy.flow.objectives import OBJECTIVES, Draws, LossOutput, Objective, register
 from cmpolicy.flow.objectives.objective import Examples, mean_over
+from cmpolicy.policy.packing import pack, unpack
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.schema import ConfigError
 from cmpolicy.spec import SpecError
@@ -105,9 +106,9 @@ def test_settings_that_cannot_be(store: Path, words: list[str], message: str) ->
 def policy(
     request: pytest.FixtureRequest, untrained_pusht: Callable[[], ConsistencyPolicy]
 ) -> ConsistencyPolicy:
-    policy = untrained_pusht()
-    policy.sampler, policy.nfe = request.param
-    return policy
+    sampler, nfe = request.param
+    bundle = replace(pack(untrained_pusht(), {}), sampler=sampler, nfe=nfe)
+    return unpack(bundle, ConsistencyPolicy).eval().requires_grad_(False)
 
 
 def _noise(policy: Any, batch: int) -> Any:
