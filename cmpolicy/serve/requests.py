@@ -255,7 +255,8 @@ class Session:
         first, rows = "", 0
         arrays: dict[str, NDArray[Any]] = {}
         for key, shape in self.spec.obs.items():
-            self._check_files(key, message[key])
+            if key in self.spec.images:
+                self._check_files(key, message[key])
             array = read_observation(self.spec, key, message[key])
             own = _FORMS.get(array.ndim - len(shape))
             history = (self.spec.n_obs_steps, *shape)
