@@ -47,7 +47,7 @@ test-numpy2:  ## the unit tests with numpy 2, without robosuite (PYTHON=python3.
 	@[ -x $(NUMPY2)/bin/pip ] || $(PYTHON) -m venv $(NUMPY2)
 	@sed -E '/^(numpy|openpi-client)==/d' constraints.txt > $(NUMPY2)/constraints.txt
 	@$(NUMPY2)/bin/pip install --quiet --disable-pip-version-check -c $(NUMPY2)/constraints.txt \
-		-e '.[serve,export,image,codecs,view,sweep,wandb]' 'numpy>=2' h5py hatchling hypothesis pytest pytest-xdist
+		-e '.[serve,export,image,codecs,view,sweep,wandb]' 'numpy>=2' h5py hatchling hypothesis pytest pytest-timeout pytest-xdist
 	OMP_NUM_THREADS=1 $(NUMPY2)/bin/python -m pytest -n $(JOBS) --dist loadfile tests/unit $(PYTEST_ARGS)
 
 lint: install  ## ruff: rules and format
@@ -66,7 +66,7 @@ unit: install  ## pytest alone (JOBS=2 workers; PYTEST_ARGS="-k windows" to choo
 
 # The attacks of tests/attack a thousand times as long as in the suite.
 attack: install  ## attack server, robot loop, stores and bundles at full counts (hours)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -s tests/attack --attack-scale 1000
+	OMP_NUM_THREADS=1 $(BIN)/pytest -s --timeout 0 tests/attack --attack-scale 1000
 
 # lerobot wants another numpy, torch and diffusers than robosuite and we do: never in one environment.
 LEROBOT := .venv-lerobot

@@ -8,8 +8,10 @@ import hypothesis
 import numpy as np
 import pytest
 
-# No timed assertion in the suite: a busy machine is not a failure.
-hypothesis.settings.register_profile("cmpolicy", deadline=None)
+# No timed assertion in the suite: a busy machine is not a failure. The same examples in every run,
+# new ones with `make unit PYTEST_ARGS="--hypothesis-profile search tests/property"`.
+hypothesis.settings.register_profile("search", deadline=None)
+hypothesis.settings.register_profile("cmpolicy", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("cmpolicy")
 
 
