@@ -105,6 +105,11 @@ class ConsistencyImagePipeline(DiffusionPipeline):  # type: ignore[misc]
         return cast(SamplerKind, self.config.sampler)
 
     @property
+    def nfe(self) -> int:
+        """Network evaluations of an image unless told otherwise."""
+        return int(self.metadata.get("nfe", 1))
+
+    @property
     def metadata(self) -> dict[str, Any]:
         """What it was saved with."""
         return dict(self.config.metadata)
@@ -114,7 +119,7 @@ class ConsistencyImagePipeline(DiffusionPipeline):  # type: ignore[misc]
     def __call__(
         self,
         class_labels: int | str | Sequence[int | str] | Tensor,
-        num_inference_steps: int = 1,
+        num_inference_steps: int | None = None,
         generator: Generators = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
@@ -124,7 +129,7 @@ class ConsistencyImagePipeline(DiffusionPipeline):  # type: ignore[misc]
 
         Args:
             class_labels: numbers or names of classes.
-            num_inference_steps: network evaluations per image.
+            num_inference_steps: network evaluations per image; None: the model's own number.
             generator: of the noise; a list has one per image, and an image then does not depend on
                 the others.
             output_type: ``pil`` images, ``np`` (N, H, W, C) or ``pt`` (N, C, H, W) in [0, 1].
@@ -157,7 +162,7 @@ class ConsistencyImagePipeline(DiffusionPipeline):  # type: ignore[misc]
     def generate(
         self,
         labels: Tensor,
-        nfe: int = 1,
+        nfe: int | None = None,
         generator: Generators = None,
         sampler: SamplerKind | None = None,
     ) -> Tensor:
@@ -176,7 +181,7 @@ class ConsistencyImagePipeline(DiffusionPipeline):  # type: ignore[misc]
         return generate_images(
             self._flow_map(),
             labels,
-            nfe=nfe,
+            nfe=self.nfe if nfe is None else nfe,
             generator=generator,
             sampler=self._fitting(sampler),
         )
@@ -184,7 +189,7 @@ class ConsistencyImagePipeline(DiffusionPipeline):  # type: ignore[misc]
     def trajectory(
         self,
         labels: Tensor,
-        nfe: int = 1,
+        nfe: int | None = None,
         generator: Generators = None,
         sampler: SamplerKind | None = None,
     ) -> Tensor:
@@ -196,7 +201,7 @@ class ConsistencyImagePipeline(DiffusionPipeline):  # type: ignore[misc]
         return generate_trajectory(
             self._flow_map(),
             labels,
-            nfe=nfe,
+            nfe=self.nfe if nfe is None else nfe,
             generator=generator,
             sampler=self._fitting(sampler),
         )

@@ -296,3 +296,21 @@ def test_a_model_that_does_not_say_what_it_was_trained_on(model, tmp_path, capsy
     bare.save_pretrained(tmp_path / "bare")
     assert evaluate(tmp_path / "bare", tmp_path / "out") == 2
     assert "does not say what it was trained on; give dataset=" in capsys.readouterr().err
+
+
+def test_a_model_is_evaluated_as_often_as_it_was_made_for(model, tmp_path, capsys):
+    """A flow-matching model says that it takes more than one evaluation."""
+    pipe = ConsistencyImagePipeline.from_pretrained(model / "model")
+    many = ConsistencyImagePipeline(
+        pipe.net, class_names=NAMES, metadata={**pipe.metadata, "nfe": 3}
+    )
+    many.save_pretrained(tmp_path / "many")
+    assert evaluate(tmp_path / "many", tmp_path / "out", "pictures=false") == 0
+    assert (tmp_path / "out/result_nfe3.json").is_file()
+    assert main(["sample", f"model={tmp_path / 'many'}", f"out={tmp_path / 'grid.png'}"]) == 0
+    seeds = [torch.Generator().manual_seed(0) for _ in range(2)]
+    given, asked = [
+        many(["lying"], generator=seed, output_type="pt", **steps).images
+        for seed, steps in zip(seeds, [{}, {"num_inference_steps": 3}], strict=True)
+    ]
+    assert torch.equal(given, asked)

@@ -57,7 +57,7 @@ class ImageEvalSettings:
     Args:
         model: folder of a trained model, or of the run that trained it.
         name: label in tables and files; null: the model as given.
-        nfe: network evaluations per image, one result each.
+        nfe: network evaluations per image, one result each; null: the model's own number.
         samples: images made, evenly over the classes.
         seed: image i of class k depends on (seed, k, i) alone.
         sampler: flow_map or diagonal; null: the model's own.
@@ -73,7 +73,7 @@ class ImageEvalSettings:
 
     model: str
     name: str | None = None
-    nfe: tuple[int, ...] = (1,)
+    nfe: tuple[int, ...] | None = None
     samples: int = 2000
     seed: int = 0
     sampler: SamplerKind | None = None
@@ -87,7 +87,8 @@ class ImageEvalSettings:
     dataset: ImageDataConfig | None = None
 
     def __post_init__(self) -> None:
-        each_once("nfe", self.nfe, 1)
+        if self.nfe is not None:
+            each_once("nfe", self.nfe, 1)
         for key in ("samples", "batch_size"):
             at_least(key, getattr(self, key), 1)
         at_least("seed", self.seed, 0)
@@ -119,7 +120,7 @@ def evaluate_images(
     labels = spread_over(config.samples, range(data.n_classes))
     results: list[ImageResult] = []
     pictures: list[Path] = []
-    for nfe in config.nfe:
+    for nfe in config.nfe or (pipe.nfe,):
         made = make_images(
             pipe,
             labels,

@@ -188,7 +188,7 @@ class SampleSettings:
         model: folder of a trained model, or of the run that trained it.
         classes: 0-9, a number, a name, or a list such as [3,7]; null: all.
         per_class: images of each class.
-        nfe: network evaluations per image.
+        nfe: network evaluations per image; null: the model's own number.
         seed: image i of class k depends on (seed, k, i) alone.
         sampler: flow_map or diagonal; null: the model's own.
         batch_size: images per call of the network.
@@ -201,7 +201,7 @@ class SampleSettings:
     model: str
     classes: Any = None
     per_class: int = 8
-    nfe: int = 1
+    nfe: int | None = None
     seed: int = 0
     sampler: SamplerKind | None = None
     batch_size: int = 250
@@ -212,7 +212,8 @@ class SampleSettings:
 
     def __post_init__(self) -> None:
         for name in ("per_class", "nfe", "batch_size"):
-            at_least(name, getattr(self, name), 1)
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), 1)
         at_least("seed", self.seed, 0)
         for name in ("out", "paths"):
             path = getattr(self, name)
@@ -227,17 +228,18 @@ def sample_images(config: SampleSettings) -> tuple[list[Path], float]:
         ConfigError: settings that cannot be. ImageModelError: the model cannot be read.
     """
     pipe = open_model(config.model, config.device)
+    nfe = pipe.nfe if config.nfe is None else config.nfe
     classes = parse_classes(config.classes, pipe.class_names)
     made = make_images(
         pipe,
         np.repeat(np.asarray(classes, dtype=np.int64), config.per_class),
-        nfe=config.nfe,
+        nfe=nfe,
         seed=config.seed,
         sampler=config.sampler,
         batch_size=config.batch_size,
     )
-    plural = "s" * (config.nfe > 1)
-    title = f"{config.nfe} network evaluation{plural} per image, seed {config.seed}"
+    plural = "s" * (nfe > 1)
+    title = f"{nfe} network evaluation{plural} per image, seed {config.seed}"
     picture = samples_picture(made.images, made.labels, pipe.class_names, title)
     written = [save_picture(picture, Path(config.out).expanduser())]
     if config.paths is not None:
