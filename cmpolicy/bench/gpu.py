@@ -274,7 +274,11 @@ def train_for(config: TrainConfig, minutes: float, out: str, command: str) -> st
 
     Returns:
         What came of it, in a line.
+
+    Raises:
+        KeyboardInterrupt: a signal stopped the trial that measures the speed.
     """
+    from cmpolicy.experiment.run import stopped_text
     from cmpolicy.experiment.train import train
 
     device = choose_device(config.device)
@@ -288,12 +292,17 @@ def train_for(config: TrainConfig, minutes: float, out: str, command: str) -> st
             eval=asdict(config.eval) | {"episodes": 0, "every": 10**12},
             log=asdict(config.log) | {"trackers": [], "every": 40 * config.batch_size},
         )
-        rate = train(short, Path(folder) / "speed", command=command).metrics["examples_per_s"]
+        trial = train(short, Path(folder) / "speed", command=command)
+    if not trial.finished:
+        raise KeyboardInterrupt(trial.end.signum)
+    rate = trial.metrics["examples_per_s"]
     left = 60 * minutes - (time.perf_counter() - begin) - 20  # for the start and the end of the run
     # the rate is that of the last third, with L_sd; steps before it joins in are quicker
     examples = max(config.batch_size, int(rate * left) // config.batch_size * config.batch_size)
     warmup = min(config.optim.warmup, examples // 10)
     final = _changed(config, examples=examples, optim=asdict(config.optim) | {"warmup": warmup})
     result = train(final, out, command=command)
+    if not result.finished:
+        return stopped_text(result, "train", examples)
     numbers = ", ".join(f"{k} {v:.4g}" for k, v in result.metrics.items())
     return f"{examples} examples at {rate:.0f}/s on {describe_device(device)}: {numbers}"

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from cmpolicy.serve.batcher import Batcher, InferenceError
-from cmpolicy.serve.requests import RequestError, Session, reply
+from cmpolicy.serve.requests import Request, RequestError, Session, reply
 from cmpolicy.serve.wire import WireError, unpack
 
 if TYPE_CHECKING:
@@ -89,12 +89,20 @@ class Conversation:
                 await connection.send(answer)
             previous_ms = (time.perf_counter() - begin) * 1e3
 
+    def _read(self, data: bytes) -> Request | None:
+        return self._session.read(unpack(data, max_bytes=self._max_bytes))
+
     async def _answer(self, data: str | bytes, previous_ms: float | None) -> str | bytes:
         """The answer to a frame: bytes, or text that says what is wrong with it."""
         try:
             if isinstance(data, str):
                 raise RequestError("messages are binary frames of msgpack, got a text frame")
-            request = self._session.read(unpack(data, max_bytes=self._max_bytes))
+            if (
+                self._session.spec.images
+            ):  # files of megapixels would keep the other sessions waiting
+                request = await asyncio.to_thread(self._read, data)
+            else:
+                request = self._read(data)
             answer = None if request is None else await self._batcher.infer(request)
             if request is not None and answer is not None:
                 self._session.answered(request, answer)
