@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,20 @@ from torch import Tensor
 
 from cmpolicy.flow.flow_map import derivative_difference, derivative_jvp
 from cmpolicy.flow.objectives import Draws, build_objective
+from cmpolicy.study.alarm_table import alarm_rows
+from cmpolicy.study.claims import all_claims
 from cmpolicy.study.jobs import Job, jobs_of, jump_objectives, makes_jumps
 from cmpolicy.study.measure import Ruler, outcome
 from cmpolicy.study.nets import StackAdam, flow_map_of, init_nets, norms, one_of
 from cmpolicy.study.one_sided import one_sided_difference
 from cmpolicy.study.probes import FAMILY, run_probes
-from cmpolicy.study.results import Interval, mean_interval, ratio_interval, share_interval
+from cmpolicy.study.results import (
+    Interval,
+    Results,
+    mean_interval,
+    ratio_interval,
+    share_interval,
+)
 from cmpolicy.study.run_job import gradient_step, run_job
 from cmpolicy.study.targets import get_target
 from cmpolicy.study.truth import make_truth
@@ -235,9 +244,13 @@ def test_verdicts_follow_from_intervals(interval: Any, verdict: str) -> None:
 
 
 def test_the_readme_says_what_was_found() -> None:
-    """Its tables are those of the committed results."""
+    """Its tables are those of the committed results, and they of what the jobs measured."""
     root = Path(__file__).parents[2]
-    told = json.loads((root / "eval/results/study/standard/claims.json").read_text())
+    study = root / "eval/results/study/standard"
+    told = json.loads((study / "claims.json").read_text())
+    results = Results([json.loads(job.read_text()) for job in sorted((study / "jobs").iterdir())])
+    assert [asdict(claim) for claim in all_claims(results)] == told["claims"]
+    assert alarm_rows(results) == told["alarms"]
     readme = (root / "cmpolicy/study/README.md").read_text()
     for claim in told["claims"]:
         assert f"| {claim['claim']} | {claim['verdict']} | {claim['evidence']} |" in readme
