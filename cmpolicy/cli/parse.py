@@ -22,7 +22,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cmpolicy.schema import OWN, ConfigError, complete, from_mapping, unknown_key_message
@@ -109,7 +109,10 @@ class Composition:
         known = _keys(settings)
         for override in overrides:
             key = override.key_or_group
-            is_open = any(key.startswith(f"{group}.") for group in self.open_groups)
+            is_open = [group for group in self.open_groups if key.startswith(f"{group}.")]
+            for listed in is_open:
+                if isinstance(names := OmegaConf.select(config, listed), ListConfig):
+                    OmegaConf.update(config, listed, {n: n for n in names}, merge=False)
             if key not in known and not is_open:
                 group = key.partition(".")[0]
                 groups = self.groups()

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from cmpolicy_data import augment as augmenting
 from cmpolicy_data.augment import AugmentError, Episodes
-from cmpolicy_data.chunks import MissingChunks
+from cmpolicy_data.chunks import MissingChunks, ReplayBufferError
 from cmpolicy_data.frames import load_frames, looks_like_frames, select_frames
 from cmpolicy_data.replay_buffer import ReplayBuffer
 from cmpolicy_data.selector import Selector
@@ -169,6 +169,27 @@ _PUSHT_FRAMES = "img"
 _ARENA = 512.0  # px
 
 
+def _check_keys(
+    buffer: ReplayBuffer, sources: Mapping[str, _Source], obs: Mapping[str, object]
+) -> None:
+    """Say which setting names a key that the store lacks.
+
+    Raises:
+        ReplayBufferError: a key that is not there and cannot be rendered.
+    """
+    for key, source in sources.items():
+        stored = source.selector.key
+        there = stored in buffer or stored in buffer.unreadable or _can_render(buffer, stored)
+        if buffer.n_episodes and not there:
+            setting = "obs" if key in obs else "targets"
+            raise ReplayBufferError(
+                f"{buffer.path} has no key {stored!r} under data/ (keys: "
+                f"{', '.join(buffer.keys())}), which data.{setting} names; say what it is called "
+                f"there, data.{setting}.{key}=<key>, or name the keys that are wanted, "
+                f"data.{setting}=[...]"
+            )
+
+
 def _can_render(buffer: ReplayBuffer, key: str) -> bool:
     """Whether a key stands for Push-T's frames, and the store holds Push-T's states."""
     if key != _PUSHT_FRAMES or "state" not in buffer or buffer["state"].shape[1:] != (5,):
@@ -218,6 +239,7 @@ def load_demonstrations(
     told = targets if isinstance(targets, Mapping) else {key: key for key in targets}
     buffer = ReplayBuffer.open(path, missing_chunks=missing_chunks)
     sources = {key: _Source.read(given) for key, given in {**named, **told}.items()}
+    _check_keys(buffer, sources, named)
     images = {key for key, source in sources.items() if source.is_image(buffer)}
     if unfit := [key for key in told if key in images or key in named]:
         raise ValueError(

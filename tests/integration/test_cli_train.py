@@ -215,6 +215,11 @@ def test_no_held_out_episodes(store: Path, tmp_path: Path) -> None:
         (["data.path=nowhere.zarr"], "nowhere.zarr"),
         (["data.path=null"], "data.path is not set"),
         (["data.obs=[stat]"], "has no key 'stat' under data/ (keys: action, force, state)"),
+        (
+            ["data.obs=[state]", "data.obs.arm=poses"],
+            "'poses' under data/ (keys: action, force, state)",
+        ),
+        (["data.targets={pose: poses}"], "which data.targets names"),
         (["data.obs=[state,'state[:9]']"], "but state has 5 columns"),
         (["data.action=force"], "have shape (3, 2) per step"),
         (

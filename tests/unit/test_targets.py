@@ -138,6 +138,10 @@ def test_targets_are_named_one_by_one_as_observations_are() -> None:
     words = ["task=custom", "data.obs.top=camera", "data.targets.pose='state[1:]'"]
     data = cmpolicy.compose(*words, "data.path=my.zarr", "control_hz=10").data
     assert (data.obs, data.targets) == ({"top": "camera"}, {"pose": "state[1:]"})
+    words = ["task=lift_image", "data.path=my.zarr", "data.obs.agentview_image=front"]
+    obs = cmpolicy.compose(*words).data.obs  # one name of a list replaced, the others kept
+    assert obs["agentview_image"] == "front"
+    assert obs["robot0_eef_pos"] == "robot0_eef_pos"
 
 
 def test_bad_settings() -> None:
