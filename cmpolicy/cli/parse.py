@@ -109,11 +109,11 @@ class Composition:
         known = _keys(settings)
         for override in overrides:
             key = override.key_or_group
-            is_open = [group for group in self.open_groups if key.startswith(f"{group}.")]
-            for listed in is_open:
-                if isinstance(names := OmegaConf.select(config, listed), ListConfig):
-                    OmegaConf.update(config, listed, {n: n for n in names}, merge=False)
-            if key not in known and not is_open:
+            opened = [group for group in self.open_groups if key.startswith(f"{group}.")]
+            for group in opened:  # a list of keys stands for each by its own name
+                if isinstance(names := OmegaConf.select(config, group), ListConfig):
+                    OmegaConf.update(config, group, {n: n for n in names}, merge=False)
+            if key not in known and not opened:
                 group = key.partition(".")[0]
                 groups = self.groups()
                 if settings.get(group) is None and group in groups:
