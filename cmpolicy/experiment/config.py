@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from cmpolicy.flow.objectives import OBJECTIVES, Objective, build_objective
 from cmpolicy.flow.sampler import SamplerKind, check_sampler, get_sampler
@@ -240,12 +240,20 @@ class ObjectiveConfig:
     ``sampler`` null takes the objective's own.
     """
 
+    other_defaults: ClassVar[Mapping[str, Any]] = {}
+    """Defaults of the objectives' settings that differ from their own, where they have these."""
+
     name: str = "isd"
     sampler: SamplerKind | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self) -> Objective:
-        return build_objective(self.name, **self.settings)
+        return build_objective(self.name, **{**self._others(self.name), **self.settings})
+
+    @classmethod
+    def _others(cls, name: str) -> dict[str, Any]:
+        kind = choose(OBJECTIVES, name, "objective", OWN)
+        return {key: value for key, value in cls.other_defaults.items() if hasattr(kind, key)}
 
     @property
     def sampler_kind(self) -> SamplerKind:
@@ -285,7 +293,7 @@ class ObjectiveConfig:
     def complete(cls, data: Mapping[str, Any]) -> dict[str, Any]:
         """The settings with the defaults of the objective, side by side."""
         name = str(data.get("name") or "isd")
-        own = complete(choose(OBJECTIVES, name, "objective", OWN), {})
+        own = complete(choose(OBJECTIVES, name, "objective", OWN), {}) | cls._others(name)
         rest = {k: v for k, v in data.items() if k not in ("name", "sampler", "settings")}
         given = {**data.get("settings", {}), **rest}
         return {"name": name, "sampler": data.get("sampler"), **merge(own, given)}

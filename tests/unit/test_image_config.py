@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from cmpolicy.cli.parse import Composition
+from cmpolicy.experiment.config import ObjectiveConfig
 from cmpolicy.experiment.image.config import ImageTrainConfig
 from cmpolicy.experiment.run import read_yaml
 from cmpolicy.image.net import DiTConfig, UNetConfig
@@ -33,6 +34,18 @@ def test_defaults_are_digits_by_isd_on_a_small_unet() -> None:
     assert (config.objective.name, config.objective.sampler_kind) == ("isd", "flow_map")
     assert isinstance(config.net.config, UNetConfig)
     assert (config.guidance, config.nfe, config.path) == (1.0, 1, "linear")
+
+
+def test_images_take_no_extra_examples_at_the_end_of_noise() -> None:
+    """The objectives' own default, made for policies, doubles the distance (image/RECIPE.md)."""
+    for objective in ("isd", "psd"):
+        assert build(f"objective={objective}").objective.build().one_share == 0.0
+    own = build("objective.one_share=0.25").objective
+    assert (own.settings["one_share"], own.build().one_share) == (0.25, 0.25)
+    digits = {"dataset": {"name": "digits"}, "net": {"kind": "unet"}}
+    assert ImageTrainConfig.from_mapping(digits).objective.build().one_share == 0.0
+    build("objective=fm").objective.build()  # which has no such setting
+    assert ObjectiveConfig().build().one_share == 0.25
 
 
 def test_labels_are_dropped_where_guidance_needs_it() -> None:
