@@ -76,8 +76,8 @@ class ImageNetSettings:
 class ImageObjectiveConfig(ObjectiveConfig):
     """As for policies, but no extra examples at t = 1 exactly.
 
-    A quarter of them there brings a policy's one evaluation closer and doubles the distance of an
-    image model's: what flow matching has left is too little (image/RECIPE.md).
+    There L_sd of an image is as large as L_fm, and takes its share of the weight of the example: a
+    quarter of them doubled the distance of one evaluation from the data (image/RECIPE.md).
     """
 
     other_defaults: ClassVar[Mapping[str, Any]] = {"one_share": 0.0}
