@@ -42,6 +42,16 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_proxy_to_this_machine() -> Iterator[None]:
+    """The tests' own servers are reached without a proxy that the environment names."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("no_proxy", "NO_PROXY"):
+            hosts = [os.environ.get(name, ""), "127.0.0.1", "localhost"]
+            patch.setenv(name, ",".join(filter(None, hosts)))
+        yield
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """Root of the checkout."""

@@ -86,13 +86,20 @@ def test_a_study_that_is_stopped_keeps_what_is_done(tmp_path: Path, number: int)
         workers = psutil.Process(study.pid).children(recursive=True)
         study.send_signal(number)
         assert study.wait(120) == (130 if number == signal.SIGINT else -number)
-        _wait(lambda: not any(w.is_running() and w.status() != "zombie" for w in workers))
+        _wait(lambda: not any(map(_is_alive, workers)))
     finally:
         study.kill()
     done = list((out / "jobs").glob("*.json"))
     assert 0 < len(done) < len(jobs_of("tiny"))
     for path in done:
         assert json.loads(path.read_text())["steps"]
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # it has just ended
+        return False
 
 
 def _wait(condition: Callable[[], bool], seconds: float = 300) -> None:
