@@ -85,7 +85,7 @@ def test_a_study_that_is_stopped_keeps_what_is_done(tmp_path: Path, number: int)
         _wait(lambda: any((out / "jobs").glob("*.json")))
         workers = psutil.Process(study.pid).children(recursive=True)
         study.send_signal(number)
-        assert study.wait(120) == (130 if number == signal.SIGINT else -number)
+        assert study.wait(300) == (130 if number == signal.SIGINT else -number)
         _wait(lambda: not any(map(_is_alive, workers)))
     finally:
         study.kill()
@@ -102,7 +102,7 @@ def _is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def _wait(condition: Callable[[], bool], seconds: float = 300) -> None:
+def _wait(condition: Callable[[], bool], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
