@@ -10,8 +10,11 @@ import pytest
 
 # No timed assertion in the suite: a busy machine is not a failure. The same examples in every run,
 # new ones with `make unit PYTEST_ARGS="--hypothesis-profile search tests/property"`.
-hypothesis.settings.register_profile("search", deadline=None)
-hypothesis.settings.register_profile("cmpolicy", deadline=None, derandomize=True, database=None)
+_untimed = hypothesis.settings(
+    deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.register_profile("search", _untimed)
+hypothesis.settings.register_profile("cmpolicy", _untimed, derandomize=True, database=None)
 hypothesis.settings.load_profile("cmpolicy")
 
 
