@@ -10,8 +10,11 @@ import pytest
 
 # No timed assertion in the suite: a busy machine is not a failure. The same examples in every run,
 # new ones with `make unit PYTEST_ARGS="--hypothesis-profile search tests/property"`.
-hypothesis.settings.register_profile("search", deadline=None)
-hypothesis.settings.register_profile("cmpolicy", deadline=None, derandomize=True, database=None)
+_untimed = hypothesis.settings(
+    deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.register_profile("search", _untimed)
+hypothesis.settings.register_profile("cmpolicy", _untimed, derandomize=True, database=None)
 hypothesis.settings.load_profile("cmpolicy")
 
 
@@ -39,6 +42,16 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Rendered and decoded frames go into a folder of this run, not into the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_proxy_to_this_machine() -> Iterator[None]:
+    """The tests' own servers are reached without a proxy that the environment names."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("no_proxy", "NO_PROXY"):
+            hosts = [os.environ.get(name, ""), "127.0.0.1", "localhost"]
+            patch.setenv(name, ",".join(filter(None, hosts)))
         yield
 
 

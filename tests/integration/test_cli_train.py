@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -345,16 +347,22 @@ def test_multirun_takes_the_words_of_one_run(
 def test_ctrl_c_stops_a_sweep_and_not_its_first_run_alone(
     store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    ended = threading.Event()
+
     def stop() -> None:
         while not any(log.stat().st_size for log in Path("runs").glob("0-*/log.jsonl")):
-            time.sleep(0.02)
+            if ended.wait(0.02):
+                return
         os.kill(os.getpid(), signal.SIGINT)
 
     words = custom(store, "examples=24000", "eval.every=24000", "seed=0,1", "out=runs")
     thread = threading.Thread(target=stop)
     thread.start()
-    status = main(["-m", *words])
-    thread.join()
+    try:
+        status = main(["-m", *words])
+    finally:
+        ended.set()
+        thread.join()
     assert status == 130
     assert [path.name for path in Path("runs").glob("job-*.json")] == ["job-0.json"]
     assert "stopped at" in Path("runs/table.md").read_text()
@@ -398,11 +406,17 @@ def test_sigterm_leaves_a_run_that_can_be_resumed(store: Path, tmp_path: Path) -
     assert load_state(tmp_path / "run").values["examples"] == examples + 16
 
 
+def free_port() -> int:
+    """Below those that systems give away: it stays free until the processes have loaded torch."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port")
+
+
 def test_two_processes_are_one_with_twice_the_batch(store: Path, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     words = custom(store, "objective.tangent_weights=ema", "precision=fp32")
     processes = [
         start([*words, "out=two"], RANK=str(r), LOCAL_RANK=str(r), **shared) for r in range(2)

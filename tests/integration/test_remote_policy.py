@@ -24,7 +24,7 @@ from cmpolicy import PolicyServer, RemotePolicy
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.normalize import Normalizer
 from cmpolicy.policy.policy import ConsistencyPolicy
-from cmpolicy.robot.episode import Tick
+from cmpolicy.robot.episode import HELD, PLANNED, Tick
 from cmpolicy.robot.loop import ControlLoop
 from cmpolicy.robot.safety import SafetyLimits
 from cmpolicy.serve.client import PolicyUnavailableError, RemotePolicyError
@@ -171,19 +171,21 @@ def test_another_policy_in_what_only_one_of_them_says(
 def test_no_answer_in_time_and_no_late_one_either() -> None:
     """A late answer must not be taken for that of the next request."""
     asked = []
+    given_up = threading.Event()
 
     def handle(connection: ServerConnection) -> None:
         connection.send(pack(GREETING))
         for _ in connection:
             asked.append(len(asked))
-            if len(asked) == 1:
-                time.sleep(0.4)
             plan = np.full((1, 8, 2), float(len(asked)))
+            if len(asked) == 1:
+                given_up.wait(WAIT)
             connection.send(pack({"plan": plan}))
 
-    with _websocket(handle) as url, RemotePolicy(url, timeout=0.2) as remote:
-        with pytest.raises(PolicyUnavailableError, match=r"no answer within 0\.2 s"):
+    with _websocket(handle) as url, RemotePolicy(url, timeout=1) as remote:
+        with pytest.raises(PolicyUnavailableError, match="no answer within 1 s"):
             remote.infer(OBS)
+        given_up.set()
         assert remote.infer_plan(OBS)[0, 0, 0] == 2
     assert len(asked) == 2  # nor is a request that took too long sent again
 
@@ -205,7 +207,7 @@ def test_a_server_that_stops_reading_is_an_error_in_bounded_time() -> None:
         done.wait(WAIT)
 
     with _listening(handle) as url:
-        remote = RemotePolicy(url, timeout=0.5, retries=0)
+        remote = RemotePolicy(url, timeout=2, retries=0)
         errors: list[Exception] = []
 
         def ask() -> None:
@@ -297,22 +299,26 @@ class _Robot:
 def test_a_server_gone_in_mid_episode(policy: ConsistencyPolicy, is_back: bool) -> None:
     """The loop holds the robot and asks again: the episode goes on, or ends with it at rest."""
     server, robot = PolicyServer(policy, port=0).start(), _Robot()
-    # from such a tick on: a busy machine may skip one
-    changes = [(10, server.stop), *([(13, server.start)] if is_back else [])]
+    # after so many ticks of a kind, more than one plan has: a busy machine may skip some
+    changes = [(PLANNED, 10, server.stop)]
+    if is_back:
+        changes += [(HELD, 5, server.start), (PLANNED, 20, lambda: loop.stop("it went on"))]
+    sources: list[str] = []  # since the last change
 
     def on_tick(tick: Tick) -> None:
-        if changes and tick.index >= changes[0][0]:
-            changes.pop(0)[1]()
+        sources.append(tick.source)
+        if changes and sources.count(changes[0][0]) >= changes[0][1]:
+            sources.clear()
+            changes.pop(0)[2]()
 
-    remote = RemotePolicy(server.address, timeout=1, retries=0)
-    safety = SafetyLimits(max_misses=1000 if is_back else 5)
+    remote = RemotePolicy(server.address, retries=0)
+    safety = SafetyLimits(max_misses=1000 if is_back else 25)
     with ControlLoop(remote, robot, 50, safety=safety, on_tick=on_tick) as loop:
-        report = loop.run(steps=100 if is_back else 1000)
+        report = loop.run(seconds=60)
     assert report.interventions["policy unavailable"] > 0
     assert robot.log == ["connect", "stop", "disconnect"]
     if is_back:
-        assert report.stopped_by == "completed"
-        assert report.plans > 5
+        assert report.stopped_by == "it went on"
     else:
         assert "ticks in a row without a usable action" in report.stopped_by
     remote.close()

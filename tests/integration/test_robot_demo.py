@@ -40,9 +40,11 @@ def test_it_lives_in_real_time(robot: SimulatedPushT) -> None:
     target = np.array([250.0, 130.0])
     robot.send_action(target)
     distances = []
-    for _ in range(4):  # nothing more is sent, and it moves on
+    for number in range(40):  # nothing more is sent, and it moves on
         time.sleep(0.3)
         distances.append(float(np.linalg.norm(robot.get_observation()["agent_pos"] - target)))
+        if number >= 3 and distances[-1] < 3.0:  # later where a busy machine has lost time
+            break
     assert distances[-1] < 3.0
     assert distances == sorted(distances, reverse=True) or distances[-1] < 1.0
     later = robot.get_observation()

@@ -1,7 +1,8 @@
 """ControlLoop with real little robots and policies: what they send, and how everything ends.
 
 The policy plans "k for tick k", reading the tick from the robot's counter, so that an action tells
-for which tick it was meant.
+for which tick it was meant. A busy machine skips ticks and lets threads wait: runs are far longer
+than what they have to show, and limits on misses that a run is to reach leave half a second.
 """
 
 import sys
@@ -37,6 +38,7 @@ SPEC = PolicySpec(
     {"tick": (1,)}, action_dim=2, horizon=9, n_obs_steps=2, n_action_steps=4, action_rotations=()
 )
 SCHEDULES = [Asynchronous(), Synchronous()]
+MISSES = 25  # ticks: half a second
 
 
 class CountingPolicy:
@@ -119,13 +121,13 @@ def test_asynchronous_actions_are_those_of_their_tick() -> None:
     policy = CountingPolicy(seconds=0.03)
     robot = CountingRobot(lambda n: {"tick": [ticks[-1].index + 1 if ticks else n]})
     with ControlLoop(policy, robot, HZ, on_tick=ticks.append) as loop:
-        report = loop.run(steps=40)
+        report = loop.run(steps=100)
     planned = {t.index: float(t.action[0]) for t in ticks if t.source == PLANNED}  # type: ignore[index]
     assert len(planned) > 10
     # A tick that a busy machine skips leaves the robot's counter one behind; no action is early.
     for index, value in planned.items():
         assert index - report.missed - 1e-3 <= value <= index + 1e-3
-    assert report.ticks == 40
+    assert report.ticks == 100
     assert report.stopped_by == "completed"
     assert report.plans >= 3
     assert report.stale_actions >= 1  # 30 ms are more than a tick
@@ -160,7 +162,7 @@ def test_a_slow_synchronous_policy_misses_ticks() -> None:
 def test_every_run_is_an_episode_of_its_own_with_the_same_noise() -> None:
     policy, robot = CountingPolicy(), CountingRobot()
     with ControlLoop(policy, robot, HZ, schedule=Synchronous(), seed=7) as loop:
-        first = loop.run(steps=9)
+        first = loop.run(steps=50)
         robot.n = -1
         n = len(policy.noises)
         loop.run(steps=9)
@@ -177,7 +179,7 @@ def test_limits_are_applied_and_counted() -> None:
     robot = CountingRobot()
     safety = SafetyLimits(low=0, high=5, max_rate=0.5 * HZ)
     with ControlLoop(CountingPolicy(), robot, HZ, schedule=Synchronous(), safety=safety) as loop:
-        report = loop.run(steps=20, start=0)
+        report = loop.run(steps=50, start=0)
     assert max(robot.sent) == 5
     assert np.abs(np.diff([0.0, *robot.sent])).max() <= 0.5 + 1e-6
     assert report.interventions["too fast"] > 0
@@ -190,7 +192,7 @@ def test_where_one_run_started_is_forgotten_in_the_next(schedule: Any) -> None:
     robot = CountingRobot()
     safety = SafetyLimits(max_rate=1.0 * HZ)
     with ControlLoop(CountingPolicy(), robot, HZ, schedule=schedule, safety=safety) as loop:
-        loop.run(steps=20, start=0)
+        loop.run(steps=50, start=0)
         left_at = robot.sent[-1]
         assert left_at > 5
         robot.sent.clear()
@@ -217,8 +219,8 @@ def test_the_tiny_network_drives_a_robot() -> None:
     for schedule in SCHEDULES:
         robot = CountingRobot()
         with ControlLoop(policy, robot, HZ, schedule=schedule, seed=0) as loop:
-            report = loop.run(seconds=0.5)
-        assert report.ticks == 25
+            report = loop.run(seconds=1)
+        assert report.ticks == 50
         assert report.plans >= 2
         assert np.isfinite(robot.sent).all()
 
@@ -270,9 +272,9 @@ def test_the_robot_is_at_rest_between_runs_and_disconnected_after() -> None:
 def test_relative_commands_end_with_rest() -> None:
     robot = CountingRobot()
     with ControlLoop(CountingPolicy(), robot, HZ, safety=SafetyLimits(rest=[0, 0])) as loop:
-        loop.run(steps=12)
+        loop.run(steps=50)
     assert robot.sent[-1] == 0
-    assert robot.sent[-2] > 0
+    assert max(robot.sent) > 0
 
 
 def test_a_body_that_raises_leaves_the_robot_stopped() -> None:
@@ -307,7 +309,7 @@ def test_a_policy_that_is_gone_for_a_while_is_asked_again() -> None:
 
     robot = CountingRobot()
     with ControlLoop(CountingPolicy(fail=fail), robot, HZ) as loop:
-        report = loop.run(steps=40)
+        report = loop.run(steps=100)
     assert report.stopped_by == "completed"
     assert report.interventions["policy unavailable"] == 3
     assert report.plans >= 3
@@ -320,13 +322,13 @@ def test_a_policy_that_stays_away_ends_the_run_with_the_robot_held() -> None:
         return plan
 
     robot = StoppingRobot()
-    safety = SafetyLimits(max_misses=3)
+    safety = SafetyLimits(max_misses=MISSES)
     with ControlLoop(CountingPolicy(fail=fail), robot, HZ, safety=safety) as loop:
-        report = loop.run(seconds=20)
-    assert report.stopped_by.startswith("4 ticks in a row without a usable action (last: no plan")
-    assert report.held == 4
-    assert report.interventions["no plan"] == 4
-    assert len(set(robot.sent[-4:])) == 1  # the last safe action, again and again
+        report = loop.run(seconds=20, start=0)  # held there, if the only plan is late
+    words = f"{MISSES + 1} ticks in a row without a usable action (last: no plan"
+    assert report.stopped_by.startswith(words)
+    assert report.held == report.interventions["no plan"] >= MISSES + 1
+    assert len(set(robot.sent[-MISSES - 1 :])) == 1  # the last safe action, again and again
     assert robot.log == ["connect", "stop", "disconnect"]
 
 
@@ -339,7 +341,7 @@ def test_a_policy_that_hangs_ends_the_run_too() -> None:
         return plan
 
     robot = StoppingRobot()
-    safety = SafetyLimits(max_misses=3)
+    safety = SafetyLimits(max_misses=MISSES)
     with ControlLoop(CountingPolicy(fail=fail), robot, HZ, safety=safety) as loop:
         report = loop.run(seconds=20)
         assert "without a usable action" in report.stopped_by
@@ -357,7 +359,7 @@ def test_plans_that_are_not_finite_are_refused(schedule: Any) -> None:
 
     robot = CountingRobot()
     with ControlLoop(CountingPolicy(fail=fail), robot, HZ, schedule=schedule) as loop:
-        report = loop.run(steps=30)
+        report = loop.run(steps=60)
     assert report.interventions["non-finite action"] == 2
     assert report.stopped_by == "completed"
     assert np.isfinite(robot.sent).all()
@@ -405,7 +407,7 @@ def test_observations_of_the_wrong_form_end_the_run(value: Any, words: str, at_o
 def test_a_glitch_of_a_sensor_is_survived_and_counted() -> None:
     robot = CountingRobot(lambda tick: {"tick": [np.nan if tick in (6, 7, 15) else tick]})
     with ControlLoop(CountingPolicy(), robot, HZ) as loop:
-        report = loop.run(steps=30)
+        report = loop.run(steps=75)
     assert report.interventions["non-finite observation"] == 3
     assert report.stopped_by == "completed"
     assert np.isfinite(robot.sent).all()
@@ -413,7 +415,7 @@ def test_a_glitch_of_a_sensor_is_survived_and_counted() -> None:
 
 def test_a_broken_sensor_holds_the_robot_then_stops_it() -> None:
     robot = StoppingRobot(lambda tick: {"tick": [tick if tick < 6 else np.inf]})
-    safety = SafetyLimits(max_observation_age=0.1, max_misses=3)
+    safety = SafetyLimits(max_observation_age=0.1, max_misses=MISSES)
     with ControlLoop(CountingPolicy(), robot, HZ, safety=safety) as loop:
         report = loop.run(seconds=20)
     assert "last: stale observation" in report.stopped_by
@@ -441,12 +443,12 @@ def test_observations_that_stand_still_are_stale() -> None:
         return {"tick": [tick], "stamp": frozen[0] if frozen else time.time()}
 
     robot = CountingRobot(observe)
-    safety = SafetyLimits(max_observation_age=0.1, max_misses=3)
+    safety = SafetyLimits(max_observation_age=0.1, max_misses=MISSES)
     stamps = Timestamps("stamp", clock=time.time)
     with ControlLoop(CountingPolicy(), robot, HZ, safety=safety, timestamps=stamps) as loop:
         report = loop.run(seconds=20)
     assert "last: stale observation" in report.stopped_by
-    assert report.interventions["stale observation"] == 4
+    assert report.interventions["stale observation"] >= MISSES + 1
 
 
 @pytest.mark.parametrize(
@@ -509,7 +511,7 @@ def test_nothing_that_fails_at_the_end_keeps_the_rest_from_happening() -> None:
         pytest.raises(RobotError, match=r"could not stop the robot.*no brakes") as caught,
         loop,
     ):
-        loop.run(steps=10)
+        loop.run(steps=50)
     assert robot.sent[-1] == robot.sent[-2]  # the last safe action stands in for the brakes
     assert "disconnect" in robot.log
     assert any("no plug" in note for note in caught.value.__notes__)
@@ -597,11 +599,11 @@ def test_stop_from_on_tick_and_from_another_thread() -> None:
         report = loop.run()
         assert report.stopped_by == "goal reached"
         assert report.ticks - report.missed <= 6
-    with ControlLoop(CountingPolicy(), robot, hz=0.5) as loop:
+    with ControlLoop(CountingPolicy(), robot, hz=0.05) as loop:
         threading.Timer(0.3, loop.stop).start()
         begin = time.monotonic()
-        report = loop.run()  # waits two seconds for the second tick
-        assert time.monotonic() - begin < 1.9
+        report = loop.run()  # waits twenty seconds for the second tick
+        assert time.monotonic() - begin < 19
         assert report.stopped_by == "stop() was called"
 
 
@@ -618,8 +620,8 @@ def test_stop_between_runs_ends_the_next_before_it_moves() -> None:
 def test_on_tick_sees_everything_and_may_raise() -> None:
     ticks: list[Tick] = []
     robot = StoppingRobot()
-    with ControlLoop(CountingPolicy(seconds=0.03), robot, HZ, on_tick=ticks.append) as loop:
-        report = loop.run(steps=20)
+    with ControlLoop(CountingPolicy(seconds=0.1), robot, HZ, on_tick=ticks.append) as loop:
+        report = loop.run(steps=50)
     assert [t.source for t in ticks].count(WAITED) == report.waited
     assert [t.source for t in ticks].count(HELD) == report.held
     assert ticks[0].source == WAITED
@@ -681,9 +683,15 @@ def test_nothing_is_sent_once_the_watchdog_has_stopped_the_robot(schedule: Any) 
         def send_action(self, action: np.ndarray) -> None:
             self.log.append("act")
 
+        def stop(self) -> None:
+            super().stop()
+            stopped.set()
+
+    stopped = threading.Event()
+
     def observe(tick: int) -> dict[str, Any]:
         if tick == 5:
-            time.sleep(1.0)
+            stopped.wait(20)
             robot.log.append("returned")
         return {"tick": [tick]}
 
@@ -697,7 +705,7 @@ def test_nothing_is_sent_once_the_watchdog_has_stopped_the_robot(schedule: Any) 
 
     thread = threading.Thread(target=drive)
     thread.start()
-    thread.join(20)
+    thread.join(60)
     assert "get_observation() has not returned" in reports[0].stopped_by
     assert robot.log[-4:] == ["stop", "returned", "stop", "disconnect"]
 

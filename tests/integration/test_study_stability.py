@@ -85,8 +85,8 @@ def test_a_study_that_is_stopped_keeps_what_is_done(tmp_path: Path, number: int)
         _wait(lambda: any((out / "jobs").glob("*.json")))
         workers = psutil.Process(study.pid).children(recursive=True)
         study.send_signal(number)
-        assert study.wait(120) == (130 if number == signal.SIGINT else -number)
-        _wait(lambda: not any(w.is_running() and w.status() != "zombie" for w in workers))
+        assert study.wait(300) == (130 if number == signal.SIGINT else -number)
+        _wait(lambda: not any(map(_is_alive, workers)))
     finally:
         study.kill()
     done = list((out / "jobs").glob("*.json"))
@@ -95,7 +95,14 @@ def test_a_study_that_is_stopped_keeps_what_is_done(tmp_path: Path, number: int)
         assert json.loads(path.read_text())["steps"]
 
 
-def _wait(condition: Callable[[], bool], seconds: float = 300) -> None:
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # it has just ended
+        return False
+
+
+def _wait(condition: Callable[[], bool], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
