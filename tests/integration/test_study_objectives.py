@@ -50,6 +50,7 @@ def test_a_study_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert "0.01 here" in message
 
 
+@pytest.mark.timeout(1800)  # two studies that train: minutes beside other work
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_study_that_is_stopped_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "study"
