@@ -97,9 +97,8 @@ class Conversation:
         try:
             if isinstance(data, str):
                 raise RequestError("messages are binary frames of msgpack, got a text frame")
-            if (
-                self._session.spec.images
-            ):  # files of megapixels would keep the other sessions waiting
+            # A file of megapixels would keep the other sessions waiting.
+            if self._session.spec.images:
                 request = await asyncio.to_thread(self._read, data)
             else:
                 request = self._read(data)
