@@ -240,7 +240,9 @@ def load_training_data(config: TrainConfig) -> TrainingData:
         check_state(key, values, path)
         check_finite(key, values, rows, path)
     check_finite(data.action, arrays.action, rows, path)
-    report(arrays, rows, ends, path, data)
+    texts = buffer.attrs.get("tasks")
+    told = isinstance(texts, list) and len(texts) == buffer.n_episodes
+    report(arrays, rows, ends, path, data, [str(texts[e]) for e in chosen] if told else ())
     sizes = {
         "horizon": config.policy.horizon,
         "n_obs_steps": config.policy.n_obs_steps,
