@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from cmpolicy_data.chunks import ReplayBufferError, read_rows
+from cmpolicy_data.chunks import Array, ReplayBufferError, read_rows
 from cmpolicy_data.frames import Frames, as_levels, looks_like_frames
 from cmpolicy_data.replay_buffer import ReplayBuffer
 
@@ -36,12 +36,13 @@ def shown_keys(buffer: ReplayBuffer, keys: Sequence[str] = ()) -> tuple[list[str
         keys: to show; empty: all images, and all keys of at most 16 numbers per step.
 
     Raises:
-        ReplayBufferError: one of ``keys`` is not there, or neither of the two.
+        ReplayBufferError: one of ``keys`` is not there, or neither of the two; or what is shown is
+            not whole.
     """
     cameras, curves = [], []
     for key in keys or buffer.keys():
         array = buffer[key]
-        if looks_like_frames(array):
+        if looks_like_frames(array) or _channels_first(array):
             cameras.append(key)
         elif array.dtype.kind in "biuf" and int(np.prod(array.shape[1:])) <= _MOST_CURVES:
             curves.append(key)
@@ -51,12 +52,24 @@ def shown_keys(buffer: ReplayBuffer, keys: Sequence[str] = ()) -> tuple[list[str
                 f"{array.shape[1:]} per step; shown are images (H, W, 3) and up to "
                 f"{_MOST_CURVES} numbers"
             )
+    for key in (*cameras, *curves):
+        buffer.check(key)  # a lost chunk would be shown as black frames
     return cameras, curves
+
+
+def _channels_first(array: Array) -> bool:
+    """Whether the steps of an array are images (3, H, W) uint8: what ``layout: chw`` is for."""
+    _, *shape = array.shape
+    return array.dtype == np.uint8 and len(shape) == 3 and shape[0] == 3 and min(shape[1:]) >= 8
 
 
 def pictures(buffer: ReplayBuffer, key: str, start: int, end: int) -> Frames:
     """(end - start, H, W, 3) uint8."""
-    return as_levels(read_rows(buffer[key], start, end, buffer.path), buffer, key, start)
+    array = buffer[key]
+    rows = read_rows(array, start, end, buffer.path)
+    if _channels_first(array):
+        rows = np.moveaxis(rows, 1, -1)
+    return as_levels(rows, buffer, key, start)
 
 
 def curves(buffer: ReplayBuffer, key: str, start: int, end: int) -> npt.NDArray[np.float64]:
