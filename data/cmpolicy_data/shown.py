@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from cmpolicy_data.chunks import Array, ReplayBufferError, read_rows
-from cmpolicy_data.frames import Frames, as_levels, looks_like_frames
+from cmpolicy_data.chunks import ReplayBufferError, read_rows
+from cmpolicy_data.frames import Frames, as_levels, channels_first, looks_like_frames
 from cmpolicy_data.replay_buffer import ReplayBuffer
 
 _MOST_CURVES = 16  # of one key
@@ -42,7 +42,7 @@ def shown_keys(buffer: ReplayBuffer, keys: Sequence[str] = ()) -> tuple[list[str
     cameras, curves = [], []
     for key in keys or buffer.keys():
         array = buffer[key]
-        if looks_like_frames(array) or _channels_first(array):
+        if looks_like_frames(array):
             cameras.append(key)
         elif array.dtype.kind in "biuf" and int(np.prod(array.shape[1:])) <= _MOST_CURVES:
             curves.append(key)
@@ -57,17 +57,11 @@ def shown_keys(buffer: ReplayBuffer, keys: Sequence[str] = ()) -> tuple[list[str
     return cameras, curves
 
 
-def _channels_first(array: Array) -> bool:
-    """Whether the steps of an array are images (3, H, W) uint8: what ``layout: chw`` is for."""
-    _, *shape = array.shape
-    return array.dtype == np.uint8 and len(shape) == 3 and shape[0] == 3 and min(shape[1:]) >= 8
-
-
 def pictures(buffer: ReplayBuffer, key: str, start: int, end: int) -> Frames:
     """(end - start, H, W, 3) uint8."""
     array = buffer[key]
     rows = read_rows(array, start, end, buffer.path)
-    if _channels_first(array):
+    if channels_first(array):
         rows = np.moveaxis(rows, 1, -1)
     return as_levels(rows, buffer, key, start)
 
