@@ -239,8 +239,9 @@ def load_training_data(config: TrainConfig) -> TrainingData:
         check_finite(key, values, rows, path)
     check_finite(data.action, arrays.action, rows, path)
     texts = buffer.attrs.get("tasks")
-    told = isinstance(texts, list) and len(texts) == buffer.n_episodes
-    report(arrays, rows, ends, path, data, [str(texts[e]) for e in chosen] if told else ())
+    one_each = isinstance(texts, list) and len(texts) == buffer.n_episodes
+    tasks = [str(texts[episode]) for episode in chosen] if texts and one_each else []
+    report(arrays, rows, ends, path, data, tasks)
     sizes = {
         "horizon": config.policy.horizon,
         "n_obs_steps": config.policy.n_obs_steps,
