@@ -141,17 +141,20 @@ def _robomimic(settings: RobomimicSettings, source: str) -> int:
 def _aloha(settings: AlohaSettings, source: str) -> int:
     from cmpolicy_data.chunks import printable
     from cmpolicy_data.convert import aloha
+    from cmpolicy_data.frames import looks_like_frames
 
     out = settings.out or f"{Path(source).expanduser().resolve().stem}.zarr"
     with progress_bar(None, "episode") as show:
         buffer = aloha.convert(source, out, control_hz=settings.control_hz, progress=show)
-    keys = ",".join(key for key in buffer if key != "action")
+    keys = [key for key in buffer if key != "action"]
+    obs = ",".join(keys)
+    encoder = " encoder=compact" if any(looks_like_frames(buffer[key]) for key in keys) else ""
     print(f"{out}: {buffer.n_episodes} episode(s), {buffer.n_steps} steps, keys {buffer.keys()}")
     for name in buffer.attrs[aloha.LEFT_OUT]:
         print(printable(f"left out: {name}"))
     print(
-        f"train on it with: cmpolicy train task=custom data.path={shlex.quote(str(out))} "
-        f"data.obs=[{keys}]"
+        f"train on it with: cmpolicy train task=custom {shlex.quote(f'data.path={out}')} "
+        f"{shlex.quote(f'data.obs=[{obs}]')}{encoder}"
     )
     return 0
 

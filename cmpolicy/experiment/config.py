@@ -69,8 +69,9 @@ class DataConfig:
         obs: selector by observation key of the policy, e.g. ``{agent_pos: "state[:2]"}``. A plain
             list means that keys and selectors are the same. In the place of a selector may stand
             ``{key: selector, kind: image|state, layout: hwc|chw}``; a key is an image where its
-            shape is (H, W, 3) and its values are whole numbers in [0, 255], unless ``kind`` says
-            otherwise. Of a LeRobot data set it may be left out: every ``observation.*``.
+            shape is (H, W, 3) and its values are whole numbers in [0, 255], or where it is uint8 of
+            shape (3, H, W), unless ``kind`` says otherwise. Of a LeRobot data set it may be left
+            out: every ``observation.*``.
         action: selector of the actions.
         targets: as ``obs``, numbers that the demonstrations hold and the policy will not see, such
             as the pose of an object that a simulator or motion capture knows. The features are

@@ -131,18 +131,11 @@ class TrainingData:
         return Normalizer.fit(named, unchanged, spans=spans, limits=limits, origins=origins)
 
     def loader(
-        self,
-        *,
-        train: bool,
-        batch_size: int,
-        seed: int,
-        device: torch.device,
-        n_augment: int = 0,
+        self, *, batch_size: int, seed: int, device: torch.device, n_augment: int = 0
     ) -> DeviceLoader | None:
-        """Batches of the training or of the held-out episodes; None where none are held out."""
-        episodes = self.split.train_ids if train else self.split.val_ids
-        windows = self.windows.select(episodes)
-        if train and self.times is not None:
+        """Batches of the training episodes; None where there are none."""
+        windows = self.windows.select(self.split.train_ids)
+        if self.times is not None:
             windows = windows.repeat(self.times)
         if len(windows) == 0:
             return None
@@ -157,6 +150,11 @@ class TrainingData:
             precise=self.precise,
             targets=self.targets,
         )
+
+    def held_out(self, loader: DeviceLoader, batch_size: int) -> DeviceLoader | None:
+        """Batches of the held-out episodes, beside a loader of these data; None: no such."""
+        windows = self.windows.select(self.split.val_ids)
+        return loader.of(windows, batch_size=batch_size) if len(windows) else None
 
     @cached_property
     def targets(self) -> npt.NDArray[np.float32] | None:
@@ -240,7 +238,10 @@ def load_training_data(config: TrainConfig) -> TrainingData:
         check_state(key, values, path)
         check_finite(key, values, rows, path)
     check_finite(data.action, arrays.action, rows, path)
-    report(arrays, rows, ends, path, data)
+    texts = buffer.attrs.get("tasks")
+    one_each = isinstance(texts, list) and len(texts) == buffer.n_episodes
+    tasks = [str(texts[episode]) for episode in chosen] if texts and one_each else []
+    report(arrays, rows, ends, path, data, tasks)
     sizes = {
         "horizon": config.policy.horizon,
         "n_obs_steps": config.policy.n_obs_steps,

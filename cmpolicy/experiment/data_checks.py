@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import numpy.typing as npt
 
 from cmpolicy.experiment.config import DataConfig
 from cmpolicy.schema import ConfigError
+from cmpolicy_data.chunks import printable
 from cmpolicy_data.demonstrations import Demonstrations
-from cmpolicy_data.report import examine
+from cmpolicy_data.report import Finding, examine
 
 ACTION = "action"
 #: Numbers in one observation step from which on it must be an image or a point cloud.
 MAX_STATE_SIZE = 4096
+_SHOWN_TASKS = 3
 
 
 class DataWarning(UserWarning):
@@ -40,8 +43,11 @@ def report(
     ends: npt.NDArray[np.int64],
     path: Path,
     data: DataConfig,
+    tasks: Sequence[str] = (),
 ) -> None:
     """Say what looks healthy in the data that is trained on and is not.
+
+    ``tasks``: what the store says of each of these episodes, if it says that.
 
     Raises:
         ConfigError: there is something, and ``data.strict``.
@@ -54,6 +60,7 @@ def report(
         pauses=arrays.tells_pauses,
         normalize={key: data.normalize.get(key, default) for key in arrays.numbers},
     )
+    findings += _several_tasks(tasks)
     if not findings:
         return
     which = "" if len(rows) == len(arrays.action) else " (episodes counted in data.episodes)"
@@ -61,6 +68,21 @@ def report(
     if data.strict:
         raise ConfigError(f"{text}\nleave out data.strict to train all the same")
     warnings.warn(text, DataWarning, stacklevel=3)
+
+
+def _several_tasks(tasks: Sequence[str]) -> list[Finding]:
+    """Episodes that do several things, of which a policy is not told which one is wanted."""
+    counts = Counter(tasks).most_common()
+    if len(counts) < 2:
+        return []
+    shown = ", ".join(f"{printable(text)!r} in {n}" for text, n in counts[:_SHOWN_TASKS])
+    rest = ", ..." if len(counts) > _SHOWN_TASKS else ""
+    message = (
+        f"the episodes do {len(counts)} different things ({shown}{rest}), and the policy is not "
+        "told which one is wanted: it learns them all in one, and can only go by what it sees. "
+        "data.episodes=[...] takes those of one; the store's attribute tasks has a text for each"
+    )
+    return [Finding("tasks", None, None, None, message)]
 
 
 def check_state(key: str, values: npt.NDArray[Any], path: Path) -> None:

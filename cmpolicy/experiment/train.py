@@ -155,7 +155,7 @@ def _train(
     if config.compile and isinstance(policy.flow_map.net, nn.Module):
         policy.flow_map.net.compile()  # in place: names of weights stay; the loss itself is cheap
     loader = training_loader(config, data, policy, device)
-    scorer = PolicyScorer(config, data, _validator(config, data, device), command=folder.command)
+    scorer = PolicyScorer(config, data, _validator(config, data, loader), command=folder.command)
     scorer.check(policy)
     folder = dataclasses.replace(
         folder,
@@ -206,7 +206,6 @@ def training_loader(
         ConfigError: no episodes are left to train on.
     """
     loader = data.loader(
-        train=True,
         batch_size=config.batch_size,
         seed=config.seed,
         device=device,
@@ -314,14 +313,14 @@ def _with_absolute_path(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
 
 
-def _validator(config: TrainConfig, data: TrainingData, device: torch.device) -> Validator | None:
+def _validator(config: TrainConfig, data: TrainingData, loader: DeviceLoader) -> Validator | None:
     """None where no episodes are held out."""
     # frames of more windows than a training step takes may not fit into the memory
     size = min(VALIDATION_BATCH, config.batch_size) if data.arrays.images else VALIDATION_BATCH
-    loader = data.loader(train=False, batch_size=size, seed=config.seed, device=device)
-    if loader is None:
+    held_out = data.held_out(loader, size)
+    if held_out is None:
         return None
-    return Validator(loader, windows=config.eval.windows, seed=config.seed)
+    return Validator(held_out, windows=config.eval.windows, seed=config.seed)
 
 
 def closing_text(run: TrainResult, config: TrainConfig) -> str:

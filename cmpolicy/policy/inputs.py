@@ -29,19 +29,32 @@ def check_normalizer(spec: PolicySpec, normalizer: Normalizer) -> None:
             )
 
 
-def check_tensors(spec: PolicySpec, obs: Mapping[str, Any], device: torch.device) -> None:
-    """Raise SpecError unless observations are tensors, and frames uint8."""
-    for key in spec.obs:
-        if not isinstance(obs[key], Tensor):
+def checked_tensors(
+    spec: PolicySpec, obs: Mapping[str, Any], device: torch.device
+) -> dict[str, Tensor]:
+    """Observation tensors (B, To, ...) of the policy's keys; frames of another size are resized.
+
+    Raises:
+        SpecError: something that is no tensor, or frames that are not uint8.
+    """
+    tensors = {}
+    for key, shape in spec.obs.items():
+        value = obs[key]
+        if not isinstance(value, Tensor):
             raise SpecError(
-                f"observation {key!r} is a {type(obs[key]).__name__}; this takes tensors on "
+                f"observation {key!r} is a {type(value).__name__}; this takes tensors on "
                 f"{device}, and policy.infer(obs) takes arrays"
             )
-        if key in spec.images and obs[key].dtype is not torch.uint8:
+        if key in spec.images and value.dtype is not torch.uint8:
             raise SpecError(
-                f"observation {key!r} holds {obs[key].dtype}; frames are torch.uint8 RGB in "
+                f"observation {key!r} holds {value.dtype}; frames are torch.uint8 RGB in "
                 "0..255, (frames * 255).round().to(torch.uint8) if they are in 0..1"
             )
+        if spec.resize and key in spec.images and value.shape[2:] != shape:
+            value = torch.from_numpy(read_observation(spec, key, value.numpy(force=True)))
+            value = value.to(device)
+        tensors[key] = value
+    return tensors
 
 
 def obs_tensors(

@@ -28,7 +28,7 @@ from cmpolicy.nn.target_head import TargetHead
 from cmpolicy.normalize import Normalizer
 from cmpolicy.observation import checked_actions, read_plan
 from cmpolicy.policy.bundle import BundleError, read_bundle, write_bundle
-from cmpolicy.policy.inputs import check_normalizer, check_tensors, obs_tensors
+from cmpolicy.policy.inputs import check_normalizer, checked_tensors, obs_tensors
 from cmpolicy.policy.packing import pack, unpack
 from cmpolicy.policy.sampling import SampledModule
 from cmpolicy.spec import PolicySpec, SpecError
@@ -246,8 +246,7 @@ class ConsistencyPolicy(SampledModule):
             ValueError: an ``nfe`` that the sampler cannot do, or a sampler for other networks.
         """
         batch_size = self.spec.check_obs(obs)
-        check_tensors(self.spec, obs, self.device)
-        features = self.encode(obs)
+        features = self.encode(checked_tensors(self.spec, obs, self.device))
         kind = self.sampler
         if sampler is not None:
             check_sampler(sampler, kind)

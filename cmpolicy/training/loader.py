@@ -10,6 +10,7 @@ functions of (seed, example counter), so a resumed run sees what it would have s
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol
@@ -66,36 +67,50 @@ class DeviceLoader:
         precise: Collection[str] = (),
         targets: npt.NDArray[np.float32] | None = None,
     ) -> None:
-        at_least("batch_size", batch_size, 1)
         if not obs:
             raise ValueError("The loader got no observations: name at least one key in data.obs.")
-        n_windows = int(windows.action.shape[0])
-        if n_windows == 0:
-            raise ValueError("There are no training windows: the data has no episodes to train on.")
         for key, value in {**obs, "action": action}.items():
             if value.shape[0] != action.shape[0]:
                 raise ValueError(
                     f"{key!r} has {value.shape[0]} steps but 'action' has {action.shape[0]}: every "
                     "array must have one row per step."
                 )
-        top = max(int(windows.obs.max()), int(windows.action.max()))
-        if top >= action.shape[0]:
-            raise ValueError(
-                f"A window refers to row {top}, but the data has only {action.shape[0]} rows: the "
-                "windows were made from other episode_ends than the data's."
-            )
-        self.batch_size = batch_size
         self.seed = seed
         self.device = torch.device(device)
-        self.n_windows = n_windows
         self.n_augment = n_augment
         self._obs = {key: self._placed(value, key in precise) for key, value in obs.items()}
         self._action = self._placed(action)
         self._targets = None if targets is None else self._placed(targets)
+        self._set_windows(windows, batch_size)
+
+    def of(self, windows: Windows, *, batch_size: int) -> DeviceLoader:
+        """Batches of other windows of the same data, without augmentation.
+
+        The data stays where it is: frames may fill half of a device, and would not fit there twice.
+        """
+        other = copy.copy(self)
+        other.n_augment = 0
+        other._set_windows(windows, batch_size)
+        return other
+
+    def _set_windows(self, windows: Windows, batch_size: int) -> None:
+        at_least("batch_size", batch_size, 1)
+        n_windows = int(windows.action.shape[0])
+        if n_windows == 0:
+            raise ValueError("There are no training windows: the data has no episodes to train on.")
+        top = max(int(windows.obs.max()), int(windows.action.max()))
+        n_rows = len(self._action)
+        if top >= n_rows:
+            raise ValueError(
+                f"A window refers to row {top}, but the data has only {n_rows} rows: the windows "
+                "were made from other episode_ends than the data's."
+            )
+        self.batch_size = batch_size
+        self.n_windows = n_windows
         self._obs_rows = torch.from_numpy(np.ascontiguousarray(windows.obs)).to(self.device)
         self._action_rows = torch.from_numpy(np.ascontiguousarray(windows.action)).to(self.device)
         self._is_pad = torch.from_numpy(np.ascontiguousarray(windows.action_is_pad)).to(self.device)
-        self._order = ExampleOrder(n_windows, seed=seed, device=self.device)
+        self._order = ExampleOrder(n_windows, seed=self.seed, device=self.device)
 
     def batch(self, first_example: int, count: int | None = None) -> Batch:
         """The ``count`` examples of the run from ``first_example`` on (default: a whole batch).

@@ -12,8 +12,9 @@ import math
 import stat
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -100,8 +101,8 @@ def n_chunks(array: Array) -> int:
 
 def absent_chunks(array: Array, stop: int | None = None) -> list[Chunk]:
     """Chunks with rows before ``stop`` that are not there."""
-    with _Files(array) as files:
-        return [chunk for chunk in chunks(array, 0, stop) if files.size(chunk.name) is None]
+    files = _Files(array)
+    return [chunk for chunk in chunks(array, 0, stop) if files.size(chunk.name) is None]
 
 
 def lost_chunks(
@@ -190,31 +191,33 @@ def zip_sizes(path: Path) -> dict[str, int]:
         return {info.filename: info.file_size for info in archive.infolist()}
 
 
+@lru_cache(maxsize=2)
+def _archive(path: Path, size: int, changed: int) -> zipfile.ZipFile:
+    """An open archive. Its list of members is read once: it is long where each frame is one."""
+    del size, changed  # another archive may have taken the place of the one that is open
+    return zipfile.ZipFile(path)
+
+
 class _Files:
-    """The files of an array's chunks, in a folder or in an archive that is open meanwhile."""
+    """The files of an array's chunks, in a folder or in an archive."""
 
     def __init__(self, array: Array) -> None:
         store = array.store_path.store
         self._folder = None if isinstance(store, ZipStore) else cast(LocalStore, store).root
-        self._archive = zipfile.ZipFile(store.path) if isinstance(store, ZipStore) else None
-        self._members: Mapping[str, zipfile.ZipInfo] = (
-            {} if self._archive is None else {i.filename: i for i in self._archive.infolist()}
-        )
-
-    def __enter__(self) -> _Files:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._archive is not None:
-            self._archive.close()
+        self._archive = None
+        if isinstance(store, ZipStore):
+            status = store.path.stat()
+            self._archive = _archive(store.path, status.st_size, status.st_mtime_ns)
 
     def size(self, name: str) -> int | None:
         """Bytes of a chunk; None if it is not there, -1 if it is no file."""
-        if self._folder is None:
-            member = self._members.get(name)
-            return None if member is None else member.file_size
+        if self._archive is not None:
+            try:
+                return self._archive.getinfo(name).file_size
+            except KeyError:
+                return None
         try:
-            status = (self._folder / name).stat()
+            status = (cast(Path, self._folder) / name).stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
         return status.st_size if stat.S_ISREG(status.st_mode) else -1
@@ -232,29 +235,29 @@ def _why_cut_off(array: Array, start: int, stop: int) -> str | None:
     """What is wrong with the size of a chunk of these rows; None if nothing is."""
     blosc = _is_blosc(array)
     whole = array.dtype.itemsize * math.prod(array.shards or array.chunks)
-    with _Files(array) as files:
-        for chunk in chunks(array, start, stop):
-            size = files.size(chunk.name)
-            where = f"chunk {chunk.name} (steps {chunk.start} to {chunk.stop - 1})"
-            if size is None:
-                continue
-            if size < 0:
-                return f"{where} is not a regular file"
-            if size > 2 * whole + _OVERHEAD:
-                return f"{where} has {size} bytes, and its numbers only {whole}"
-            if not blosc:
-                continue
-            try:
-                head = files.head(chunk.name, _BLOSC_HEADER.size)
-            except (OSError, zipfile.BadZipFile) as error:
-                return f"{where} cannot be read ({reason(error)})"
-            if len(head) < _BLOSC_HEADER.size:
-                return f"{where} is cut off: it has {size} bytes"
-            *_, n_bytes, _, stored = _BLOSC_HEADER.unpack(head)
-            if stored != size:
-                return f"{where} is cut off: it has {size} bytes and says that it has {stored}"
-            if n_bytes > 2 * whole + _OVERHEAD:
-                return f"{where} says that it holds {n_bytes} bytes, and its numbers have {whole}"
+    files = _Files(array)
+    for chunk in chunks(array, start, stop):
+        size = files.size(chunk.name)
+        where = f"chunk {chunk.name} (steps {chunk.start} to {chunk.stop - 1})"
+        if size is None:
+            continue
+        if size < 0:
+            return f"{where} is not a regular file"
+        if size > 2 * whole + _OVERHEAD:
+            return f"{where} has {size} bytes, and its numbers only {whole}"
+        if not blosc:
+            continue
+        try:
+            head = files.head(chunk.name, _BLOSC_HEADER.size)
+        except (OSError, zipfile.BadZipFile) as error:
+            return f"{where} cannot be read ({reason(error)})"
+        if len(head) < _BLOSC_HEADER.size:
+            return f"{where} is cut off: it has {size} bytes"
+        *_, n_bytes, _, stored = _BLOSC_HEADER.unpack(head)
+        if stored != size:
+            return f"{where} is cut off: it has {size} bytes and says that it has {stored}"
+        if n_bytes > 2 * whole + _OVERHEAD:
+            return f"{where} says that it holds {n_bytes} bytes, and its numbers have {whole}"
     return None
 
 
@@ -273,8 +276,8 @@ def _writes_fill(array: Array, absent: set[str]) -> bool:
 
     Such chunks are the smallest where chunks are compressed, so only the smallest are looked at.
     """
-    with _Files(array) as files:
-        there = [(files.size(c.name) or 0, c) for c in chunks(array) if c.name not in absent]
+    files = _Files(array)
+    there = [(files.size(c.name) or 0, c) for c in chunks(array) if c.name not in absent]
     smallest = sorted(there, key=lambda pair: pair[0])[:_EXAMINED]
     return any(_is_fill(array, (slice(c.start, c.stop), *c.columns)) for _, c in smallest)
 

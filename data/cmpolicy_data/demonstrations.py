@@ -141,7 +141,7 @@ class _Source:
 
     selector: Selector
     kind: str | None = None
-    layout: str = "hwc"
+    layout: str | None = None
 
     @classmethod
     def read(cls, given: str | Mapping[str, str]) -> _Source:
@@ -153,7 +153,7 @@ class _Source:
                 f"data.obs: {given['key']!r} takes a part of each step, and frames are whole: "
                 f"write key: {selector.key} (encoder.crop crops)"
             )
-        return cls(selector, kind, given.get("layout", "hwc"))
+        return cls(selector, kind, given.get("layout"))
 
     def is_image(self, buffer: ReplayBuffer) -> bool:
         key = self.selector.key

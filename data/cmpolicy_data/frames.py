@@ -1,8 +1,9 @@
 """Camera frames of a store, (N, H, W, 3) uint8: in memory, or mapped from a file if they are many.
 
 A key is read as frames if each step has the shape (H, W, 3) and holds whole numbers in [0, 255]:
-uint8, as cmpolicy and LeRobot write them, or float32, as in Diffusion Policy's Push-T store. Frames
-of Push-T that a store lacks are rendered: :mod:`cmpolicy_data.convert.pusht_frames`.
+uint8, as cmpolicy and LeRobot write them, or float32, as in Diffusion Policy's Push-T store; or if
+it is uint8 of the shape (3, H, W). Frames of Push-T that a store lacks are rendered:
+:mod:`cmpolicy_data.convert.pusht_frames`.
 """
 
 from __future__ import annotations
@@ -31,18 +32,28 @@ _ROWS = 256  # frames that are copied at once
 
 
 def looks_like_frames(array: Array) -> bool:
-    """Whether the steps of an array have the shape (H, W, 3) of an image."""
+    """Whether the steps of an array have the shape (H, W, 3) of an image, or are channels first."""
     shape = array.shape[1:]
-    return len(shape) == 3 and shape[2] == 3 and min(shape[:2]) >= _LEAST_SIZE
+    whole = len(shape) == 3 and shape[2] == 3 and min(shape[:2]) >= _LEAST_SIZE
+    return whole or channels_first(array)
 
 
-def load_frames(buffer: ReplayBuffer, key: str, *, layout: str = "hwc", memory: float) -> Frames:
+def channels_first(array: Array) -> bool:
+    """Whether the steps of an array are uint8 and have the shape (3, H, W) of an image."""
+    shape = array.shape[1:]
+    frames = len(shape) == 3 and shape[0] == 3 and min(shape[1:]) >= _LEAST_SIZE
+    return frames and array.dtype == np.uint8
+
+
+def load_frames(
+    buffer: ReplayBuffer, key: str, *, layout: str | None = None, memory: float
+) -> Frames:
     """All frames of a key.
 
     Args:
         buffer: the store.
         key: of the store, with one image per step.
-        layout: ``hwc``, or ``chw`` for channels first.
+        layout: ``hwc``, or ``chw`` for channels first; None: what the shape tells.
         memory: GiB up to which frames are kept in memory; more go into a file of the cache once.
 
     Returns:
@@ -54,6 +65,7 @@ def load_frames(buffer: ReplayBuffer, key: str, *, layout: str = "hwc", memory: 
     """
     buffer.check(key)
     array = buffer[key]
+    layout = layout or ("chw" if channels_first(array) else "hwc")
     shape = _frame_shape(array, layout, f"{buffer.path}: data/{key}")
 
     def parts() -> Iterator[tuple[int, Frames]]:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cmpolicy_data.chunks import ReplayBufferError, read_rows
-from cmpolicy_data.frames import Frames, as_levels, looks_like_frames
+from cmpolicy_data.frames import Frames, as_levels, channels_first, looks_like_frames
 from cmpolicy_data.replay_buffer import ReplayBuffer
 
 _MOST_CURVES = 16  # of one key
@@ -36,7 +36,8 @@ def shown_keys(buffer: ReplayBuffer, keys: Sequence[str] = ()) -> tuple[list[str
         keys: to show; empty: all images, and all keys of at most 16 numbers per step.
 
     Raises:
-        ReplayBufferError: one of ``keys`` is not there, or neither of the two.
+        ReplayBufferError: one of ``keys`` is not there, or neither of the two; or what is shown is
+            not whole.
     """
     cameras, curves = [], []
     for key in keys or buffer.keys():
@@ -51,12 +52,18 @@ def shown_keys(buffer: ReplayBuffer, keys: Sequence[str] = ()) -> tuple[list[str
                 f"{array.shape[1:]} per step; shown are images (H, W, 3) and up to "
                 f"{_MOST_CURVES} numbers"
             )
+    for key in (*cameras, *curves):
+        buffer.check(key)  # a lost chunk would be shown as black frames
     return cameras, curves
 
 
 def pictures(buffer: ReplayBuffer, key: str, start: int, end: int) -> Frames:
     """(end - start, H, W, 3) uint8."""
-    return as_levels(read_rows(buffer[key], start, end, buffer.path), buffer, key, start)
+    array = buffer[key]
+    rows = read_rows(array, start, end, buffer.path)
+    if channels_first(array):
+        rows = np.moveaxis(rows, 1, -1)
+    return as_levels(rows, buffer, key, start)
 
 
 def curves(buffer: ReplayBuffer, key: str, start: int, end: int) -> npt.NDArray[np.float64]:

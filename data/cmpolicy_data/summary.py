@@ -19,7 +19,7 @@ from cmpolicy_data.chunks import (
     printable,
     read_rows,
 )
-from cmpolicy_data.frames import looks_like_frames
+from cmpolicy_data.frames import channels_first, looks_like_frames
 from cmpolicy_data.replay_buffer import ReplayBuffer
 from cmpolicy_data.store import size_on_disk
 
@@ -104,7 +104,8 @@ def format_summary(summary: StoreSummary) -> str:
         if key.n_not_finite:
             lines.append(f"{key.key}: {key.n_not_finite} values are NaN or infinite")
         if key.colour is not None:
-            steps, height, width, _ = key.shape
+            steps, *size = key.shape
+            height, width = size[1:] if size[2] != 3 else size[:2]
             colour = ", ".join(f"{value:.0f}" for value in key.colour)
             lines.append(
                 f"{key.key}: images of {height} x {width}, mean colour ({colour}), "
@@ -124,11 +125,12 @@ def format_summary(summary: StoreSummary) -> str:
 def _summarize_key(key: str, array: Array, path: Path) -> KeySummary:
     minimum, maximum, total, count, bad = np.inf, -np.inf, 0.0, 0, 0
     colours = np.zeros(3) if looks_like_frames(array) else None
+    pixels = (0, 2, 3) if channels_first(array) else (0, 1, 2)
     if array.dtype.kind in "biuf" and array.ndim:
         for start, stop in blocks(array):
             rows = read_rows(array, start, stop, path)
             if colours is not None:
-                colours += rows.sum(axis=(0, 1, 2), dtype=np.float64)
+                colours += rows.sum(axis=pixels, dtype=np.float64)
             if rows.dtype.kind == "f" and not np.isfinite(rows).all():
                 finite = rows[np.isfinite(rows)]
                 bad += rows.size - finite.size

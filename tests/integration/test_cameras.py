@@ -244,6 +244,9 @@ def test_a_policy_that_resizes(policy: ConsistencyPolicy, tmp_path: Path) -> Non
     np.testing.assert_allclose(
         resizing.infer({**obs, "top": doubled}, noise), policy.infer(obs, noise), atol=1e-6
     )
+    tensors = {key: torch.from_numpy(value) for key, value in {**obs, "top": doubled}.items()}
+    chunk = resizing.predict_action_chunk(tensors, noise=torch.from_numpy(noise))
+    np.testing.assert_allclose(chunk.numpy(), policy.infer(obs, noise), atol=1e-6)
     with PolicyServer(resizing, port=0) as server, RemotePolicy(server.address) as remote:
         np.testing.assert_allclose(
             remote.infer({**obs, "top": doubled}, noise),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import cmpolicy
 from cmpolicy.cli.main import main
+from cmpolicy.experiment.data import load_training_data
+from cmpolicy.experiment.train import new_policy
 from cmpolicy_data import ReplayBuffer, validate
 from cmpolicy_data.chunks import ReplayBufferError
 from cmpolicy_data.convert import aloha
@@ -155,6 +159,9 @@ def test_aloha_episodes(tmp_path: Path, jpeg: bool, capsys: pytest.CaptureFixtur
     assert abs(int(frame[0, 0, 0]) - 200) < 8
     assert abs(int(frame[0, 0, 2]) - 12) < 8
     assert validate(out) == []
+    words = shlex.split(said.partition("train on it with: cmpolicy train ")[2])
+    config = cmpolicy.compose(*words, "net=tiny", "data.val_fraction=0")
+    assert new_policy(config, load_training_data(config)).spec.images == ("cam_high",)
 
 
 def test_aloha_files_that_are_wrong(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_what_is_trained_on_and_held_out(store: Path, episodes: str, expected: A
 
 def test_weights_repeat_windows(store: Path) -> None:
     data = load(store, weights="times", val_fraction=0)
-    loader = data.loader(train=True, batch_size=4, seed=0, device=torch.device("cpu"))
+    loader = data.loader(batch_size=4, seed=0, device=torch.device("cpu"))
     assert loader is not None
     once = load(store, val_fraction=0).windows
     per_episode = len(once) // E

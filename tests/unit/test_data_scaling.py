@@ -117,3 +117,14 @@ def test_the_summary_of_a_run(tmp_path: Path) -> None:
         "s.zarr: 20 episodes, 0 of them held out; training decides at 1060 of 1200 steps (88%), "
         "not at the last 7 of each episode, whose actions were not recorded"
     )
+
+
+def test_episodes_of_several_tasks_are_told(tmp_path: Path) -> None:
+    """A data set of two tasks trained one policy for both without a word."""
+    store = write(tmp_path / "tasks.zarr")
+    ReplayBuffer.open(store, "r+").update_attrs({"tasks": ["push", "lift it", "push", "push"] * 5})
+    with pytest.warns(DataWarning, match=r"2 different things \('push' in 15, 'lift it' in 5\)"):
+        load(store)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DataWarning)
+        load(store, episodes="[1,5,9]")

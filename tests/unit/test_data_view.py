@@ -158,3 +158,25 @@ def test_what_cannot_be_shown(out: str, tmp_path: Path, capsys: pytest.CaptureFi
         assert status == 2
         assert message in text
     assert [path.name for path in tmp_path.iterdir()] == ["my.zarr"]
+
+
+def test_channels_first_are_pictures_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They were left out of the video without a word."""
+    store, out = _store(tmp_path, top=np.moveaxis(FRAMES, -1, 1)), tmp_path / "my.mp4"
+    assert _view(capsys, store, "episodes=[1]", "keys=[top]", f"out={out}")[0] == 0
+    film = [np.asarray(frame) for frame in imageio.get_reader(out)]
+    colours = film[5][100:200, 50:200].reshape(-1, 3).astype(int)
+    assert np.abs(colours - FRAMES[15, 0, 0]).max() < 16
+
+
+def test_a_lost_chunk_is_not_shown_as_black_frames(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    store = _store(tmp_path, top=rng.integers(0, 256, (N, 64, 64, 3), dtype=np.uint8))
+    (store / "data/top/c/1/0/0/0").unlink()
+    status, said = _view(capsys, store, "episodes=[1]", f"out={tmp_path / 'my.mp4'}")
+    assert status == 2
+    assert "chunks of data/top are not there, the first is data/top/c/1/0/0/0" in said

@@ -57,10 +57,18 @@ def test_frames_of_any_number_type(tmp_path: Path, dtype: Any) -> None:
     assert np.array_equal(found, FRAMES)
 
 
-def test_channels_first_when_said_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("said", ["top", {"key": "top", "layout": "chw"}])
+def test_channels_first(tmp_path: Path, said: Any) -> None:
+    """Small ones trained as numbers, and a network without a camera."""
     path = _store(tmp_path, top=np.moveaxis(FRAMES, -1, 1)).path
-    found = load_demonstrations(path, {"top": {"key": "top", "layout": "chw"}})
+    found = load_demonstrations(path, {"top": said})
     assert found.images == ("top",)
+    assert np.array_equal(found.obs["top"], FRAMES)
+
+
+def test_channels_first_when_said_so(tmp_path: Path) -> None:
+    path = _store(tmp_path, top=np.moveaxis(FRAMES, -1, 1).astype(np.float32)).path
+    found = load_demonstrations(path, {"top": {"key": "top", "layout": "chw"}})
     assert np.array_equal(found.obs["top"], FRAMES)
 
 
@@ -96,7 +104,7 @@ def test_which_keys_are_images(tmp_path: Path) -> None:
         (FRAMES.astype(np.int32) * 2, r"not in \[0, 255\], first in episode 0, step 0"),
         (FRAMES[..., 0], "grey frames .* store RGB"),
         (np.concatenate([FRAMES, FRAMES[..., :1]], -1), "4 channels .*drop alpha"),
-        (np.moveaxis(FRAMES, -1, 1), "20 channels as hwc.*they are chw: say so"),
+        (np.moveaxis(FRAMES, -1, 1).astype(np.int32), "20 channels as hwc.*they are chw: say so"),
         (FRAMES[:, 0, 0], "an image is"),
     ],
 )

@@ -43,6 +43,7 @@ def store(tmp_path: Path) -> Path:
                 "grip": rng.integers(0, 9, length),
                 "img": frames.astype(np.float32),
                 "image_wrist": frames.astype(np.uint8),
+                "image_first": np.moveaxis(frames, -1, 1).astype(np.uint8),
             }
         )
     return buffer.path
@@ -69,8 +70,8 @@ def test_there_and_back(store: Path, tmp_path: Path, images: str):
     ):
         after = after.reshape(before.shape)
         assert (after.dtype, after.tobytes()) == (before.dtype, before.tobytes()), key
-    exact = arrays(store, "img", "image_wrist")
-    back = arrays(tmp_path / "back.zarr", "images.img", "image_wrist")
+    exact = arrays(store, "img", "image_wrist", "image_wrist")
+    back = arrays(tmp_path / "back.zarr", "images.img", "image_wrist", "image_first")
     for before, after in zip(exact, back, strict=True):
         assert after.dtype == np.uint8
         worst = np.abs(after.astype(float) - before).mean(axis=(1, 2, 3)).max()

@@ -60,3 +60,14 @@ def test_bad_requests():
         make().batch(-1)
     with pytest.raises(ValueError, match="got 0 and 0"):
         make().batch(0, 0)
+
+
+def test_other_windows_of_the_same_data_leave_it_where_it_is():
+    """Validation put all frames onto the device a second time."""
+    loader = make(n_augment=4)
+    other = loader.of(WINDOWS.select([1]), batch_size=2)
+    assert other._obs["state"] is loader._obs["state"]
+    assert (loader.batch_size, loader.n_windows) == (4, len(WINDOWS))
+    assert "augment" not in other.batch(0)
+    alone = make(windows=WINDOWS.select([1]), batch_size=2).batch(0)
+    assert torch.equal(other.batch(0)["action_is_pad"], alone["action_is_pad"])

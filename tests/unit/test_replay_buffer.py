@@ -11,6 +11,7 @@ import zarr
 from zarr.storage import LocalStore
 
 from cmpolicy_data import ReplayBuffer, ReplayBufferError, SelectorError, validate
+from cmpolicy_data.chunks import read_rows
 from cmpolicy_data.pack import pack
 from cmpolicy_data.parts import Parts
 from cmpolicy_data.seal import seal
@@ -569,3 +570,32 @@ class TestAttributesAndNames:
         with pytest.raises(FileExistsError, match="exists and is no store"):
             pack(store, target)
         assert target.read_bytes() == before
+
+
+def test_the_members_of_an_archive_are_listed_once(
+    foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were for every few frames that were read: hours, where each frame is a member."""
+    listed = []
+    opened = zipfile.ZipFile.__init__
+
+    def noted(self, *args, **settings):
+        listed.append(args)
+        opened(self, *args, **settings)
+
+    buffer = ReplayBuffer.open(pack(foreign, tmp_path / "theirs.zarr.zip"))
+    buffer.check("action")
+    monkeypatch.setattr(zipfile.ZipFile, "__init__", noted)
+    for start in range(0, 20, 2):
+        read_rows(buffer["action"], start, start + 2, buffer.path)
+    assert not listed
+
+
+def test_an_archive_that_took_the_place_of_another_is_read(store: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "s.zip"
+    before = ReplayBuffer.open(pack(store, packed)).load("action")
+    ReplayBuffer.open(store, "r+").append_episode(episode(3))
+    packed.unlink()
+    after = ReplayBuffer.open(pack(store, packed)).load("action")
+    np.testing.assert_array_equal(after[:-3], before)
+    assert len(after) == len(before) + 3

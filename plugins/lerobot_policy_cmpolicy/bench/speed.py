@@ -75,7 +75,7 @@ def steps(data: Path, folder: Path) -> dict[str, Callable[[], object]]:
     config = TrainConfig.from_mapping(TrainConfig.complete(settings))
     accelerator = make_accelerator(config)
     ours = load_training_data(config)
-    loader = ours.loader(train=True, batch_size=BATCH, seed=0, device=accelerator.device)
+    loader = ours.loader(batch_size=BATCH, seed=0, device=accelerator.device)
     policy = new_policy(config, ours)
     trainer = Trainer(
         policy,

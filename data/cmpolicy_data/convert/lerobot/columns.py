@@ -13,7 +13,7 @@ from PIL import Image
 
 from cmpolicy_data.convert.lerobot.errors import LeRobotError
 from cmpolicy_data.convert.lerobot.layout import KEY
-from cmpolicy_data.frames import Frames, looks_like_frames
+from cmpolicy_data.frames import Frames, channels_first, looks_like_frames
 from cmpolicy_data.replay_buffer import ReplayBuffer
 from cmpolicy_data.shown import dimension_names
 
@@ -80,10 +80,9 @@ def columns_of(buffer: ReplayBuffer, keys: Sequence[str], images: str) -> list[C
         buffer.check(key)
         array = buffer[key]
         if looks_like_frames(array):
+            size = array.shape[2:] if channels_first(array) else array.shape[1:3]
             kind = ["height", "width", "channels"]
-            columns.append(
-                Column(key, feature_name(key, frames=True), images, array.shape[1:], kind)
-            )
+            columns.append(Column(key, feature_name(key, frames=True), images, (*size, 3), kind))
             continue
         shape = array.shape[1:] or (1,)
         if len(shape) > 5:

@@ -27,8 +27,9 @@ from cmpolicy_data.convert.lerobot.encoding import ENCODERS, VideoFiles
 from cmpolicy_data.convert.lerobot.errors import LeRobotError, import_av, import_parquet
 from cmpolicy_data.convert.lerobot.layout import V3
 from cmpolicy_data.convert.writing import put_in_place
-from cmpolicy_data.frames import Frames, as_levels
+from cmpolicy_data.frames import Frames
 from cmpolicy_data.replay_buffer import ReplayBuffer
+from cmpolicy_data.shown import pictures
 
 _FILES_PER_CHUNK = 1000
 _DATA_MB, _VIDEO_MB = 100, 200
@@ -228,8 +229,7 @@ class _Writer:
             yield first, self._read(column, first, min(first + step, end))
 
     def _read(self, column: Column, start: int, end: int) -> Frames:
-        rows = read_rows(self._buffer[column.key], start, end, self._buffer.path)
-        return as_levels(rows, self._buffer, column.key, start)
+        return pictures(self._buffer, column.key, start, end)
 
     def _write_rows(
         self, numbers: Mapping[str, npt.NDArray[Any]], pictures: Mapping[str, Frames]
