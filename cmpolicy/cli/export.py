@@ -61,6 +61,7 @@ def export(settings: ExportSettings) -> str:
     Raises:
         ExportError, BundleError, ImportError, OSError: see ``export_policy`` and ``read_bundle``.
     """
+    from cmpolicy.experiment.protocols import own_protocol
     from cmpolicy.export.write import check_request, export_policy
     from cmpolicy.policy.bundle import read_hashes
     from cmpolicy.policy.policy import ConsistencyPolicy
@@ -79,11 +80,12 @@ def export(settings: ExportSettings) -> str:
         bundle_sha256=read_hashes(settings.policy),
     )
     nfe = policy.nfe if settings.nfe is None else settings.nfe
-    usage = (
-        f"cmpolicy eval policy={settings.out} nfe={nfe} out=outputs/exported"
-        if format_ == "onnx"
-        else f"cmpolicy.export.pt2.Pt2Policy({settings.out!r}, trust=True)"
-    )
+    if format_ == "pt2":
+        usage = f"cmpolicy.export.pt2.Pt2Policy({settings.out!r}, trust=True)"
+    elif own_protocol(policy.metadata) is None:  # of a robot: there is no simulator to score it in
+        usage = f"cmpolicy.OnnxPolicy({settings.out!r})"
+    else:
+        usage = f"cmpolicy eval policy={settings.out} nfe={nfe} out=outputs/exported"
     return (
         f"written to {written.path}: {written.size / 1e6:.1f} MB, differs from the policy by at "
         f"most {written.difference:.1e} of the normalised range\nnext: {usage}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shlex
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -108,7 +109,14 @@ def test_the_command(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 # -- ALOHA ----------------------------------------------------------------------------------------
 
 
-def write_aloha(path: Path, n: int, *, jpeg: bool = False, seed: int = 0, **more: object) -> None:
+def write_aloha(
+    path: Path,
+    n: int,
+    *,
+    jpeg: Literal["no", "padded", "strings"] = "no",
+    seed: int = 0,
+    **more: object,
+) -> None:
     rng = np.random.default_rng(seed)
     with h5py.File(path, "w") as file:
         file["action"] = rng.normal(size=(n, 14))
@@ -116,15 +124,22 @@ def write_aloha(path: Path, n: int, *, jpeg: bool = False, seed: int = 0, **more
         file["observations/qvel"] = rng.normal(size=(n, 14))
         file["base_action"] = np.full((n, 2), 0.5)
         file["observations/images_depth/cam_high"] = np.zeros((n, 8, 8), np.uint16)
+        file["observations/images/cam_depth"] = np.zeros((n, 8, 8, 1), np.uint16)
         frames = np.zeros((n, 24, 32, 3), np.uint8)
         frames[..., 0] = 200  # red
         frames[..., 2] = np.arange(n)[:, None, None]
-        if jpeg:
+        if jpeg != "no":
             coded = []
             for frame in frames:
                 buffer = io.BytesIO()
                 Image.fromarray(frame[..., ::-1].copy()).save(buffer, "JPEG", quality=95)
                 coded.append(np.frombuffer(buffer.getvalue(), np.uint8))
+        if jpeg == "strings":
+            kind = h5py.vlen_dtype(np.dtype(np.uint8))
+            strings = file.create_dataset("observations/images/cam_high", (n,), kind)
+            for step, code in enumerate(coded):
+                strings[step] = code
+        elif jpeg == "padded":
             padded = np.zeros((n, max(map(len, coded))), np.uint8)
             for row, code in zip(padded, coded, strict=True):
                 row[: len(code)] = code
@@ -135,8 +150,12 @@ def write_aloha(path: Path, n: int, *, jpeg: bool = False, seed: int = 0, **more
             file[key] = value
 
 
-@pytest.mark.parametrize("jpeg", [False, True])
-def test_aloha_episodes(tmp_path: Path, jpeg: bool, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("jpeg", ["no", "padded", "strings"])
+def test_aloha_episodes(
+    tmp_path: Path,
+    jpeg: Literal["no", "padded", "strings"],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     source = tmp_path / "task"
     source.mkdir()
     for number in (10, 2, 0):  # by number, not by name
@@ -146,7 +165,8 @@ def test_aloha_episodes(tmp_path: Path, jpeg: bool, capsys: pytest.CaptureFixtur
     said = capsys.readouterr().out
     assert "3 episode(s), 21 steps" in said
     assert [x for x in said.splitlines() if x.startswith("left out: ")] == [
-        "left out: observations/images_depth/cam_high"
+        "left out: observations/images/cam_depth",
+        "left out: observations/images_depth/cam_high",
     ]
     buffer = ReplayBuffer.open(out)
     assert buffer["action"].shape == (21, 16)  # the base's last, as Mobile ALOHA trains

@@ -1,10 +1,11 @@
 """ALOHA's HDF5 files, one per episode, converted to a store.
 
 A file has ``action`` (T, A), ``observations/qpos`` (T, A) and perhaps ``qvel`` and ``effort``,
-``observations/images/<camera>`` (T, H, W, 3) uint8, or JPEG (T, L) uint8 filled up with zeros (the
-attribute ``compress``, or two axes, tell). ALOHA compresses RGB frames with OpenCV, which takes
-them for BGR: what another decoder gives has red and blue exchanged. Mobile ALOHA's ``base_action``
-(T, 2) becomes the last two numbers of the actions, as in its own training.
+``observations/images/<camera>`` (T, H, W, 3) uint8, or JPEG: (T, L) uint8 filled up with zeros, or
+(T,) byte strings of their own lengths. ALOHA compresses RGB frames with OpenCV, which takes them
+for BGR: what another decoder gives has red and blue exchanged. Depth maps beside the cameras are
+left out. Mobile ALOHA's ``base_action`` (T, 2) becomes the last two numbers of the actions, as in
+its own training.
 """
 
 from __future__ import annotations
@@ -137,7 +138,8 @@ def _read(path: Path, left_out: set[str]) -> dict[str, npt.NDArray[Any]]:
             if f"observations/{key}" in file:
                 data[key] = np.asarray(file[f"observations/{key}"], np.float32)
         images = file.get(_IMAGES, {})
-        for camera in images:
+        cameras = [name for name in images if not _is_depth(images[name])]
+        for camera in cameras:
             data[camera] = _frames(images[camera], f"{path}: images/{camera}")
         lengths = {key: len(value) for key, value in data.items()}
         if len(set(lengths.values())) > 1 or not lengths["action"]:
@@ -145,16 +147,25 @@ def _read(path: Path, left_out: set[str]) -> dict[str, npt.NDArray[Any]]:
         taken = {"action", BASE, "compress_len", *(f"observations/{key}" for key in _STATES)}
 
         def note(name: str, item: Any) -> None:
-            if hasattr(item, "shape") and name not in taken | {f"{_IMAGES}/{c}" for c in images}:
+            if hasattr(item, "shape") and name not in taken | {f"{_IMAGES}/{c}" for c in cameras}:
                 left_out.add(name)
 
         file.visititems(note)
         return data
 
 
+def _is_depth(array: Any) -> bool:
+    """Whether there is one number wider than a byte per pixel."""
+    maps = array.ndim == 3 or (array.ndim == 4 and array.shape[-1] == 1)
+    return maps and array.dtype.kind in "uif" and array.dtype.itemsize > 1
+
+
 def _frames(array: Any, what: str) -> npt.NDArray[np.uint8]:
+    import h5py
+
     is_raw = array.ndim == 4 and array.shape[-1] == 3
-    if array.dtype != np.uint8 or not (is_raw or array.ndim == 2):
+    strings = array.ndim == 1 and h5py.check_vlen_dtype(array.dtype) == np.uint8
+    if not strings and (array.dtype != np.uint8 or not (is_raw or array.ndim == 2)):
         raise AlohaError(
             f"{what} has shape {array.shape}, dtype {array.dtype}; expected uint8 frames "
             "(T, H, W, 3), or JPEG (T, L) uint8. Round frames in [0, 1] times 255 to uint8 before"
