@@ -164,12 +164,16 @@ def test_every_frame_matters(policy: ConsistencyPolicy) -> None:
 
 
 @pytest.mark.parametrize("format", ["onnx", "pt2"])
-def test_exports_take_frames(policy: ConsistencyPolicy, tmp_path: Path, format: str) -> None:
+def test_exports_take_frames(
+    policy: ConsistencyPolicy, tmp_path: Path, capsys: pytest.CaptureFixture[str], format: str
+) -> None:
     """Crop, scaling and network are in the file: equal to torch within 1e-4."""
     policy.save_pretrained(tmp_path / "bundle")
     file = tmp_path / f"policy.{format}"
     words = [f"policy={tmp_path / 'bundle'}", f"format={format}", f"out={file}"]
     assert main(["export", *words]) == 0
+    use = "cmpolicy.OnnxPolicy" if format == "onnx" else "cmpolicy.export.pt2.Pt2Policy"
+    assert f"next: {use}({str(file)!r}" in capsys.readouterr().out  # no simulator to score it in
     if format == "onnx":
         pytest.importorskip("onnxruntime")
         exported: Any = cmpolicy.OnnxPolicy(file)
