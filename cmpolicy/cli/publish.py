@@ -36,6 +36,8 @@ class PublishSettings:
         noise_scale: the noise of a sample is multiplied by it; null: the policy's own. Choose it on
             tuning seeds.
         nfe: network evaluations that the bundle is deployed with; null: the policy's own.
+        n_action_steps: actions executed before the next decision; null: as the policy was trained.
+            Choose it on tuning seeds.
         warm_start: time in (0, 1] at which decisions after the first start from the plan before;
             null: the policy's own, if it has one.
         results: result files of `cmpolicy eval`.
@@ -46,12 +48,14 @@ class PublishSettings:
     weights: Literal["fp16", "fp32"] = "fp16"
     noise_scale: float | None = None
     nfe: int | None = None
+    n_action_steps: int | None = None
     warm_start: float | None = None
     results: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         positive("noise_scale", self.noise_scale)
         at_least("nfe", self.nfe, 1)
+        at_least("n_action_steps", self.n_action_steps, 1)
         check_warm_start(self.warm_start)
 
 
@@ -73,6 +77,7 @@ def publish(settings: PublishSettings) -> Path:
 
     Raises:
         BundleError, ResultError: what is wrong with a bundle or a result file.
+        SpecError: more action steps than the policy's horizon holds.
     """
     import torch
 
@@ -86,6 +91,7 @@ def publish(settings: PublishSettings) -> Path:
     if settings.noise_scale is not None:
         policy.noise_scale = settings.noise_scale
     policy.nfe = settings.nfe or policy.nfe
+    policy.n_action_steps = settings.n_action_steps or policy.n_action_steps
     if settings.warm_start is not None:
         policy.warm_start = settings.warm_start
     if "config" not in metadata:

@@ -48,6 +48,8 @@ class EvalSettings:
             policy's own.
         noise_scale: the noise is multiplied by it; null: the policy's own. Tune it on other seeds.
         time_floor: the last of several evaluations starts at this time; null: evenly spaced times.
+        n_action_steps: actions executed before the next decision; null: the policy's own. Tune it
+            on other seeds.
         warm_start: decisions after the first start from the plan before, at this time in (0, 1];
             null: the policy's own, if it has one. Tune it on other seeds.
         workers: simulator processes; null: one per CPU. Results do not depend on it.
@@ -69,6 +71,7 @@ class EvalSettings:
     sampler: SamplerKind | None = None
     noise_scale: float | None = None
     time_floor: float | None = None
+    n_action_steps: int | None = None
     warm_start: float | None = None
     workers: int | None = None
     env_timeout: float = 120.0
@@ -81,6 +84,7 @@ class EvalSettings:
         if self.nfe is not None:
             each_once("nfe", self.nfe, 1)
         positive("noise_scale", self.noise_scale)
+        at_least("n_action_steps", self.n_action_steps, 1)
         check_warm_start(self.warm_start)
         fewest = min(self.nfe or (2,))
         if self.time_floor is not None and not (0 < self.time_floor < 1 < fewest):

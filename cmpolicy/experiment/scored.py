@@ -40,7 +40,7 @@ def open_policy(settings: EvalSettings) -> ScoredPolicy:
 
 def given_policy(policy: Any, settings: EvalSettings) -> ScoredPolicy:
     """A policy object of the caller's; its settings are put back by nobody, so none are changed."""
-    for name in ("sampler", "noise_scale", "time_floor", "warm_start"):
+    for name in ("sampler", "noise_scale", "time_floor", "n_action_steps", "warm_start"):
         if getattr(settings, name) is not None:
             raise ConfigError(f"{name}={getattr(settings, name)}: set it on the policy itself")
     own = int(getattr(policy, "nfe", 1))
@@ -114,7 +114,8 @@ def _open_bundle(settings: EvalSettings) -> ScoredPolicy:
         check_sampler(settings.sampler, policy.sampler)
         label += f" [{settings.sampler}]"
         policy.sampler = settings.sampler
-    for name, word in (("noise_scale", "noise"), ("warm_start", "warm")):
+    words = {"noise_scale": "noise", "n_action_steps": "steps", "warm_start": "warm"}
+    for name, word in words.items():
         value = getattr(settings, name)
         if value is not None and value != getattr(policy, name):
             label += f" [{word} {value}]"
@@ -143,8 +144,8 @@ def _open_exported(settings: EvalSettings) -> ScoredPolicy:
             f"{settings.policy} makes {facts.nfe} evaluation(s), not nfe={list(settings.nfe or ())}"
             f"; leave nfe out, or {again} nfe=..."
         )
-    for name in ("sampler", "noise_scale", "warm_start"):
-        own = getattr(facts, name)
+    for name in ("sampler", "noise_scale", "n_action_steps", "warm_start"):
+        own = getattr(policy if name == "n_action_steps" else facts, name)
         if getattr(settings, name) not in (None, own):
             raise ConfigError(
                 f"{settings.policy} has {name}={own}, not {getattr(settings, name)}; set it in the "

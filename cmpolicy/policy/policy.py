@@ -105,11 +105,6 @@ class ConsistencyPolicy(SampledModule):
         return self.spec.n_obs_steps
 
     @property
-    def n_action_steps(self) -> int:
-        """Ta."""
-        return self.spec.n_action_steps
-
-    @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 

@@ -28,6 +28,21 @@ class SampledModule(nn.Module):
         self._warm_start: float | None = None
 
     @property
+    def n_action_steps(self) -> int:
+        """Ta, actions executed before the next decision; may be set, and is part of a saved policy.
+
+        Fewer than it was trained with answer sooner to what happens, and cost more decisions.
+
+        Raises:
+            SpecError: on setting more than the horizon holds, or less than 1.
+        """
+        return self.spec.n_action_steps
+
+    @n_action_steps.setter
+    def n_action_steps(self, count: int) -> None:
+        self.spec = replace(self.spec, n_action_steps=count)
+
+    @property
     def warm_start(self) -> float | None:
         """Time in (0, 1] at which decisions that are handed a ``plan`` begin; None: none is.
 

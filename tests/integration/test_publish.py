@@ -9,6 +9,8 @@ import pytest
 
 import cmpolicy
 from cmpolicy.cli.main import main as command
+from cmpolicy.experiment.evaluate import EvalSettings
+from cmpolicy.experiment.scored import open_policy
 from cmpolicy.policy.bundle import read_bundle, write_bundle
 from cmpolicy.policy.policy import ConsistencyPolicy
 
@@ -117,6 +119,28 @@ def test_noise_scale_travels(trained: Path, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).standard_normal((1, 16, 2))
     np.testing.assert_array_equal(scaled.infer(obs, noise), plain.infer(obs, noise * 0.5))
     assert np.abs(scaled.infer(obs, noise) - plain.infer(obs, noise)).max() > 1e-3
+
+
+def test_policies_may_plan_more_often(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`n_action_steps` of eval and publish: the same plans, of which less is executed."""
+    out = tmp_path / "mine"
+    assert main([f"policy={trained}", f"out={out}", "weights=fp32", "n_action_steps=2"]) == 0
+    often, plain = (ConsistencyPolicy.from_pretrained(p) for p in (out, trained))
+    assert (often.n_action_steps, plain.n_action_steps) == (2, 8)
+    obs = {"agent_pos": np.full((1, 2, 2), 256.0), "keypoint": np.full((1, 2, 9, 2), 256.0)}
+    noise = np.random.default_rng(0).standard_normal((1, 16, 2))
+    np.testing.assert_array_equal(often.infer(obs, noise), plain.infer(obs, noise)[:, :2])
+    scored = open_policy(EvalSettings(policy=str(trained), n_action_steps=2))
+    assert (scored.policy.n_action_steps, scored.label) == (2, f"{trained} [steps 2]")
+    assert cmpolicy.evaluate(str(trained), seeds=[500_000], n_action_steps=2).seeds == (500_000,)
+    capsys.readouterr()
+    assert main([f"policy={trained}", f"out={tmp_path / 'new'}", "n_action_steps=16"]) == 2
+    assert "lower n_action_steps=16" in capsys.readouterr().err
+    assert evaluate([f"policy={trained}", "n_action_steps=0", f"out={tmp_path / 'new'}"]) == 2
+    assert "n_action_steps=0 must be at least 1" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_noise_scale_must_be_positive(
