@@ -179,7 +179,7 @@ def _step(
     peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
     medians = [1e3 * float(np.median(t)) for t in (times.first, times.second)]
     rate = batch / medians[1] * 1e3
-    note = f"isd {rate:.0f} examples/s, peak of both {peak:.0f} MiB"
+    note = f"{isd.objective.name} {rate:.0f} examples/s, peak of both {peak:.0f} MiB"
     return [(label, medians[0], medians[1], times.ratio, note)]
 
 

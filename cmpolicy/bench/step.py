@@ -37,7 +37,7 @@ class StepSettings:
     """Of ``step``; every other word is a setting of ``cmpolicy train``.
 
     Args:
-        pairs: measured pairs of one isd and one fm step.
+        pairs: measured pairs of one step of the objective (isd unless said) and one fm step.
         warmup: pairs before them that are not measured.
         threads: of torch on the CPU; null leaves torch's own choice.
         out: JSON file.
@@ -106,26 +106,26 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure_step(settings: StepSettings, fm: TrainConfig, isd: TrainConfig) -> Report:
-    """One optimizer step of ``isd`` and one of ``fm``: the trainer's own, with data and EMA.
+def measure_step(settings: StepSettings, fm: TrainConfig, other: TrainConfig) -> Report:
+    """One optimizer step of ``other`` and one of ``fm``: the trainer's own, with data and EMA.
 
     Args:
         settings: of the benchmark.
-        fm, isd: two runs that differ in nothing but their objective.
+        fm, other: two runs that differ in nothing but their objective.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads or before)
     try:
-        return _measure(settings, fm, isd)
+        return _measure(settings, fm, other)
     finally:
         torch.set_num_threads(before)
 
 
-def _measure(settings: StepSettings, fm: TrainConfig, isd: TrainConfig) -> Report:
-    accelerator = make_accelerator(isd)
-    data = load_training_data(isd)
+def _measure(settings: StepSettings, fm: TrainConfig, other: TrainConfig) -> Report:
+    accelerator = make_accelerator(other)
+    data = load_training_data(other)
     with TemporaryDirectory() as folder:
-        first, second, loader = half_way_trainers(fm, isd, data, accelerator, Path(folder))
+        first, second, loader = half_way_trainers(fm, other, data, accelerator, Path(folder))
         times = time_pairs(
             first.step,
             second.step,
@@ -137,22 +137,23 @@ def _measure(settings: StepSettings, fm: TrainConfig, isd: TrainConfig) -> Repor
         frames = None
         encoder = second.model.encoder
         if isinstance(encoder, ImageEncoder):
-            bf16 = use_bf16(isd, accelerator.device)
+            bf16 = use_bf16(other, accelerator.device)
             frames = _time_frames(second, encoder, loader, settings, bf16=bf16)
     size = sum(p.numel() for p in second.model.parameters()) / 1e6
     where = describe_device(accelerator.device)
-    precision = "bf16" if use_bf16(isd, accelerator.device) else "fp32"
-    medians = {"fm": float(np.median(times.first)), "isd": float(np.median(times.second))}
+    precision = "bf16" if use_bf16(other, accelerator.device) else "fp32"
+    name = other.objective.name
+    medians = {"fm": float(np.median(times.first)), name: float(np.median(times.second))}
     rows = [
-        (f"{name} step", seconds * 1e3, isd.batch_size / seconds)
-        for name, seconds in medians.items()
+        (f"{which} step", seconds * 1e3, other.batch_size / seconds)
+        for which, seconds in medians.items()
     ]
     load = float(np.median(times.load))
-    rows.append(("loader", load * 1e3, isd.batch_size / load))
+    rows.append(("loader", load * 1e3, other.batch_size / load))
     closing = [
-        f"an isd step costs {times.ratio:.2f} times an fm step (median over the pairs)",
+        f"one {name} step costs {times.ratio:.2f} times an fm step (median over the pairs)",
         f"the loader takes {load / medians['fm']:.2%} of an fm step, "
-        f"{load / medians['isd']:.2%} of an isd step",
+        f"{load / medians[name]:.2%} of {name}'s",
     ]
     if frames is not None:
         for what, seconds in (
@@ -160,28 +161,28 @@ def _measure(settings: StepSettings, fm: TrainConfig, isd: TrainConfig) -> Repor
             ("all of frames", frames.second),
         ):
             median = float(np.median(seconds))
-            rows.append((what, median * 1e3, isd.batch_size / median))
+            rows.append((what, median * 1e3, other.batch_size / median))
         closing.append(
             f"frames cost {frames.ratio:.2f} times the forward and backward passes of the cameras' "
             "networks: the rest is loading, cropping and scaling them"
         )
     return Report(
         benchmark="step",
-        title=f"training step: {size:.2f} M parameters, batch {isd.batch_size}, {precision}, "
+        title=f"training step: {size:.2f} M parameters, batch {other.batch_size}, {precision}, "
         f"{settings.pairs} pairs\n  on {where}",
         columns=("what", "median ms", "examples/s"),
         rows=tuple(rows),
         summary={
             "fm_ms": medians["fm"] * 1e3,
-            "isd_ms": medians["isd"] * 1e3,
+            f"{name}_ms": medians[name] * 1e3,
             "loader_ms": load * 1e3,
-            "isd_to_fm": times.ratio,
+            f"{name}_to_fm": times.ratio,
             "loader_share_of_fm": load / medians["fm"],
-            "loader_share_of_isd": load / medians["isd"],
+            f"loader_share_of_{name}": load / medians[name],
             **({} if frames is None else {"frames_to_networks": frames.ratio}),
         },
         closing=tuple(closing),
-        settings={**asdict(settings), "train": isd.to_dict()},
+        settings={**asdict(settings), "train": other.to_dict()},
         device=where,
     )
 
@@ -223,19 +224,19 @@ def _time_frames(
 
 
 def half_way_trainers(
-    fm: TrainConfig, isd: TrainConfig, data: TrainingData, accelerator: Accelerator, folder: Path
+    fm: TrainConfig, other: TrainConfig, data: TrainingData, accelerator: Accelerator, folder: Path
 ) -> tuple[Trainer, Trainer, DeviceLoader]:
     """Trainers of both runs, half-way through, where schedules of objectives are under way.
 
     Both take the batches of the loader that comes third: those that training takes.
     """
     policies = []
-    for config in (fm, isd):
+    for config in (fm, other):
         torch.manual_seed(config.seed)
         policies.append(new_policy(config, data).to(accelerator.device))
         if config.compile:
             policies[-1].net.compile()
-    loader = training_loader(isd, data, policies[-1], accelerator.device)
+    loader = training_loader(other, data, policies[-1], accelerator.device)
     trainers = [
         Trainer(
             policy,
@@ -245,8 +246,8 @@ def half_way_trainers(
             draw=policy.draw,
             run_dir=folder / config.objective.name,
         )
-        for policy, config in zip(policies, (fm, isd), strict=True)
+        for policy, config in zip(policies, (fm, other), strict=True)
     ]
-    for trainer, config in zip(trainers, (fm, isd), strict=True):
+    for trainer, config in zip(trainers, (fm, other), strict=True):
         trainer.examples = config.examples // 2
     return trainers[0], trainers[1], loader

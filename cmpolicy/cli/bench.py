@@ -22,8 +22,8 @@ usage: cmpolicy bench COMMAND [key=value ...]
 Measure what this machine makes of cmpolicy; a table here, JSON in out=FILE.
 
 commands:
-  step      one isd training step against one fm step, in alternating pairs; the loader's share.
-            Takes every setting of `cmpolicy train` as well: net=base batch_size=512 device=cuda
+  step      one training step of isd (or objective=...) against one of fm, in alternating pairs;
+            the loader's share. Takes every setting of `cmpolicy train` as well: net=base
   latency   one decision at batch 1, normalisation included, in each runtime; beside it DDPM and
             DDIM on the same network, and the floor that memory and arithmetic set
   rollout   wall time of an evaluation; for Robomimic beside bare robosuite environments
@@ -109,22 +109,22 @@ def _gpu(words: Sequence[str], command: str) -> int:
 
 
 def _objectives(words: Sequence[str]) -> tuple[TrainConfig, TrainConfig]:
-    """Two runs of these settings, by flow matching and by isd.
+    """Two runs of these settings, by flow matching and by the objective that they name, or isd.
 
     Raises:
         ConfigError: what is wrong with the words.
     """
-    if any(word.partition("=")[0] == "objective" for word in words):
+    if "objective=fm" in words:
         raise ConfigError(
-            "step compares the objectives isd and fm; leave out objective=... "
-            "(settings such as objective.sd_share=0.25 are isd's)"
+            "objective=fm: each step is compared with one of fm; name another objective, or none "
+            "for isd"
         )
-    shared = [word for word in words if not word.startswith("objective.")]
-    fm, isd = (
+    shared = [word for word in words if word.partition("=")[0].split(".")[0] != "objective"]
+    fm, other = (
         TrainConfig.from_mapping(_TRAINING.compose(chosen))
-        for chosen in ([*shared, "objective=fm"], [*words, "objective=isd"])
+        for chosen in ([*shared, "objective=fm"], ["objective=isd", *words])
     )
-    return fm, isd
+    return fm, other
 
 
 def _networks(settings: latency.LatencySettings) -> latency.Networks | None:

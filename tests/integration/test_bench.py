@@ -293,7 +293,12 @@ def test_step(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert summary["isd_to_fm"] > 0
     assert summary["loader_share_of_fm"] == pytest.approx(summary["loader_ms"] / summary["fm_ms"])
     assert content["settings"]["train"]["objective"]["settings"]["sd_share"] == 0.25
-    assert "times an fm step" in capsys.readouterr().out
+    assert "one isd step costs" in capsys.readouterr().out
+    assert main(["step", *words, "objective=psd"]) == 0
+    content = _read(out)
+    assert content["settings"]["train"]["objective"]["name"] == "psd"
+    assert content["settings"]["train"]["objective"]["settings"]["sd_share"] == 0.25
+    assert content["summary"]["psd_to_fm"] > 0
 
 
 def test_a_step_crops_frames_as_training_does(tmp_path: Path) -> None:
@@ -379,7 +384,7 @@ def test_an_out_that_cannot_be_written_is_refused_before_measuring(
         (["latency", "policy=x", "device=warp"], "device=warp is no device; use auto, cpu or cuda"),
         (["rollout", "policy=x", "episodes=0"], "episodes=0 must be at least 1"),
         (["step", "pairs=0"], "pairs=0 must be at least 1"),
-        (["step", "objective=fm"], "leave out objective=..."),
+        (["step", "objective=fm"], "name another objective, or none for isd"),
         (["step", "batchsize=3"], "did you mean 'batch_size'?"),
         (["gpu", "batches=[]"], "batches=[] and nets="),
         (["gpu", "minutes=-1"], "must be above 0"),
