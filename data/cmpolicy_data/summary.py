@@ -103,7 +103,14 @@ def format_summary(summary: StoreSummary) -> str:
     for key in summary.keys:
         if key.n_not_finite:
             lines.append(f"{key.key}: {key.n_not_finite} values are NaN or infinite")
-        if key.colour is not None:
+        if key.colour is None:
+            continue
+        if key.dtype.startswith("float") and key.maximum is not None and key.maximum <= 1:
+            lines.append(
+                f"{key.key}: frames in 0..1, which a training refuses; multiply by 255, round, and "
+                "store uint8"
+            )
+        else:
             steps, *size = key.shape
             height, width = size[1:] if size[2] != 3 else size[:2]
             colour = ", ".join(f"{value:.0f}" for value in key.colour)

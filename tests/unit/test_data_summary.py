@@ -87,12 +87,14 @@ def test_a_damaged_store(store: Path):
 def test_images_and_what_cannot_be_read(tmp_path: Path) -> None:
     buffer = ReplayBuffer.create(tmp_path / "cameras.zarr")
     top = np.broadcast_to(np.array([10, 20, 30], np.uint8), (5, 12, 16, 3))
-    buffer.append_episode({"top": top, "action": np.zeros((5, 1))})
+    floats = np.full((5, 12, 16, 3), 0.5, np.float32)
+    buffer.append_episode({"top": top, "wrist": floats, "action": np.zeros((5, 1))})
     broken = buffer.path / "data/other"
     broken.mkdir()
     (broken / "zarr.json").write_text('{"zarr_format": 3, "node_type": "array"}')
     text = format_summary(summarize(buffer.path))
     assert "top: images of 12 x 16, mean colour (10, 20, 30), 2.88 kB as uint8, codec" in text
+    assert "wrist: frames in 0..1, which a training refuses; multiply by 255" in text
     assert "other: not read, its codec or its description cannot be read" in text
 
 
