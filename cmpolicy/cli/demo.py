@@ -26,8 +26,9 @@ def help_text(words: Sequence[str]) -> str:
 def run(words: Sequence[str]) -> int:
     """Run the demo; the exit status."""
     demo, rest = split(DemoSettings, words)
-    settings = replace(COMPOSITION, extra={}).compose(
-        ["task=pusht", "preset=demo", "data.augment=[mirror]", *rest]
-    )
+    chosen = ["task=pusht", "preset=demo", "data.augment=[mirror]"]
+    if not any(word.startswith("objective=") for word in rest):
+        chosen += ["objective=psd", "objective.sd_share=0.25"]  # cheap steps, so more of them
+    settings = replace(COMPOSITION, extra={}).compose([*chosen, *rest])
     command = shlex.join(["cmpolicy", "demo", *words])
     return run_demo(demo, TrainConfig.from_mapping(settings), command=command)

@@ -78,7 +78,7 @@ def run_demo(demo: DemoSettings, config: TrainConfig, *, command: str) -> int:
     if finished:
         print(f"{out} holds this demo's training already: scoring it again")
     else:
-        print(f"training on {config.data.name}: {config.examples} examples, about ten minutes")
+        print(f"training on {config.data.name}: {config.examples} examples, ten to twenty minutes")
         result = resume(out) if resumable else train(config, out, command=command)
         if not result.finished:
             print(f"stopped at {result.end.examples} examples; `{command}` goes on from there")
