@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 # One torch thread: the steps are small, and a second thread costs more than it gives as soon as
 # anything else runs. The other core simulates.
-demo: install  ## train a one-step policy, score it and film it, in outputs/demo (15 minutes, 2 cores)
+demo: install  ## train a one-step policy, score it and film it, in outputs/demo (12 to 20 minutes, 2 cores)
 	@OMP_NUM_THREADS=1 $(BIN)/cmpolicy demo
 
 # The steps run in this order and the first failure ends it; pytest's closing line is the last one.
