@@ -89,7 +89,7 @@ def measure_gpu(
         return Report(
             benchmark="gpu",
             title=f"GPU figures on {describe_device(device)}, torch {torch.__version__}",
-            columns=("what", "median ms", "p99 ms or isd ms", "ratio", "note"),
+            columns=("what", "median ms", "p99 ms, or ms of the objective", "ratio", "note"),
             rows=tuple(rows),
             summary={"seconds": time.perf_counter() - started},
             closing=(),

@@ -87,7 +87,8 @@ def without_folders(command: str) -> str:
 def model_card(policy: ConsistencyPolicy, metadata: Mapping[str, Any]) -> str:
     """README.md of a bundle: what it is, how it was made, how it did, how to use it."""
     spec, config = policy.spec, metadata["config"]
-    parameters = sum(p.numel() for p in policy.parameters())
+    saved = (policy.encoder, policy.flow_map)  # a head of data.targets is of the training alone
+    parameters = sum(p.numel() for part in saved for p in part.parameters())
     obs = ", ".join(f"`{key}` {tuple(shape)}" for key, shape in spec.obs.items())
     rows = "\n".join(
         f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in metadata["metrics"].items()

@@ -83,6 +83,7 @@ def test_what_was_fixed_at_export_is_not_set_by_eval(
         ("nfe=[1,2]", "makes 1 evaluation(s)"),
         ("sampler=diagonal", "has sampler=flow_map, not diagonal"),
         ("noise_scale=0.5", "has noise_scale=0.8, not 0.5"),
+        ("n_action_steps=2", "has n_action_steps=8, not 2"),
         ("device=cuda", "runs on the CPU"),
     ]:
         assert evaluate([f"policy={out}", "seeds=500000", word, scored]) == 2

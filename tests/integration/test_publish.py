@@ -14,6 +14,9 @@ from cmpolicy.experiment.scored import open_policy
 from cmpolicy.policy.bundle import read_bundle, write_bundle
 from cmpolicy.policy.policy import ConsistencyPolicy
 
+OBS = {"agent_pos": np.full((1, 2, 2), 256.0), "keypoint": np.full((1, 2, 9, 2), 256.0)}
+NOISE = np.random.default_rng(0).standard_normal((1, 16, 2))
+
 
 def evaluate(words: Sequence[str]) -> int:
     """``cmpolicy eval``."""
@@ -56,9 +59,7 @@ def test_half_precision_and_results(trained: Path, tmp_path: Path) -> None:
     assert "cmpolicy eval policy=" in card
     assert (out / "results" / "scored_result_nfe1.json").is_file()
     assert read_bundle(out).metadata == read_bundle(trained).metadata
-    obs = {"agent_pos": np.full((1, 2, 2), 256.0), "keypoint": np.full((1, 2, 9, 2), 256.0)}
-    noise = np.zeros((1, 16, 2))
-    half, full = (ConsistencyPolicy.from_pretrained(p).infer(obs, noise) for p in (out, trained))
+    half, full = (ConsistencyPolicy.from_pretrained(p).infer(OBS, NOISE) for p in (out, trained))
     np.testing.assert_allclose(half, full, atol=0.5)
 
 
@@ -115,10 +116,8 @@ def test_noise_scale_travels(trained: Path, tmp_path: Path) -> None:
     assert main([f"policy={trained}", f"out={out}", "weights=fp32", "noise_scale=0.5"]) == 0
     scaled, plain = (ConsistencyPolicy.from_pretrained(p) for p in (out, trained))
     assert (scaled.noise_scale, plain.noise_scale) == (0.5, 1.0)
-    obs = {"agent_pos": np.full((1, 2, 2), 256.0), "keypoint": np.full((1, 2, 9, 2), 256.0)}
-    noise = np.random.default_rng(0).standard_normal((1, 16, 2))
-    np.testing.assert_array_equal(scaled.infer(obs, noise), plain.infer(obs, noise * 0.5))
-    assert np.abs(scaled.infer(obs, noise) - plain.infer(obs, noise)).max() > 1e-3
+    np.testing.assert_array_equal(scaled.infer(OBS, NOISE), plain.infer(OBS, NOISE * 0.5))
+    assert np.abs(scaled.infer(OBS, NOISE) - plain.infer(OBS, NOISE)).max() > 1e-3
 
 
 def test_policies_may_plan_more_often(
@@ -129,9 +128,7 @@ def test_policies_may_plan_more_often(
     assert main([f"policy={trained}", f"out={out}", "weights=fp32", "n_action_steps=2"]) == 0
     often, plain = (ConsistencyPolicy.from_pretrained(p) for p in (out, trained))
     assert (often.n_action_steps, plain.n_action_steps) == (2, 8)
-    obs = {"agent_pos": np.full((1, 2, 2), 256.0), "keypoint": np.full((1, 2, 9, 2), 256.0)}
-    noise = np.random.default_rng(0).standard_normal((1, 16, 2))
-    np.testing.assert_array_equal(often.infer(obs, noise), plain.infer(obs, noise)[:, :2])
+    np.testing.assert_array_equal(often.infer(OBS, NOISE), plain.infer(OBS, NOISE)[:, :2])
     scored = open_policy(EvalSettings(policy=str(trained), n_action_steps=2))
     assert (scored.policy.n_action_steps, scored.label) == (2, f"{trained} [steps 2]")
     assert cmpolicy.evaluate(str(trained), seeds=[500_000], n_action_steps=2).seeds == (500_000,)

@@ -168,7 +168,8 @@ def _frames(array: Any, what: str) -> npt.NDArray[np.uint8]:
     if not strings and (array.dtype != np.uint8 or not (is_raw or array.ndim == 2)):
         raise AlohaError(
             f"{what} has shape {array.shape}, dtype {array.dtype}; expected uint8 frames "
-            "(T, H, W, 3), or JPEG (T, L) uint8. Round frames in [0, 1] times 255 to uint8 before"
+            "(T, H, W, 3), or JPEG as (T, L) uint8 or (T,) strings of uint8. Round frames in "
+            "[0, 1] times 255 to uint8 before"
         )
     if is_raw:
         return np.asarray(array)
