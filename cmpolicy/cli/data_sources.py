@@ -21,6 +21,8 @@ class GenerateSettings:
         task: of robomimic: lift, can or square.
         episodes: how many; null: 300 of pusht, 200 of robomimic.
         seed: first seed of the initial states.
+        astray: of pusht: share of attempts in [0, 1] that begin where random pushes have left the
+            block, from which a policy learns to come back.
         workers: simulator processes; the result does not depend on it.
         out: file to write; null: pusht_scripted.zarr.zip, or TASK.hdf5 in robomimic's layout.
     """
@@ -28,6 +30,7 @@ class GenerateSettings:
     task: str | None = None
     episodes: int | None = None
     seed: int = 0
+    astray: float = 0.0
     workers: int = 2
     out: str | None = None
 
@@ -117,6 +120,7 @@ def generate(settings: GenerateSettings, what: str) -> int:
             Path(settings.out or "pusht_scripted.zarr.zip"),
             episodes=episodes,
             seed=settings.seed,
+            astray=settings.astray,
             workers=settings.workers,
             progress=show,
         )
@@ -136,6 +140,8 @@ def _generate_robomimic(settings: GenerateSettings) -> int:
             f"name the task ({', '.join(attempt.SKILLS)}), for example: "
             "cmpolicy data generate robomimic task=lift"
         )
+    if settings.astray:
+        raise ConfigError(f"astray={settings.astray}: only pusht has it; leave it out")
     episodes = 200 if settings.episodes is None else settings.episodes
     with progress_bar(episodes, "episode") as show:
         report = runner.generate(

@@ -142,7 +142,7 @@ def _chunk_time(policy: ConsistencyPolicy) -> float:
 
 
 def write_reel(path: Path, protocol: EvalProtocol, episodes: Sequence[EpisodeResult]) -> Path:
-    """An mp4 of several episodes side by side, at the real 10 Hz; the planned chunk is drawn.
+    """An mp4 of several episodes side by side, at the real 10 Hz; the plan is drawn.
 
     Args:
         path: of the video.
@@ -178,7 +178,7 @@ def _summary(
     files = {
         BEST: "the policy bundle: ConsistencyPolicy.from_pretrained(<this folder>)",
         RESULT: "every episode of the evaluation",
-        VIDEO: f"the first {videos} of them, with the planned action chunks",
+        VIDEO: f"the first {videos} of them, with the plans",
         CURVES_FILE: "learning curves",
     }
     there = {out / name: what for name, what in files.items() if (out / name).exists()}

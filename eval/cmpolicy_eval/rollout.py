@@ -48,6 +48,9 @@ class EpisodeResult:
     """Duration of each policy call of the episode, ms, for the whole batch it was part of."""
     chunks: Array | None = field(default=None, repr=False, compare=False)
     """(calls, Ta, A) chunks handed to the environment, if they were asked for."""
+    plans: Array | None = field(default=None, repr=False, compare=False)
+    """(calls, P, A) what was planned at each call, whose first Ta actions are the chunk; None where
+    the chunks were not asked for or the policy has no ``infer_plan``."""
 
     @property
     def infer_ms_p50(self) -> float:
@@ -66,7 +69,8 @@ class _Slot:
     active: bool = True
     infer_ms: list[float] = field(default_factory=list)
     chunks: list[Array] = field(default_factory=list)
-    plan: Array | None = None  # (P, A) of the call before, where the policy starts from it
+    plans: list[Array] = field(default_factory=list)
+    plan: Array | None = None  # (P, A) of the newest call, if the policy tells it
 
 
 def rollout(
@@ -133,7 +137,8 @@ def rollout(
             active = [index for index, slot in enumerate(full) if slot.active]
             if not active:
                 break
-            chunks, elapsed_ms = _infer(policy, keys, full, batch_size)
+            is_kept = any(full[index].position < keep_chunks for index in active)
+            chunks, elapsed_ms = _infer(policy, keys, full, batch_size, is_kept)
             commands: list[Command] = [Step(index, chunks[index]) for index in active]
             outcomes = pool.run(
                 commands,
@@ -146,6 +151,8 @@ def rollout(
                 slot.infer_ms.append(elapsed_ms)
                 if slot.position < keep_chunks:
                     slot.chunks.append(chunks[index])
+                    if slot.plan is not None:
+                        slot.plans.append(slot.plan)
                 if outcome.done:
                     slot.active = False
                     results[slot.position] = _result(slot)
@@ -175,9 +182,16 @@ def _refill(
 
 
 def _infer(
-    policy: ActionChunkPolicy, keys: tuple[str, ...], slots: Sequence[_Slot], batch_size: int
+    policy: ActionChunkPolicy,
+    keys: tuple[str, ...],
+    slots: Sequence[_Slot],
+    batch_size: int,
+    is_kept: bool,
 ) -> tuple[NDArray[np.float32], float]:
-    """Chunks (B, Ta, A), the first rows for the slots, and the duration of the call in ms."""
+    """Chunks (B, Ta, A), the first rows for the slots, and the duration of the call in ms.
+
+    The slots get the whole plans where the policy starts from them or a video shows them.
+    """
     rows = [slots[row] if row < len(slots) else slots[0] for row in range(batch_size)]
     obs = {key: np.stack([slot.outcome.obs[key] for slot in rows]) for key in keys}
     kwargs: dict[str, Any] = {}
@@ -188,15 +202,15 @@ def _infer(
             if slot.active:
                 row[...] = slot.rng.standard_normal(noise_shape, dtype=np.float32)
         kwargs["noise"] = noise
-    infer: Callable[..., Any] = policy.infer
     is_warm = getattr(policy, "warm_start", None) is not None
+    has_plan = is_warm or (is_kept and hasattr(policy, "infer_plan"))
+    infer: Callable[..., Any] = cast(Any, policy).infer_plan if has_plan else policy.infer
     if is_warm:
-        infer = cast(Any, policy).infer_plan
         kwargs["plan"] = _running_plans(policy, slots, batch_size)
     start = time.perf_counter()
     chunks = np.asarray(infer(obs, **kwargs))
     elapsed_ms = (time.perf_counter() - start) * 1e3
-    if is_warm:
+    if has_plan:
         for slot, plan in zip(slots, chunks, strict=False):
             slot.plan = plan
         chunks = chunks[:, : policy.n_action_steps]
@@ -228,14 +242,14 @@ def _running_plans(
 
 def _result(slot: _Slot) -> EpisodeResult:
     outcome = slot.outcome
-    chunks = np.stack(slot.chunks) if slot.chunks else None
     return EpisodeResult(
         seed=slot.seed,
         score=outcome.score,
         success=outcome.success,
         length=outcome.length,
         infer_ms=tuple(slot.infer_ms),
-        chunks=chunks,
+        chunks=np.stack(slot.chunks) if slot.chunks else None,
+        plans=np.stack(slot.plans) if slot.plans else None,
     )
 
 

@@ -1,7 +1,7 @@
-"""Videos and grids of scored episodes, with the planned action chunk drawn in.
+"""Videos and grids of scored episodes, with the plan drawn in.
 
-Nothing is inferred again: the action chunks that :func:`cmpolicy_eval.rollout.rollout` kept are
-replayed in a rendering environment, so the pictures show the very episodes that were scored.
+Nothing is inferred again: the actions that :func:`cmpolicy_eval.rollout.rollout` kept are replayed
+in a rendering environment, so the pictures show the very episodes that were scored.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,8 +24,9 @@ Frame = NDArray[np.uint8]
 
 _TILE = 192  # width of an episode in a grid, px
 _STRIP = 32  # height of the caption; with a 512 px image the frame stays a multiple of 16
-_DONE = (120, 120, 120)  # executed part of the chunk
+_DONE = (120, 120, 120)  # executed part of the plan
 _AHEAD = (222, 66, 32)  # part still to be executed
+_BEYOND = (240, 160, 138)  # what the next decision replaces
 _TEXT = (40, 40, 40)
 _SUCCESS = (24, 128, 56)
 
@@ -47,12 +48,16 @@ class Moment:
     coverage: float | None
     success: bool
     plan: NDArray[np.float64] | None
-    """(Ta, 2) pixels of the chunk under way, or (Ta, arms, 2); None where it cannot be drawn.
+    """(P, 2) pixels of the plan under way, or (P, arms, 2); None where it cannot be drawn.
+
+    Of a policy that tells its chunks alone, the chunk.
 
     As seen when it was decided: where actions are moves, they lead on from there.
     """
     n_executed: int
     """How many actions of ``plan`` have been executed."""
+    n_chosen: int | None = None
+    """How many will have been when the next decision is made; None: all of them."""
     seen: Mapping[str, Frame] = field(default_factory=dict)
     """Camera frames (H, W, 3) of the observation, by key."""
 
@@ -73,6 +78,7 @@ def replay(protocol: EvalProtocol, episode: EpisodeResult, *, every: int = 1) ->
         to_pixels: Callable[[Any], Any] | None = getattr(env.unwrapped, "action_pixels", None)
         n_chunks, chunk_length, _ = episode.chunks.shape
         actions = episode.chunks.reshape(n_chunks * chunk_length, -1)
+        plans = episode.chunks if episode.plans is None else episode.plans
         obs, info = env.reset(seed=episode.seed, options=protocol.reset_options(episode.seed))
         success, plan = False, None
         for step in range(episode.length + 1):
@@ -82,7 +88,7 @@ def replay(protocol: EvalProtocol, episode: EpisodeResult, *, every: int = 1) ->
             # At the seam of two chunks the plan is the new one, decided on what is seen here.
             current = min(step // chunk_length, n_chunks - 1)
             if to_pixels is not None and step == current * chunk_length:
-                plan = np.asarray(to_pixels(episode.chunks[current]))
+                plan = np.asarray(to_pixels(plans[current]))
             if step % every and step != episode.length:
                 continue
             yield Moment(
@@ -92,6 +98,7 @@ def replay(protocol: EvalProtocol, episode: EpisodeResult, *, every: int = 1) ->
                 success=bool(info.get("is_success", False)),  # of a reset it need not say
                 plan=plan,
                 n_executed=step - current * chunk_length,
+                n_chosen=chunk_length,
                 seen={key: value for key, value in obs.items() if np.asarray(value).ndim == 3},
             )
         if success != episode.success:
@@ -188,7 +195,8 @@ def annotate(moment: Moment, seed: int, views: Mapping[str, View] | None = None)
         image = image.copy()
         plans = moment.plan[:, None] if moment.plan.ndim == 2 else moment.plan
         for arm in range(plans.shape[1]):
-            _draw_plan(image, plans[:, arm], moment.n_executed)
+            n_chosen = len(plans) if moment.n_chosen is None else moment.n_chosen
+            _draw_plan(image, plans[:, arm], moment.n_executed, n_chosen)
     if views and moment.seen:
         image = np.concatenate([image, _cameras(moment.seen, views, image.shape[0])], axis=1)
     width = image.shape[1]
@@ -225,15 +233,22 @@ def _cameras(seen: Mapping[str, Frame], views: Mapping[str, View], height: int) 
     return panel
 
 
-def _draw_plan(image: Frame, plan: NDArray[np.float64], n_executed: int) -> None:
-    """Executed actions: grey, thin, hollow. The rest: red, filled, joined to the last executed."""
+def _draw_plan(image: Frame, plan: NDArray[np.float64], n_executed: int, n_chosen: int) -> None:
+    """Executed actions: grey, thin, hollow. Chosen ones: red, joined to the last executed.
+
+    What was planned beyond them: pale, thin.
+    """
     shift = 4  # sub-pixel bits of OpenCV
     points = np.round(plan * 2**shift).astype(np.int32)
     radius = max(2, image.shape[1] // 170)
-    done, ahead = points[:n_executed], points[max(0, n_executed - 1) :]
-    cv2.polylines(image, [done[:, None]], False, _DONE, 1, cv2.LINE_AA, shift)
-    cv2.polylines(image, [ahead[:, None]], False, _AHEAD, 2, cv2.LINE_AA, shift)
-    for index, (x, y) in enumerate(points.tolist()):
+    parts = [
+        (points[max(0, n_chosen - 1) :], _BEYOND, 1),
+        (points[:n_executed], _DONE, 1),
+        (points[max(0, n_executed - 1) : n_chosen], _AHEAD, 2),
+    ]
+    for line, colour, thickness in parts:
+        cv2.polylines(image, [line[:, None]], False, colour, thickness, cv2.LINE_AA, shift)
+    for index, (x, y) in enumerate(points[:n_chosen].tolist()):
         executed = index < n_executed
         colour, thickness = (_DONE, 1) if executed else (_AHEAD, -1)
         cv2.circle(image, (x, y), radius << shift, colour, thickness, cv2.LINE_AA, shift)

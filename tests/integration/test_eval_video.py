@@ -82,6 +82,40 @@ def test_executed_and_remaining_actions_look_different(episodes: list[EpisodeRes
     assert (frame[:32] < 100).any()  # the caption
 
 
+class Planner(ToTheBlock):
+    """Tells its plan too, which leads on beyond the chunk."""
+
+    def infer_plan(self, obs: Mapping[str, np.ndarray]) -> np.ndarray:
+        chunk = self.infer(obs)
+        return np.concatenate([chunk, chunk[:, -1:] + np.float32([[40, 0], [80, 0]])], axis=1)
+
+
+def test_a_plan_is_shown_beyond_the_actions_that_are_executed() -> None:
+    (episode,) = rollout(
+        PROTOCOL.make_env,
+        Planner(),
+        [100_000],
+        max_steps=12,
+        reset_options=PROTOCOL.reset_options,
+        n_workers=0,
+        batch_size=1,
+        keep_chunks=1,
+    )
+    assert episode.chunks is not None
+    assert episode.plans is not None
+    assert episode.plans.shape == (2, 10, 2)
+    np.testing.assert_array_equal(episode.plans[:, :8], episode.chunks)
+    moment = list(replay(PROTOCOL, episode))[4]
+    assert moment.plan is not None
+    assert moment.plan.shape == (10, 2)
+    assert (moment.n_executed, moment.n_chosen) == (4, 8)
+    frame = annotate(moment, 100_000)[32:].astype(int)
+    x, y = np.round(moment.plan[8]).astype(int)
+    shown = frame[y - 2 : y + 3, x - 2 : x + 3].reshape(-1, 3)
+    assert np.abs(shown - [240, 160, 138]).max(axis=1).min() < 40  # pale: replaced before it is due
+    assert np.abs(shown - [222, 66, 32]).max(axis=1).min() > 60
+
+
 def _blank(size: int) -> Moment:
     """A black picture with a long caption."""
     image = np.zeros((size, size, 3), np.uint8)

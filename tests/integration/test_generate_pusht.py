@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from cmpolicy_data import ReplayBuffer
-from cmpolicy_data.generate.pusht import generate, replay
+from cmpolicy_data.generate.pusht import _is_astray, demonstrate, generate, replay
 from cmpolicy_envs import keypoints_from_pose
+from cmpolicy_envs.pusht import PushTEnv
 from cmpolicy_envs.pusht_states import dp_initial_state
 
 
@@ -63,6 +64,29 @@ def test_every_episode_succeeds_when_played_again(generated: Path) -> None:
         assert replay(action[start:end], state[start], exact_pose=True) > 0.95
 
 
+def test_what_went_astray_is_demonstrated_from_there(tmp_path: Path) -> None:
+    out = tmp_path / "astray.zarr.zip"
+    generate(out, episodes=2, seed=20000, astray=1.0)
+    store = ReplayBuffer.open(out)
+    assert store.attrs["command"] == "cmpolicy data generate pusht episodes=2 seed=20000 astray=1"
+    action, state = store.load("action"), store.load("state")
+    starts = np.concatenate([[0], store.episode_ends[:-1]])
+    for seed, start, end in zip(store.attrs["seeds"], starts, store.episode_ends, strict=True):
+        _, info = PushTEnv().reset(options={"reset_to_state": dp_initial_state(seed)})
+        assert not np.allclose(state[start, 2:], info["state"][2:], atol=1.0)  # the block moved
+        assert replay(action[start:end], state[start], exact_pose=True) > 0.95
+    again = tmp_path / "again.zarr.zip"
+    generate(again, episodes=2, seed=20000, astray=1.0, workers=2)
+    assert again.read_bytes() == out.read_bytes()
+
+
+def test_a_share_goes_astray_and_the_others_stay_as_they_were() -> None:
+    strays = [_is_astray(seed, 0.25) for seed in range(1000)]
+    assert 200 < sum(strays) < 300
+    seed = strays.index(False)
+    np.testing.assert_array_equal(demonstrate(seed, 0.25).state, demonstrate(seed).state)
+
+
 def test_replaces_only_its_own_files(tmp_path: Path) -> None:
     for name, content in [("text.zip", b"somebody's notes"), ("empty.zip", b"")]:
         foreign = tmp_path / name
@@ -79,6 +103,8 @@ def test_replaces_only_its_own_files(tmp_path: Path) -> None:
         ({"workers": 0}, "workers must be at least 1, got 0"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"seed": 100000}, "belong to evaluation"),
+        ({"astray": 1.5}, r"astray must be a share in \[0, 1\], got 1.5"),
+        ({"astray": float("nan")}, r"astray must be a share in \[0, 1\], got nan"),
         ({"out": "demos.zarr"}, "must be a path that ends in .zip"),
     ],
 )

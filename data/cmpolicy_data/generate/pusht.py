@@ -1,9 +1,14 @@
 """Scripted Push-T demonstrations: the data set that cmpolicy brings along.
 
-Episode k is a pure function of its seed and of ``VERSION``: the block and the agent start where
-Diffusion Policy's evaluation law puts them for seed k, and the unsteadiness of the demonstrator's
-hand comes from ``default_rng([VERSION, k])``. So a data set
-depends on its first seed and size only, not on how many processes made it.
+Episode k is a pure function of its seed, of ``astray`` and of ``VERSION``: the block and the agent
+start where Diffusion Policy's evaluation law puts them for seed k, and the unsteadiness of the
+demonstrator's hand comes from ``default_rng([VERSION, k])``. So a data set does not depend on how
+many processes made it.
+
+A share ``astray`` of the episodes begins where random pushes have left the block, often at a wall
+or with the hand on it. The demonstrator never goes there by itself but a policy that errs does,
+and learns from these episodes how to come back (the idea of Laskey et al. 2017, "DART", of noise
+in the demonstrations, but with nothing wrong recorded).
 """
 
 from __future__ import annotations
@@ -26,7 +31,8 @@ from numpy.typing import ArrayLike, NDArray
 from cmpolicy_data.chunks import ReplayBufferError
 from cmpolicy_data.generate.demonstrator import Demonstrator, NoPushError
 from cmpolicy_data.generate.request import FIRST_EVALUATION_SEED, check_request
-from cmpolicy_data.generate.tee import Pose
+from cmpolicy_data.generate.route import clearance, inside_walls
+from cmpolicy_data.generate.tee import AGENT_RADIUS, Pose
 from cmpolicy_data.generate.world import State
 from cmpolicy_data.pack import pack
 from cmpolicy_data.replay_buffer import ReplayBuffer
@@ -40,6 +46,7 @@ MAX_STEPS = 300
 # More than success: a policy that is less exact than its demonstrations then still succeeds.
 _ENOUGH_COVERAGE = 0.975
 _REST_STEPS = 8
+_ASTRAY_SPEED = 8.0  # px per step, the pace of the demonstrator's pushes
 # Failed attempts in a row after which something is wrong with the simulator, not with the luck.
 _PATIENCE = 50
 
@@ -76,14 +83,20 @@ class Episode:
         return bool(self.coverage.max(initial=0.0) > SUCCESS_COVERAGE)
 
 
-def demonstrate(seed: int) -> Episode:
+def demonstrate(seed: int, astray: float = 0.0) -> Episode:
     """One attempt; it ends at coverage 0.975, after 300 steps, or when no push can be made.
 
     At the end the hand stays where it is for a few steps: windows of training reach beyond the
     decision, so without these the last decisions would have none.
+
+    Args:
+        seed: of the start and of the hand.
+        astray: probability in [0, 1] that it starts where random pushes have left the block.
     """
     env = PushTEnv()
     _, info = env.reset(options={"reset_to_state": dp_initial_state(seed)})
+    if _is_astray(seed, astray):
+        info["state"] = _go_astray(env, np.random.default_rng([VERSION, seed, 2]))
     demonstrator = Demonstrator(np.random.default_rng([VERSION, seed]))
     states, actions, coverages = [], [], [0.0]
 
@@ -112,6 +125,44 @@ def demonstrate(seed: int) -> Episode:
     )
 
 
+def _is_astray(seed: int, astray: float) -> bool:
+    return bool(np.random.default_rng([VERSION, seed, 1]).random() < astray)
+
+
+def _go_astray(env: PushTEnv, rng: np.random.Generator) -> Array:
+    """Push the block where it should not be; all is at rest then, in the state (5,) returned."""
+    for _ in range(rng.integers(1, 3)):
+        hand = _free_place(env, rng, near=170.0)
+        block = env.block.local_to_world(env.block.center_of_gravity)
+        way = np.asarray(block) + rng.uniform(-40, 40, 2) - hand
+        _move(env, hand)
+        steps = np.linalg.norm(way) / _ASTRAY_SPEED
+        for step in range(1, int(steps) + rng.integers(0, 25)):
+            env.step(np.clip(hand + step / steps * way, 20.0, ARENA - 20.0))
+    if rng.random() < 0.3:  # the hand is on its way elsewhere
+        return _move(env, _free_place(env, rng, near=ARENA))
+    return _move(env, env.agent.position)
+
+
+def _free_place(env: PushTEnv, rng: np.random.Generator, near: float) -> NDArray[np.float64]:
+    """A place for the hand (2,), px, clear of the block and at most so far from it in x and y."""
+    block = env.block
+    pose = Pose(block.position.x, block.position.y, block.angle)
+    while True:
+        place = np.asarray(block.position) + rng.uniform(-near, near, 2)
+        if clearance(place, pose) > AGENT_RADIUS and inside_walls(place):
+            return place
+
+
+def _move(env: PushTEnv, hand: ArrayLike) -> Array:
+    """Put the hand there, all at rest, in a state (5,) that single precision holds exactly."""
+    block = env.block
+    pose = [*block.position, block.angle % (2 * np.pi)]
+    state = np.concatenate([np.asarray(hand), pose]).astype(np.float32)
+    env.set_pose(state)
+    return state
+
+
 def _state(env: PushTEnv) -> State:
     agent, block = env.agent, env.block
     (x, y), (vx, vy) = agent.position, agent.velocity
@@ -137,6 +188,7 @@ def generate(
     *,
     episodes: int,
     seed: int = 0,
+    astray: float = 0.0,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> GenerateReport:
@@ -152,6 +204,7 @@ def generate(
         out: a path that ends in .zip. A file there is replaced only if `generate` wrote it.
         episodes: how many to keep.
         seed: first seed of the initial states, in [0, 100000).
+        astray: share in [0, 1] of attempts that begin where random pushes have left the block.
         workers: processes.
         progress: called with (kept, attempted) after each attempt.
 
@@ -162,10 +215,12 @@ def generate(
     """
     out = Path(out).expanduser()
     check_request("pusht", out, (".zip",), episodes, seed, workers, _is_ours)
+    if not 0.0 <= astray <= 1.0:
+        raise ValueError(f"astray must be a share in [0, 1], got {astray}.")
     began = time.monotonic()
     kept: list[Episode] = []
     attempted = failed = 0
-    with closing(_attempts(seed, workers)) as attempts:
+    with closing(_attempts(seed, astray, workers)) as attempts:
         for episode in attempts:
             attempted += 1
             failed = 0 if episode.succeeds else failed + 1
@@ -182,29 +237,28 @@ def generate(
                 )
     if len(kept) < episodes:
         raise RuntimeError(f"Only {len(kept)} of {episodes} succeeded before seeds ran out.")
-    _write(out, kept, seed)
+    _write(out, kept, seed, astray)
     steps = sum(len(episode.action) for episode in kept)
     return GenerateReport(attempted, len(kept), steps, time.monotonic() - began, out)
 
 
-def _attempt(seed: int) -> Episode:
+def _attempt(seed: int, astray: float) -> Episode:
     """Demonstrate, then make sure that the stored numbers alone succeed too."""
-    episode = demonstrate(seed)
+    episode = demonstrate(seed, astray)
     if episode.succeeds:
-        again = min(
-            replay(episode.action, dp_initial_state(seed)),
-            replay(episode.action, episode.state[0], exact_pose=True),
-        )
+        again = replay(episode.action, episode.state[0], exact_pose=True)
+        if not _is_astray(seed, astray):
+            again = min(again, replay(episode.action, dp_initial_state(seed)))
         if again <= SUCCESS_COVERAGE:
             return Episode(seed, episode.action, episode.state, np.array([again]))
     return episode
 
 
-def _attempts(seed: int, workers: int) -> Generator[Episode]:
+def _attempts(seed: int, astray: float, workers: int) -> Generator[Episode]:
     """Attempts in the order of their seeds, made by `workers` processes."""
     seeds = range(seed, FIRST_EVALUATION_SEED)
     if workers == 1:
-        yield from map(_attempt, seeds)
+        yield from (_attempt(s, astray) for s in seeds)
         return
     # spawn: the caller may hold threads (torch, OpenMP) that do not survive a fork.
     context = multiprocessing.get_context("spawn")
@@ -212,11 +266,11 @@ def _attempts(seed: int, workers: int) -> Generator[Episode]:
     try:
         remaining = iter(seeds)
         queue: deque[Future[Episode]] = deque(
-            pool.submit(_attempt, s) for s in itertools.islice(remaining, 2 * workers)
+            pool.submit(_attempt, s, astray) for s in itertools.islice(remaining, 2 * workers)
         )
         while queue:
             yield queue.popleft().result()
-            queue.extend(pool.submit(_attempt, s) for s in itertools.islice(remaining, 1))
+            queue.extend(pool.submit(_attempt, s, astray) for s in itertools.islice(remaining, 1))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -228,8 +282,10 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
-def _write(out: Path, episodes: list[Episode], seed: int) -> None:
+def _write(out: Path, episodes: list[Episode], seed: int, astray: float) -> None:
     command = f"cmpolicy data generate pusht episodes={len(episodes)} seed={seed}"
+    if astray:
+        command += f" astray={astray:g}"
     attrs = {
         "generator": GENERATOR,
         "version": VERSION,
