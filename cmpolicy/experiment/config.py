@@ -87,6 +87,9 @@ class DataConfig:
             mirror image is added); or what was registered under a name of one's own.
         max_pause: where nothing moves for longer, the further steps are left out; null keeps all.
             A policy stands still where its demonstrations do.
+        forget_history: share in [0, 1) of the examples whose earlier observations are replaced by
+            the newest one. A policy that has always seen the robot move goes on as it moves, and
+            one that has come to rest stays there; with 0.25 it learns to set off.
         normalize: how keys are scaled, all (``data.normalize=gaussian``) or one of the policy's
             (``data.normalize.action=quantile``): ``auto`` takes the range of the values, but for a
             few that are out of all bounds; ``quantile`` the percentiles 1 and 99; ``gaussian`` mean
@@ -121,6 +124,7 @@ class DataConfig:
     val_fraction: float = 0.02
     augment: tuple[str, ...] = ()
     max_pause: int | None = None
+    forget_history: float = 0.0
     normalize: Mapping[str, str] = field(default_factory=lambda: {"default": "auto"})
     clamp_actions: bool = True
     strict: bool = False
@@ -165,8 +169,9 @@ class DataConfig:
                 f"data.episodes={self.episodes!r} must be a list of episode numbers or a name"
             )
         positive("data.image_memory", self.image_memory)
-        if not 0 <= self.val_fraction < 1:
-            raise ConfigError(f"data.val_fraction={self.val_fraction} must be in [0, 1)")
+        for name in ("val_fraction", "forget_history"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"data.{name}={getattr(self, name)} must be in [0, 1)")
 
     @property
     def is_lerobot(self) -> bool:

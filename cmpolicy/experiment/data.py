@@ -131,7 +131,13 @@ class TrainingData:
         return Normalizer.fit(named, unchanged, spans=spans, limits=limits, origins=origins)
 
     def loader(
-        self, *, batch_size: int, seed: int, device: torch.device, n_augment: int = 0
+        self,
+        *,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        n_augment: int = 0,
+        forget: float = 0.0,
     ) -> DeviceLoader | None:
         """Batches of the training episodes; None where there are none."""
         windows = self.windows.select(self.split.train_ids)
@@ -149,6 +155,7 @@ class TrainingData:
             n_augment=n_augment,
             precise=self.precise,
             targets=self.targets,
+            forget=forget,
         )
 
     def held_out(self, loader: DeviceLoader, batch_size: int) -> DeviceLoader | None:

@@ -210,6 +210,7 @@ def training_loader(
         seed=config.seed,
         device=device,
         n_augment=getattr(policy.encoder, "n_augment", 0),
+        forget=config.data.forget_history,
     )
     if loader is None:
         raise ConfigError(

@@ -4,8 +4,9 @@ Numbers are a few megabytes and live on the training device. Camera frames stay 
 device where they fit into half of its free memory, else on the host (in memory or mapped from a
 file), from where each batch's frames go to the device once. They are cropped there, by the encoder.
 
-The order of data (:mod:`cmpolicy.training.order`) and the numbers that augment frames are pure
-functions of (seed, example counter), so a resumed run sees what it would have seen.
+The order of data (:mod:`cmpolicy.training.order`), the numbers that augment frames and the choice
+of the examples that forget are pure functions of (seed, example counter), so a resumed run sees
+what it would have seen.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from torch import Tensor
 from cmpolicy.policy.policy import Batch
 from cmpolicy.schema import at_least
 from cmpolicy.training.order import ExampleOrder
+
+#: Added to a seed it gives an order that is independent of the seed's own.
+_LOTS = 1 << 33
 
 
 class Windows(Protocol):
@@ -49,6 +53,8 @@ class DeviceLoader:
         n_augment: uniform numbers per example that augment its frames, 0 for none.
         precise: keys of ``obs`` that become float64 instead.
         targets: (N, D) float32, what the features of each step are to tell, or None.
+        forget: share in [0, 1] of each epoch's examples whose earlier observations are replaced by
+            the newest one.
 
     Raises:
         ValueError: lengths that differ, rows outside the data, no windows, or a bad batch size.
@@ -66,6 +72,7 @@ class DeviceLoader:
         n_augment: int = 0,
         precise: Collection[str] = (),
         targets: npt.NDArray[np.float32] | None = None,
+        forget: float = 0.0,
     ) -> None:
         if not obs:
             raise ValueError("The loader got no observations: name at least one key in data.obs.")
@@ -78,6 +85,7 @@ class DeviceLoader:
         self.seed = seed
         self.device = torch.device(device)
         self.n_augment = n_augment
+        self._forget = forget
         self._obs = {key: self._placed(value, key in precise) for key, value in obs.items()}
         self._action = self._placed(action)
         self._targets = None if targets is None else self._placed(targets)
@@ -89,7 +97,7 @@ class DeviceLoader:
         The data stays where it is: frames may fill half of a device, and would not fit there twice.
         """
         other = copy.copy(self)
-        other.n_augment = 0
+        other.n_augment, other._forget = 0, 0.0
         other._set_windows(windows, batch_size)
         return other
 
@@ -111,6 +119,7 @@ class DeviceLoader:
         self._action_rows = torch.from_numpy(np.ascontiguousarray(windows.action)).to(self.device)
         self._is_pad = torch.from_numpy(np.ascontiguousarray(windows.action_is_pad)).to(self.device)
         self._order = ExampleOrder(n_windows, seed=self.seed, device=self.device)
+        self._lots = ExampleOrder(n_windows, seed=self.seed + _LOTS, device=self.device)
 
     def batch(self, first_example: int, count: int | None = None) -> Batch:
         """The ``count`` examples of the run from ``first_example`` on (default: a whole batch).
@@ -119,7 +128,11 @@ class DeviceLoader:
         shares side by side are exactly ``batch(first)``. Batches may straddle epochs.
         """
         size = self.batch_size if count is None else count
-        batch = self.gather(self.window_numbers(first_example, size))
+        forgets = None
+        if self._forget:
+            lots = self._lots.numbers(first_example, size)
+            forgets = lots < self._forget * self.n_windows
+        batch = self.gather(self.window_numbers(first_example, size), forgets)
         if self.n_augment:
             numbers = augment_numbers(self.seed, first_example, size, self.n_augment)
             batch["augment"] = torch.from_numpy(numbers).to(self.device)
@@ -129,9 +142,14 @@ class DeviceLoader:
         """(count,) int64 on the device: the windows that these examples of the run are."""
         return self._order.numbers(first_example, count)
 
-    def gather(self, window_numbers: Tensor) -> Batch:
-        """The batch of the given windows ((B,) int64 on the device)."""
+    def gather(self, window_numbers: Tensor, forgets: Tensor | None = None) -> Batch:
+        """The batch of the given windows ((B,) int64 on the device).
+
+        Those that are True in ``forgets`` (B,) bool see the newest observation To times.
+        """
         obs_rows = self._obs_rows.index_select(0, window_numbers)
+        if forgets is not None:
+            obs_rows = torch.where(forgets[:, None], obs_rows[:, -1:], obs_rows)
         action_rows = self._action_rows.index_select(0, window_numbers)
         batch: Batch = {
             "obs": {key: _take(value, obs_rows) for key, value in self._obs.items()},

@@ -71,3 +71,25 @@ def test_other_windows_of_the_same_data_leave_it_where_it_is():
     assert "augment" not in other.batch(0)
     alone = make(windows=WINDOWS.select([1]), batch_size=2).batch(0)
     assert torch.equal(other.batch(0)["action_is_pad"], alone["action_is_pad"])
+
+
+def test_a_share_of_each_epoch_sees_the_newest_observation_alone() -> None:
+    state = np.arange(12, dtype=np.float32)[:, None]
+    plain = make({"state": state})
+    loader = make({"state": state}, forget=0.25)
+    n = len(WINDOWS)
+    moving = forgotten = 0
+    for epoch in range(6):
+        seen = loader.batch(epoch * n, n)["obs"]["state"][..., 0]
+        usual = plain.batch(epoch * n, n)["obs"]["state"][..., 0]
+        forgets = (seen != usual).any(dim=1)
+        assert torch.equal(seen[:, -1], usual[:, -1])
+        assert (seen[forgets] == usual[forgets, -1:]).all()
+        assert forgets.sum() <= -(-n // 4)  # those at an episode's start see no other to forget
+        moving += int((usual[:, 0] != usual[:, 1]).sum())
+        forgotten += int(forgets.sum())
+    assert 0.1 < forgotten / moving < 0.4
+    again = [loader.batch(at, 2)["obs"]["state"] for at in range(0, 8, 2)]
+    assert torch.equal(torch.cat(again), loader.batch(0, 8)["obs"]["state"])  # resumed, or shared
+    held_out = loader.of(WINDOWS, batch_size=n).batch(0)["obs"]["state"]
+    assert torch.equal(held_out, plain.batch(0, n)["obs"]["state"])

@@ -106,6 +106,7 @@ def test_a_word_that_means_nothing_is_explained(words: str, message: str) -> Non
         ("optim.betas=[0.9]", r"optim.betas must be two numbers in \[0, 1\), got \[0.9\]"),
         ("ema.min_decay=0.9999", r"ema.min_decay=0.9999 and ema.decay=0.99\d+ must be in order"),
         ("batch_size=0", r"batch_size=0 must be at least 1"),
+        ("data.forget_history=1", r"data.forget_history=1.0 must be in \[0, 1\)"),
         ("examples=100", r"examples=100 is less than one batch \(batch_size=\d+\)"),
         ("optim.warmup=9000000000", r"optim.warmup=9000000000 leaves nothing of examples="),
         ("policy.horizon=15", r"policy.horizon=15 is not divisible by 4.*horizon=12 or 16"),
