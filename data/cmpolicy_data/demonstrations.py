@@ -13,7 +13,12 @@ import numpy.typing as npt
 from cmpolicy_data import augment as augmenting
 from cmpolicy_data.augment import AugmentError, Episodes
 from cmpolicy_data.chunks import MissingChunks, ReplayBufferError
-from cmpolicy_data.frames import load_frames, looks_like_frames, select_frames
+from cmpolicy_data.frames import (
+    load_frames,
+    looks_grey_or_four,
+    looks_like_frames,
+    select_frames,
+)
 from cmpolicy_data.replay_buffer import ReplayBuffer
 from cmpolicy_data.selector import Selector
 from cmpolicy_data.statistics import KeyStatistics
@@ -161,7 +166,8 @@ class _Source:
             return self.kind == "image"
         if key not in buffer:
             return _can_render(buffer, key)
-        return self.layout == "chw" or looks_like_frames(buffer[key])
+        array = buffer[key]  # of frames in other channels the error names the conversion
+        return self.layout == "chw" or looks_like_frames(array) or looks_grey_or_four(array)
 
 
 #: Key of Push-T's frames in the public demonstrations; rendered where a store lacks it.

@@ -27,6 +27,9 @@ Frames = npt.NDArray[np.uint8]
 
 #: Frames smaller than this are no images: (2, 3, 3) is a pair of matrices.
 _LEAST_SIZE = 8
+#: Smaller numbers in one or four channels may be those of a tactile sensor.
+_LEAST_CAMERA = 32
+_NO_IMAGES = ". If these are no images, say data.obs.<name>={key: ..., kind: state}"
 _GIB = 2**30
 _ROWS = 256  # frames that are copied at once
 
@@ -43,6 +46,13 @@ def channels_first(array: Array) -> bool:
     shape = array.shape[1:]
     frames = len(shape) == 3 and shape[0] == 3 and min(shape[1:]) >= _LEAST_SIZE
     return frames and array.dtype == np.uint8
+
+
+def looks_grey_or_four(array: Array) -> bool:
+    """Whether the steps of an array look like a camera's frames, but not in three channels."""
+    shape = array.shape[1:]
+    sides = shape[:2] if len(shape) == 3 and shape[2] in (1, 4) else shape
+    return array.dtype == np.uint8 and len(sides) == 2 and min(sides) >= _LEAST_CAMERA
 
 
 def load_frames(
@@ -91,6 +101,7 @@ def _frame_shape(array: Array, layout: str, what: str) -> tuple[int, int, int]:
     if len(shape) == 2:
         raise ReplayBufferError(
             f"{what} holds grey frames {shape}; store RGB: np.repeat(frames[..., None], 3, -1)"
+            f"{_NO_IMAGES}"
         )
     if len(shape) != 3:
         raise ReplayBufferError(f"{what} has shape {shape} per step, an image is (H, W, 3)")
@@ -101,7 +112,9 @@ def _frame_shape(array: Array, layout: str, what: str) -> tuple[int, int, int]:
             wanted = "hwc" if layout == "chw" else "chw"
             hint = f"they are {wanted}: say so, data.obs.<name>={{key: ..., layout: {wanted}}}"
         elif channels == 4:
-            hint = "drop alpha: store frames[..., :3]"
+            hint = f"drop alpha: store frames[..., :3]{_NO_IMAGES}"
+        elif channels == 1:
+            hint = f"they are grey; store RGB: np.repeat(frames, 3, -1){_NO_IMAGES}"
         else:
             hint = "store RGB frames"
         raise ReplayBufferError(f"{what} has {channels} channels as {first}, {shape}; {hint}")

@@ -133,6 +133,31 @@ def _v2_store(path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((32, 40), "grey frames .*store RGB: np.repeat"),
+        ((32, 40, 1), "they are grey; store RGB: np.repeat"),
+        ((32, 40, 4), "4 channels .*drop alpha"),
+    ],
+)
+def test_a_camera_without_three_channels_is_not_taken_for_a_state(
+    tmp_path: Path, shape: tuple[int, ...], words: str
+) -> None:
+    """A policy was trained on the pixels as if they were joints."""
+    buffer = _store(tmp_path, cam=np.zeros((N, *shape), np.uint8))
+    with pytest.raises(ReplayBufferError, match=rf"{words}.*kind: state"):
+        load_demonstrations(buffer.path, ["cam"], "action", ())
+    said = load_demonstrations(buffer.path, {"cam": {"key": "cam", "kind": "state"}}, "action", ())
+    assert said.obs["cam"].shape[1:] == shape
+
+
+def test_a_small_array_of_bytes_stays_a_state(tmp_path: Path) -> None:
+    buffer = _store(tmp_path, skin=np.zeros((N, 16, 16), np.uint8))
+    found = load_demonstrations(buffer.path, ["skin"], "action", ())
+    assert not found.images
+
+
 @pytest.mark.parametrize("codec", ["jpegxl", "jpeg2k"])
 def test_frames_in_codecs_of_imagecodecs(tmp_path: Path, codec: str) -> None:
     imagecodecs = pytest.importorskip("imagecodecs")
