@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +85,9 @@ def test_a_folder_is_trained_on_and_converted_once(
     cached = cache_dir() / "lerobot"
     words = ["train", "task=custom", "data.path=my_lerobot", "data.obs=[state]", *SHORT]
     assert main([*words, "out=run"]) == 0
-    (first,) = cached.iterdir()
+    (first,) = cached.glob("*.zarr")
     assert main([*words, "out=run2"]) == 0
-    assert list(cached.iterdir()) == [first]
+    assert list(cached.glob("*.zarr")) == [first]
     said = (tmp_path / "run" / "policy" / "README.md").read_text()
     assert "my_lerobot" in said
     assert str(tmp_path) not in said
@@ -95,7 +96,26 @@ def test_a_folder_is_trained_on_and_converted_once(
     info = tmp_path / "moved" / "meta" / "info.json"
     info.write_text(info.read_text().replace('"fps": 10', '"fps": 10.0'))
     assert as_store(tmp_path / "moved") != first
-    assert len(list(cached.iterdir())) == 2
+    assert len(list(cached.glob("*.zarr"))) == 2
+
+
+def test_files_of_the_same_size_and_time_are_not_read_again(
+    capsys: pytest.CaptureFixture[str],
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Videos of many gigabytes were hashed at each start of a training."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert run(capsys, "convert", "to-lerobot", store, "task=go")[0] == 0
+    first = as_store(tmp_path / "my_lerobot")
+    info = tmp_path / "my_lerobot" / "meta" / "info.json"
+    status = info.stat()
+    info.write_text(info.read_text().replace(": ", ":\t", 1))
+    os.utime(info, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert as_store(tmp_path / "my_lerobot") == first
+    os.utime(info, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert as_store(tmp_path / "my_lerobot") != first
 
 
 def test_data_set_of_lerobots_own_cache(

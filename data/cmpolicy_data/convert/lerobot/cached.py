@@ -50,11 +50,28 @@ def as_store(path: Path, name: str | None = None, commit: str | None = None) -> 
 
 
 def _digest(root: Path) -> str:
-    """Of everything that is read of a data set, and of how."""
+    """Of everything that is read of a data set, and of how.
+
+    Videos may be many gigabytes, so what was found is noted, and files that have kept their size
+    and time are not read again.
+    """
+    state = hashlib.blake2b(f"{VERSION} {root.resolve()}".encode(), digest_size=16)
+    files = [
+        path for folder in _CONTENT for path in sorted((root / folder).rglob("*")) if path.is_file()
+    ]
+    for file in files:
+        status = file.stat()
+        state.update(f"{file.relative_to(root)} {status.st_size} {status.st_mtime_ns}\n".encode())
+    note = cache_dir() / "lerobot" / f"{state.hexdigest()}.digest"
+    if note.is_file():
+        return note.read_text()
     digest = hashlib.blake2b(f"{VERSION}".encode(), digest_size=16)
-    for folder in _CONTENT:
-        for file in sorted(path for path in (root / folder).rglob("*") if path.is_file()):
-            with file.open("rb") as opened:
-                content = hashlib.file_digest(opened, "blake2b").hexdigest()
-            digest.update(f"{file.relative_to(root)} {content}\n".encode())
+    for file in files:
+        with file.open("rb") as opened:
+            content = hashlib.file_digest(opened, "blake2b").hexdigest()
+        digest.update(f"{file.relative_to(root)} {content}\n".encode())
+    note.parent.mkdir(parents=True, exist_ok=True)
+    own = note.with_suffix(f".{os.getpid()}")
+    own.write_text(digest.hexdigest())
+    own.replace(note)
     return digest.hexdigest()
