@@ -35,7 +35,7 @@ from cmpolicy.schema import (
     merge,
     positive,
 )
-from cmpolicy.spec import Rotation
+from cmpolicy.spec import Rotation, check_warm_start
 from cmpolicy.training.config import EvalConfig, LoopConfig
 
 NormalizeMethod = Literal["auto", "minmax", "quantile", "gaussian"]
@@ -216,6 +216,8 @@ class PolicyConfig:
     Args:
         horizon: T, predicted actions. n_obs_steps: To. n_action_steps: Ta, executed actions.
         path: ``linear`` or ``trigonometric``.
+        warm_start: time in (0, 1] at which decisions of the trained policy, but for the first,
+            start from the plan before; null: all start from noise. Training itself is the same.
         resize: camera frames of another size than those of the demonstrations are brought to that
             size when the policy is used, proportions kept, instead of being refused.
     """
@@ -224,9 +226,14 @@ class PolicyConfig:
     n_obs_steps: int = 2
     n_action_steps: int = 8
     path: Literal["linear", "trigonometric"] = "linear"
+    warm_start: float | None = None
     resize: bool = False
 
     def __post_init__(self) -> None:
+        try:
+            check_warm_start(self.warm_start)
+        except ValueError as error:
+            raise ConfigError(f"policy.{error}") from error
         for name in ("horizon", "n_obs_steps", "n_action_steps"):
             at_least(f"policy.{name}", getattr(self, name), 1)
         needed = self.n_obs_steps - 1 + self.n_action_steps
@@ -336,6 +343,11 @@ class TrainConfig(LoopConfig):
         except ValueError as error:
             raise ConfigError(f"policy.{error}") from error
         self.objective.check_evaluations(self.eval.nfe)
+        if self.policy.warm_start is not None:
+            try:
+                get_sampler(self.objective.sampler_kind).check_start()
+            except ValueError as error:
+                raise ConfigError(f"policy.warm_start={self.policy.warm_start}: {error}") from error
         positive("control_hz", self.control_hz)
         positive("target_weight", self.target_weight)
 

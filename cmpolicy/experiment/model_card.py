@@ -119,13 +119,18 @@ def model_card(policy: ConsistencyPolicy, metadata: Mapping[str, Any]) -> str:
     while before:
         stages += f"- before that: {before.get('examples')} examples, `{before.get('command')}`\n"
         before = before.get("start")
+    executed = f"executes {spec.n_action_steps}"
+    if policy.warm_start is not None:
+        executed += (
+            f"; decisions but for the first start from the plan before, at {policy.warm_start}"
+        )
     return f"""# A cmpolicy policy for {metadata["task"]}
 
 Trained {start} on `{metadata["data"]}` by `{config["objective"]["name"]}`:
 {parameters / 1e6:.1f}M parameters, {policy.path_name} path, sampler `{policy.sampler}`.
 
 - observations: {obs}; the last {spec.n_obs_steps} steps
-- actions: {spec.action_dim} numbers; predicts {spec.horizon} steps, executes {spec.n_action_steps}
+- actions: {spec.action_dim} numbers; predicts {spec.horizon} steps, {executed}
 - training examples: {metadata["examples"]}
 - command: `{metadata["command"]}`
 {stages}

@@ -188,7 +188,7 @@ def new_policy(config: TrainConfig, data: TrainingData) -> ConsistencyPolicy:
         nfe=config.nfe,
         objective=config.objective.build(),
     )
-    policy.control_hz = data.control_hz
+    policy.control_hz, policy.warm_start = data.control_hz, config.policy.warm_start
     policy.pad_loss = data.pad_loss
     if data.targets is not None:
         policy.target_head = TargetHead(

@@ -16,9 +16,12 @@ from websockets.sync.client import ClientConnection, connect
 import cmpolicy
 from cmpolicy import ActionChunker, ConsistencyPolicy, ControlLoop, PolicyServer, RemotePolicy
 from cmpolicy.cli.main import main
+from cmpolicy.experiment.data import load_training_data
+from cmpolicy.experiment.train import new_policy
 from cmpolicy.robot import Asynchronous, SafetyLimits, Synchronous
 from cmpolicy.robot.schedule import Schedule
 from cmpolicy.robot.worker import ThreadedWorker
+from cmpolicy.schema import ConfigError
 from cmpolicy.serve.wire import pack, unpack
 from cmpolicy.spec import SpecError
 from cmpolicy_eval import get_protocol, rollout
@@ -237,3 +240,10 @@ def test_the_command_line(policy: ConsistencyPolicy, tmp_path: Path, capsys: Any
     assert own.episodes[0].length > 0
     with pytest.raises(ValueError, match="set it on the policy itself"):
         cmpolicy.evaluate(policy, protocol="pusht-dp", seeds="500000", warm_start=0.5)
+
+
+def test_a_run_can_give_its_policies_one() -> None:
+    config = cmpolicy.compose("task=pusht", "net=tiny", "policy.warm_start=0.5")
+    assert new_policy(config, load_training_data(config)).warm_start == 0.5
+    with pytest.raises(ConfigError, match=r"policy.warm_start=0.5: a warm start needs .* flow"):
+        cmpolicy.compose("task=pusht", "objective=ddpm", "policy.warm_start=0.5")

@@ -110,6 +110,7 @@ def test_a_word_that_means_nothing_is_explained(words: str, message: str) -> Non
         ("examples=100", r"examples=100 is less than one batch \(batch_size=\d+\)"),
         ("optim.warmup=9000000000", r"optim.warmup=9000000000 leaves nothing of examples="),
         ("policy.horizon=15", r"policy.horizon=15 is not divisible by 4.*horizon=12 or 16"),
+        ("policy.warm_start=0", r"policy.warm_start=0.0 must be a time in \(0, 1\]"),
         ("policy.n_action_steps=16", r"policy.horizon=16 is too short.*n_obs_steps=2.*least 17"),
         ("net.down_dims=[20]", r"down_dims=\[20\]: 20 is not a multiple of n_groups=8"),
         ("data.short_episodes=drop", r"data.short_episodes='drop' is not one of pad, skip"),
