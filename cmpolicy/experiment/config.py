@@ -88,8 +88,7 @@ class DataConfig:
         max_pause: where nothing moves for longer, the further steps are left out; null keeps all.
             A policy stands still where its demonstrations do.
         forget_history: share in [0, 1) of the examples whose earlier observations are replaced by
-            the newest one. A policy that has always seen the robot move goes on as it moves, and
-            one that has come to rest stays there; with 0.25 it learns to set off.
+            the newest one, for policies that only go on as they moved, or stay where they rest.
         normalize: how keys are scaled, all (``data.normalize=gaussian``) or one of the policy's
             (``data.normalize.action=quantile``): ``auto`` takes the range of the values, but for a
             few that are out of all bounds; ``quantile`` the percentiles 1 and 99; ``gaussian`` mean
