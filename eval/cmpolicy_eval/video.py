@@ -242,7 +242,7 @@ def _draw_plan(image: Frame, plan: NDArray[np.float64], n_executed: int, n_chose
     points = np.round(plan * 2**shift).astype(np.int32)
     radius = max(2, image.shape[1] // 170)
     parts = [
-        (points[max(0, n_chosen - 1) :], _BEYOND, 1),
+        (points[max(0, n_chosen - 1) :], _BEYOND, 2),
         (points[:n_executed], _DONE, 1),
         (points[max(0, n_executed - 1) : n_chosen], _AHEAD, 2),
     ]
