@@ -138,7 +138,7 @@ def test_from_lerobots_own_cache_without_a_network(data: Path, tmp_path: Path):
     assert policy.spec.images == ("images.top",)
     assert (policy.control_hz, policy.spec.horizon, policy.n_action_steps) == (50.0, 32, 16)
     assert "me/arm" in (tmp_path / "run/policy/README.md").read_text()
-    (store,) = (tmp_path / "cache/cmpolicy/lerobot").iterdir()
+    (store,) = (tmp_path / "cache/cmpolicy/lerobot").glob("*.zarr")
     assert ReplayBuffer.open(store).attrs["source"]["name"] == "me/arm"
 
 
@@ -152,12 +152,12 @@ def test_from_a_hub_then_from_its_cache(data: Path, tmp_path: Path):
         assert sorted(asked) == sorted(str(f.relative_to(data)) for f in files)
     policy = ConsistencyPolicy.from_pretrained(tmp_path / "run/policy")
     assert policy.spec.obs == {"images.top": (32, 32, 3), "state": (4,)}
-    (store,) = (tmp_path / "cache/cmpolicy/lerobot").iterdir()
+    (store,) = (tmp_path / "cache/cmpolicy/lerobot").glob("*.zarr")
     assert ReplayBuffer.open(store).attrs["source"]["commit"] == COMMIT
     # the server is gone now
     done = train(tmp_path, *words, "out=again", HF_ENDPOINT=address)
     assert done.returncode == 0, done.stderr
-    assert list((tmp_path / "cache/cmpolicy/lerobot").iterdir()) == [store]
+    assert list((tmp_path / "cache/cmpolicy/lerobot").glob("*.zarr")) == [store]
 
 
 def test_no_network_and_nothing_cached(tmp_path: Path):
