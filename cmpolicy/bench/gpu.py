@@ -37,7 +37,7 @@ class GpuSettings:
     """Of ``gpu``.
 
     Args:
-        pairs: measured pairs of one fm and one isd step per row.
+        pairs: measured pairs of one step of fm and one of the other objective per row.
         calls: timed decisions per row.
         batches: batch sizes of the training steps.
         nets: sizes of the networks.
@@ -78,7 +78,7 @@ def measure_gpu(
 
     Args:
         settings: of the benchmark.
-        pairs: (name of the network, a run by fm, the same by isd).
+        pairs: (name of the network, a run by fm, the same by another objective).
         command: recorded.
     """
     device = choose_device(settings.device)
@@ -116,20 +116,20 @@ def _measures(
     device: torch.device,
 ) -> Sequence[tuple[str, Callable[[], list[Row]]]]:
     found: list[tuple[str, Callable[[], list[Row]]]] = []
-    for name, _, isd in pairs:
+    for name, _, other in pairs:
         for how in ("eager", "graph"):
             label = f"decision {name} {how}"
-            found.append((label, partial(_latency, settings, isd, how, label, device)))
+            found.append((label, partial(_latency, settings, other, how, label, device)))
     last = settings.batches[-1]
     kinds = [(b, p, False) for b in settings.batches for p in ("fp32", "bf16")]
     for batch, precision, compiled in [*kinds, (last, "bf16", True)]:
-        for name, fm, isd in pairs[: 1 if compiled else None]:
+        for name, fm, other in pairs[: 1 if compiled else None]:
             label = f"step {name} batch {batch} {precision}{' compiled' * compiled}"
             measure = partial(
                 _step,
                 settings,
                 fm,
-                isd,
+                other,
                 label,
                 batch=batch,
                 precision=precision,
@@ -147,7 +147,7 @@ def _changed(config: TrainConfig, **changes: Any) -> TrainConfig:
 def _step(
     settings: GpuSettings,
     fm: TrainConfig,
-    isd: TrainConfig,
+    other: TrainConfig,
     label: str,
     *,
     batch: int,
@@ -161,13 +161,13 @@ def _step(
         "compile": compiled,
         "device": device.type,
     }
-    fm, isd = _changed(fm, **changes), _changed(isd, **changes)
-    accelerator = make_accelerator(isd)
-    data = load_training_data(isd)
+    fm, other = _changed(fm, **changes), _changed(other, **changes)
+    accelerator = make_accelerator(other)
+    data = load_training_data(other)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with tempfile.TemporaryDirectory() as folder:
-        first, second, loader = half_way_trainers(fm, isd, data, accelerator, Path(folder))
+        first, second, loader = half_way_trainers(fm, other, data, accelerator, Path(folder))
         times = time_pairs(
             first.step,
             second.step,
@@ -179,7 +179,7 @@ def _step(
     peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
     medians = [1e3 * float(np.median(t)) for t in (times.first, times.second)]
     rate = batch / medians[1] * 1e3
-    note = f"{isd.objective.name} {rate:.0f} examples/s, peak of both {peak:.0f} MiB"
+    note = f"{other.objective.name} {rate:.0f} examples/s, peak of both {peak:.0f} MiB"
     return [(label, medians[0], medians[1], times.ratio, note)]
 
 

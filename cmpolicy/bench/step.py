@@ -37,7 +37,7 @@ class StepSettings:
     """Of ``step``; every other word is a setting of ``cmpolicy train``.
 
     Args:
-        pairs: measured pairs of one step of the objective (isd unless said) and one fm step.
+        pairs: measured pairs of one step of the objective (psd unless said) and one fm step.
         warmup: pairs before them that are not measured.
         threads: of torch on the CPU; null leaves torch's own choice.
         out: JSON file.

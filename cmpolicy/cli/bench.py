@@ -22,7 +22,7 @@ usage: cmpolicy bench COMMAND [key=value ...]
 Measure what this machine makes of cmpolicy; a table here, JSON in out=FILE.
 
 commands:
-  step      one training step of isd (or objective=...) against one of fm, in alternating pairs;
+  step      one training step of psd (or objective=...) against one of fm, in alternating pairs;
             the loader's share. Takes every setting of `cmpolicy train` as well: net=base
   latency   one decision at batch 1, normalisation included, in each runtime; beside it DDPM and
             DDIM on the same network, and the floor that memory and arithmetic set
@@ -109,7 +109,7 @@ def _gpu(words: Sequence[str], command: str) -> int:
 
 
 def _objectives(words: Sequence[str]) -> tuple[TrainConfig, TrainConfig]:
-    """Two runs of these settings, by flow matching and by the objective that they name, or isd.
+    """Two runs of these settings: by flow matching, and by the objective named or the default.
 
     Raises:
         ConfigError: what is wrong with the words.
@@ -117,12 +117,12 @@ def _objectives(words: Sequence[str]) -> tuple[TrainConfig, TrainConfig]:
     if "objective=fm" in words:
         raise ConfigError(
             "objective=fm: each step is compared with one of fm; name another objective, or none "
-            "for isd"
+            "for psd"
         )
     shared = [word for word in words if word.partition("=")[0].split(".")[0] != "objective"]
     fm, other = (
         TrainConfig.from_mapping(_TRAINING.compose(chosen))
-        for chosen in ([*shared, "objective=fm"], ["objective=isd", *words])
+        for chosen in ([*shared, "objective=fm"], words)
     )
     return fm, other
 

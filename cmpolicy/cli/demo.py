@@ -29,7 +29,7 @@ def run(words: Sequence[str]) -> int:
     chosen = ["task=pusht", "preset=demo", "data.augment=[mirror]"]
     if not any(word.startswith("objective=") for word in rest):
         # cheap steps, so more of them; and decisions that stay with their plan
-        chosen += ["objective=psd", "objective.sd_share=0.25", "policy.warm_start=0.5"]
+        chosen += ["objective.sd_share=0.25", "policy.warm_start=0.5"]
     settings = replace(COMPOSITION, extra={}).compose([*chosen, *rest])
     command = shlex.join(["cmpolicy", "demo", *words])
     return run_demo(demo, TrainConfig.from_mapping(settings), command=command)

@@ -255,7 +255,7 @@ class ObjectiveConfig:
     other_defaults: ClassVar[Mapping[str, Any]] = {}
     """Defaults of the objectives' settings that differ from their own, where they have these."""
 
-    name: str = "isd"
+    name: str = "psd"
     sampler: SamplerKind | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -304,7 +304,7 @@ class ObjectiveConfig:
     @classmethod
     def complete(cls, data: Mapping[str, Any]) -> dict[str, Any]:
         """The settings with the defaults of the objective, side by side."""
-        name = str(data.get("name") or "isd")
+        name = str(data.get("name") or cls.name)
         own = complete(choose(OBJECTIVES, name, "objective", OWN), {}) | cls._others(name)
         rest = {k: v for k, v in data.items() if k not in ("name", "sampler", "settings")}
         given = {**data.get("settings", {}), **rest}

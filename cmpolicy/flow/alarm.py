@@ -23,7 +23,7 @@ MAX_TANGENT_AT_1 = 0.8
 ALARM_BEGIN, ALARM_EXAMPLES = 0.5, 20_000
 
 _CURE = (
-    "lower optim.lr or raise batch_size; if that does not help, train with objective=isd, or with "
+    "lower optim.lr or raise batch_size; if that does not help, train with objective=psd, or with "
     "a later objective.sd_begin"
 )
 

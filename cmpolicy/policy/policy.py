@@ -416,6 +416,6 @@ class ConsistencyPolicy(SampledModule):
         if self.objective is None:
             raise ValueError(
                 "this policy has no objective, so it cannot be trained: build it with "
-                "objective=build_objective('isd'), or set policy.objective"
+                "objective=build_objective('psd'), or set policy.objective"
             )
         return self.objective

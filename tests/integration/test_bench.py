@@ -287,18 +287,18 @@ def test_step(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     words += ["batch_size=8", "objective.sd_share=0.25", "pairs=2", "warmup=1", f"out={out}"]
     assert main(["step", *words]) == 0
     content = _read(out)
-    assert [row["what"] for row in content["rows"]] == ["fm step", "isd step", "loader"]
+    assert [row["what"] for row in content["rows"]] == ["fm step", "psd step", "loader"]
     assert all(row["median ms"] > 0 for row in content["rows"])
     summary = content["summary"]
-    assert summary["isd_to_fm"] > 0
+    assert summary["psd_to_fm"] > 0
     assert summary["loader_share_of_fm"] == pytest.approx(summary["loader_ms"] / summary["fm_ms"])
     assert content["settings"]["train"]["objective"]["settings"]["sd_share"] == 0.25
-    assert "one isd step costs" in capsys.readouterr().out
-    assert main(["step", *words, "objective=psd"]) == 0
+    assert "one psd step costs" in capsys.readouterr().out
+    assert main(["step", *words, "objective=isd"]) == 0
     content = _read(out)
-    assert content["settings"]["train"]["objective"]["name"] == "psd"
+    assert content["settings"]["train"]["objective"]["name"] == "isd"
     assert content["settings"]["train"]["objective"]["settings"]["sd_share"] == 0.25
-    assert content["summary"]["psd_to_fm"] > 0
+    assert content["summary"]["isd_to_fm"] > 0
 
 
 def test_a_step_crops_frames_as_training_does(tmp_path: Path) -> None:
@@ -310,14 +310,14 @@ def test_a_step_crops_frames_as_training_does(tmp_path: Path) -> None:
         buffer.append_episode({"top": frames, "action": actions})
     words = ["task=custom", "control_hz=10", f"data.path={buffer.path}", "data.obs=[top]"]
     words += ["net=tiny", "encoder=compact", "device=cpu", "batch_size=8"]
-    fm, isd = (compose(*words, f"objective={name}") for name in ("fm", "isd"))
-    data, accelerator = load_training_data(isd), make_accelerator(isd)
-    first, second, loader = half_way_trainers(fm, isd, data, accelerator, tmp_path)
-    assert first.examples == second.examples == isd.examples // 2
+    fm, psd = (compose(*words, f"objective={name}") for name in ("fm", "psd"))
+    data, accelerator = load_training_data(psd), make_accelerator(psd)
+    first, second, loader = half_way_trainers(fm, psd, data, accelerator, tmp_path)
+    assert first.examples == second.examples == psd.examples // 2
     batch = loader.batch(8)
     n = second.model.encoder.n_augment
     assert n > 0
-    numbers = augment_numbers(isd.seed, 8, 8, n)
+    numbers = augment_numbers(psd.seed, 8, 8, n)
     np.testing.assert_array_equal(batch["augment"], numbers)
     out = tmp_path / "step.json"
     assert main(["step", *words, "pairs=1", "warmup=0", f"out={out}"]) == 0
@@ -384,7 +384,7 @@ def test_an_out_that_cannot_be_written_is_refused_before_measuring(
         (["latency", "policy=x", "device=warp"], "device=warp is no device; use auto, cpu or cuda"),
         (["rollout", "policy=x", "episodes=0"], "episodes=0 must be at least 1"),
         (["step", "pairs=0"], "pairs=0 must be at least 1"),
-        (["step", "objective=fm"], "name another objective, or none for isd"),
+        (["step", "objective=fm"], "name another objective, or none for psd"),
         (["step", "batchsize=3"], "did you mean 'batch_size'?"),
         (["gpu", "batches=[]"], "batches=[] and nets="),
         (["gpu", "minutes=-1"], "must be above 0"),

@@ -27,7 +27,7 @@ TINY = (
     "--policy.net=tiny",
     "--policy.down_dims=[8,16]",
     "--policy.compact.width=8",
-    "--policy.isd.sd_begin=0.5",
+    "--policy.psd.sd_begin=0.5",
     "--policy.ema.decay=0.9",
     "--policy.scheduler_warmup_steps=2",
     "--batch_size=4",
@@ -194,9 +194,9 @@ def test_a_run_goes_on(run: Run, trained: Path):
     ("setting", "message"),
     [
         ("horizon=15", "horizon=15 is not divisible by 2"),
-        ("isd.sd_share=3", "sd_share=3.0 must lie in (0, 1]"),
+        ("psd.sd_share=3", "sd_share=3.0 must lie in (0, 1]"),
         ("objective=psi", "did you mean 'psd'"),
-        ("objective_settings={time_a: 1}", "those of isd are a group"),
+        ("objective_settings={time_a: 1}", "those of psd are a group"),
     ],
 )
 def test_wrong_settings_say_what_is_wrong(

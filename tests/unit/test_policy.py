@@ -406,7 +406,7 @@ def test_ema_weights_encode_for_themselves() -> None:
 
 def test_training_without_objective() -> None:
     policy = _policy()
-    with pytest.raises(ValueError, match=r"no objective.*build_objective\('isd'\)"):
+    with pytest.raises(ValueError, match=r"no objective.*build_objective\('psd'\)"):
         policy.compute_loss(_batch(policy, 2))
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from cmpolicy.cli.parse import parse
 from cmpolicy.cli.train import COMPOSITION, compose
-from cmpolicy.experiment.config import DataConfig, TaskConfig, TrainConfig
+from cmpolicy.experiment.config import DataConfig, ObjectiveConfig, TaskConfig, TrainConfig
 from cmpolicy.nn.encoders.state import StateEncoderConfig
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.schema import ConfigError
@@ -33,17 +33,18 @@ def test_defaults_are_push_t_on_the_bundled_demonstrations() -> None:
     assert (config.task.name, config.task.protocol) == ("pusht", "pusht-dp")
     assert config.data.name == "pusht_scripted"
     assert dict(config.data.obs) == {"agent_pos": "state[:2]", "keypoint": "keypoint"}
-    assert config.objective.name == "isd"
+    assert config.objective.name == "psd"
+    assert ObjectiveConfig().name == "psd"  # in Python, too
     assert config.nfe == 1
 
 
 @pytest.mark.parametrize("preset", ["quick", "standard", "gpu", "demo"])
-@pytest.mark.parametrize("objective", ["isd", "fm"])
+@pytest.mark.parametrize("objective", ["psd", "isd", "fm"])
 def test_every_preset_composes_with_every_objective(preset: str, objective: str) -> None:
     config = build(f"preset={preset}", f"objective={objective}")
     config.objective.build()
-    assert config.nfe == (1 if objective == "isd" else 10)
-    assert config.objective.sampler_kind == ("flow_map" if objective == "isd" else "diagonal")
+    assert config.nfe == (10 if objective == "fm" else 1)
+    assert config.objective.sampler_kind == ("diagonal" if objective == "fm" else "flow_map")
 
 
 def test_what_the_user_types_wins_over_presets_and_groups() -> None:
@@ -79,8 +80,8 @@ def test_settings_survive_a_round_trip() -> None:
         ("lr=1e-3", r"unknown setting 'lr'; did you mean 'optim.lr'"),
         ("sampels=10", r"did you mean 'examples'.*\n(.|\n)*--help"),
         ("+sampels=10", r"did you mean 'examples'"),
-        ("objective.epsilom=1", r"did you mean 'objective.epsilon'"),
-        ("+objective.epsilom=1", r"unknown setting 'objective.epsilom'"),
+        ("objective.sd_shar=1", r"did you mean 'objective.sd_share'"),
+        ("+objective.sd_shar=1", r"unknown setting 'objective.sd_shar'"),
         ("preset=quik", r"unknown choice preset=quik; did you mean preset=quick"),
         ("net=huge", r"net is one of \['base', 'large', 'small', 'tiny', 'unet1d'\](.|\n)*PLUGINS"),
         ("examples", r"'examples' is not a setting; settings are given as key=value"),

@@ -74,13 +74,16 @@ class ImageNetSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageObjectiveConfig(ObjectiveConfig):
-    """As for policies, but no extra examples at t = 1 exactly.
+    """As for policies, but by ``isd``, and no extra examples at t = 1 exactly.
 
-    There L_sd of an image is as large as L_fm, and takes its share of the weight of the example: a
-    quarter of them doubled the distance of one evaluation from the data (image/RECIPE.md).
+    After a long run the images of ``psd`` vary less (image/README.md). At t = 1 L_sd of an image is
+    as large as L_fm, and takes its share of the weight of the example: a quarter of them doubled
+    the distance of one evaluation from the data (image/RECIPE.md).
     """
 
     other_defaults: ClassVar[Mapping[str, Any]] = {"one_share": 0.0}
+
+    name: str = "isd"
 
 
 @dataclass(frozen=True, kw_only=True)

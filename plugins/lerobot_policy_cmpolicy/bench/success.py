@@ -40,7 +40,7 @@ def windows(data: Path) -> dict[str, torch.Tensor]:
 def step(learner: Learner, batch: dict[str, torch.Tensor], share: float, done: int) -> float:
     """One step with the rate for this share of the training; the loss."""
     group = learner.optimizer.param_groups[0]
-    group["total_steps"] = int(max(done, 1) / max(share, 1e-3))  # what isd's schedule goes by
+    group["total_steps"] = int(max(done, 1) / max(share, 1e-3))  # the schedule goes by it
     for each in learner.optimizer.param_groups:
         each.setdefault("initial_lr", each["lr"])
         ramp = min(1.0, (done + 1) / WARMUP)

@@ -16,7 +16,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from cmpolicy.experiment.config import parse_rotation
-from cmpolicy.flow.objectives import FlowMatching, Isd, Objective, build_objective
+from cmpolicy.flow.objectives import (
+    FlowMatching,
+    Isd,
+    Objective,
+    ProgressiveSelfDistillation,
+    build_objective,
+)
 from cmpolicy.flow.path import get_path
 from cmpolicy.flow.sampler import SAMPLERS, SamplerKind, check_sampler, get_sampler
 from cmpolicy.nn.encoders.image import CompactEncoderConfig, ResNet18EncoderConfig
@@ -29,7 +35,8 @@ from cmpolicy.training.config import EmaConfig, OptimConfig
 #: Entry of the optimizer's parameter group in which the schedule leaves the length of the run.
 TOTAL_STEPS = "total_steps"
 
-for _settings in (Isd, FlowMatching, EmaConfig):  # draccus reads no Literal; the classes check them
+# draccus reads no Literal; the classes check them
+for _settings in (ProgressiveSelfDistillation, Isd, FlowMatching, EmaConfig):
     for _hint in get_type_hints(_settings).values():
         if get_origin(_hint) is Literal:
             draccus.decode.register(_hint, lambda raw, path=(): str(raw))
@@ -38,7 +45,7 @@ for _settings in (Isd, FlowMatching, EmaConfig):  # draccus reads no Literal; th
 @LRSchedulerConfig.register_subclass("cmpolicy")
 @dataclass
 class CmpolicySchedulerConfig(LRSchedulerConfig):
-    """Warm-up and decay; it also tells the policy how long the run is, which ``isd`` needs.
+    """Warm-up and decay; it also tells the policy how long the run is, which ``psd`` needs.
 
     Args:
         num_warmup_steps: steps over which the rate rises linearly from 0.
@@ -71,8 +78,9 @@ class CmpolicyConfig(PreTrainedConfig):
         n_obs_steps: observations a decision looks at.
         horizon: predicted actions; the first is at the oldest observation.
         n_action_steps: actions executed before the next decision.
-        objective: ``isd`` (one-step), ``fm`` (flow matching), or another one of cmpolicy's. The
-            settings of these two are the groups of that name, such as ``isd.derivative``.
+        objective: ``psd`` or ``isd`` (one-step), ``fm`` (flow matching), or another one of
+            cmpolicy's. The settings of these three are the groups of that name, such as
+            ``isd.derivative``.
         objective_settings: of another objective, such as ``{derivative: jvp}`` of ``meanflow``.
         path: ``linear`` or ``trigonometric``.
         sampler: such as ``flow_map`` or ``diagonal``; null takes the objective's own.
@@ -99,7 +107,8 @@ class CmpolicyConfig(PreTrainedConfig):
     n_obs_steps: int = 2
     horizon: int = 16
     n_action_steps: int = 8
-    objective: str = "isd"
+    objective: str = "psd"
+    psd: ProgressiveSelfDistillation = field(default_factory=ProgressiveSelfDistillation)
     isd: Isd = field(default_factory=Isd)
     fm: FlowMatching = field(default_factory=FlowMatching)
     objective_settings: dict[str, str] = field(default_factory=dict)
@@ -246,7 +255,7 @@ class CmpolicyConfig(PreTrainedConfig):
 
     def build_objective(self) -> Objective:
         """What is trained."""
-        groups: dict[str, Objective] = {"isd": self.isd, "fm": self.fm}
+        groups: dict[str, Objective] = {"psd": self.psd, "isd": self.isd, "fm": self.fm}
         if self.objective not in groups:
             given = {k: yaml.safe_load(str(v)) for k, v in self.objective_settings.items()}
             return build_objective(self.objective, **given)

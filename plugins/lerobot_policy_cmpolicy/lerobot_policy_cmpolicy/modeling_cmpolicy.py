@@ -158,7 +158,7 @@ class CmpolicyPolicy(PreTrainedPolicy):
                 warnings.warn(
                     "the length of the run is not known, since its schedule is not the one of "
                     "cmpolicy (scheduler.type=cmpolicy); the objective is taken to be at its end, "
-                    "as after isd.sd_begin",
+                    "as after its sd_begin",
                     stacklevel=2,
                 )
                 self._group[TOTAL_STEPS] = 0
