@@ -122,9 +122,17 @@ class Composition:
                         f"{group}={'|'.join(groups[group])}"
                     )
                 leaves = [k for k in known if not any(o.startswith(f"{k}.") for o in known)]
-                raise ConfigError(unknown_key_message(key, [*leaves, *groups], how=HOW))
+                how = self._elsewhere(key) or HOW
+                raise ConfigError(unknown_key_message(key, [*leaves, *groups], how=how))
             OmegaConf.update(config, key, self._value(override), merge=False)
         return _container(config)
+
+    def _elsewhere(self, key: str) -> str:
+        """Which other choices of its group have a setting; empty where none has."""
+        group, _, name = key.partition(".")
+        known = self.kinds.get(group, ("", {}))[1].items()
+        having = sorted(kind for kind, cls in known if name in cls.__dataclass_fields__)
+        return f"{name} is a setting of {group}={'|'.join(having)}" if having else ""
 
     def values(self, overrides: Iterable[Override]) -> dict[str, Any]:
         """The values of settings by key, of words that compose nothing."""

@@ -81,6 +81,8 @@ def test_settings_survive_a_round_trip() -> None:
         ("sampels=10", r"did you mean 'examples'.*\n(.|\n)*--help"),
         ("+sampels=10", r"did you mean 'examples'"),
         ("objective.sd_shar=1", r"did you mean 'objective.sd_share'"),
+        ("objective.epsilon=0.1", r"epsilon is a setting of objective=.*\|isd\|"),
+        ("encoder.crop=0.9", r"crop is a setting of encoder=compact\|resnet18"),
         ("+objective.sd_shar=1", r"unknown setting 'objective.sd_shar'"),
         ("preset=quik", r"unknown choice preset=quik; did you mean preset=quick"),
         ("net=huge", r"net is one of \['base', 'large', 'small', 'tiny', 'unet1d'\](.|\n)*PLUGINS"),
