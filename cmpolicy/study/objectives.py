@@ -20,9 +20,10 @@ from typing import Any, cast
 import numpy as np
 from tqdm import tqdm
 
-from cmpolicy.experiment.config import ObjectiveConfig, TrainConfig
+from cmpolicy.experiment.config import TrainConfig
 from cmpolicy.experiment.evaluate import EvalSettings, score
 from cmpolicy.experiment.model_card import LAST
+from cmpolicy.experiment.objective import ObjectiveConfig
 from cmpolicy.experiment.train import resume, train
 from cmpolicy.files import write_atomically
 from cmpolicy.flow.objectives import OBJECTIVES

@@ -13,7 +13,7 @@ import torch
 
 import cmpolicy
 from cmpolicy import ActionChunker, PolicyServer, RemotePolicy
-from cmpolicy.experiment.config import ObjectiveConfig
+from cmpolicy.experiment.objective import ObjectiveConfig
 from cmpolicy.export.runtime import open_exported
 from cmpolicy.export.write import DIFFUSION_TOLERANCE, export_policy, largest_difference
 from cmpolicy.flow.flow_map import FlowMap

@@ -8,8 +8,8 @@ import torch
 import yaml
 
 from cmpolicy.cli.parse import Composition
-from cmpolicy.experiment.config import ObjectiveConfig
 from cmpolicy.experiment.image.config import ImageTrainConfig
+from cmpolicy.experiment.objective import ObjectiveConfig
 from cmpolicy.experiment.run import read_yaml
 from cmpolicy.image.net import DiTConfig, UNetConfig
 from cmpolicy.schema import ConfigError

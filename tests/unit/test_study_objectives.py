@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cmpolicy.experiment.config import ObjectiveConfig
+from cmpolicy.experiment.objective import ObjectiveConfig
 from cmpolicy.study.objectives import RunScores, Scores, evaluations
 from cmpolicy.study.objectives_report import markdown, plot, rows
 from cmpolicy_eval.metrics import (

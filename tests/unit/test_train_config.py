@@ -10,7 +10,8 @@ import yaml
 
 from cmpolicy.cli.parse import parse
 from cmpolicy.cli.train import COMPOSITION, compose
-from cmpolicy.experiment.config import DataConfig, ObjectiveConfig, TaskConfig, TrainConfig
+from cmpolicy.experiment.config import DataConfig, TaskConfig, TrainConfig
+from cmpolicy.experiment.objective import ObjectiveConfig
 from cmpolicy.nn.encoders.state import StateEncoderConfig
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.schema import ConfigError

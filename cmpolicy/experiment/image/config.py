@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-from cmpolicy.experiment.config import ObjectiveConfig
+from cmpolicy.experiment.objective import ObjectiveConfig
 from cmpolicy.image.datasets.data import ImageDataConfig
 from cmpolicy.image.guidance import USUAL_DROPOUT, Guidance
 from cmpolicy.image.model import check_derivative
