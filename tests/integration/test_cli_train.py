@@ -417,7 +417,7 @@ def free_port() -> int:
 
 def test_two_processes_are_one_with_twice_the_batch(store: Path, tmp_path: Path) -> None:
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    words = custom(store, "objective.tangent_weights=ema", "precision=fp32")
+    words = custom(store, "objective.weights=ema", "precision=fp32")
     processes = [
         start([*words, "out=two"], RANK=str(r), LOCAL_RANK=str(r), **shared) for r in range(2)
     ]
