@@ -2,7 +2,7 @@
 
 Run from the root of the checkout: ``python tests/golden/make_bundled_actions.py``. The numbers in
 the repository were made by the code of format version 1, before the encoder left the network, and
-those of ``pusht`` and ``pusht_image`` when their present bundles were published.
+those of ``pusht``, ``pusht_image`` and ``square`` when their present bundles were published.
 """
 
 from __future__ import annotations
