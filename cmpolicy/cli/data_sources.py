@@ -6,11 +6,16 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from cmpolicy.schema import ConfigError, choose
+
+if TYPE_CHECKING:
+    from cmpolicy.policy.policy import ConsistencyPolicy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +28,8 @@ class GenerateSettings:
         seed: first seed of the initial states.
         astray: of pusht: share of attempts in [0, 1] that begin where random pushes have left the
             block, from which a policy learns to come back.
+        astray_by: of pusht: a policy bundle that leads these attempts astray in place of random
+            pushes: they begin where it has got to after some steps without success.
         workers: simulator processes; the result does not depend on it.
         out: file to write; null: pusht_scripted.zarr.zip, or TASK.hdf5 in robomimic's layout.
     """
@@ -31,6 +38,7 @@ class GenerateSettings:
     episodes: int | None = None
     seed: int = 0
     astray: float = 0.0
+    astray_by: str | None = None
     workers: int = 2
     out: str | None = None
 
@@ -114,6 +122,12 @@ def generate(settings: GenerateSettings, what: str) -> int:
         return _generate_robomimic(settings)
     from cmpolicy_data.generate import pusht
 
+    lead = None
+    if settings.astray_by is not None:
+        if not settings.astray:
+            raise ConfigError("astray_by changes attempts that begin astray; add astray=0.5, say")
+        _check_lead(settings.astray_by)
+        lead = partial(_lead, settings.astray_by)
     episodes = 300 if settings.episodes is None else settings.episodes
     with progress_bar(episodes, "episode") as show:
         report = pusht.generate(
@@ -121,6 +135,8 @@ def generate(settings: GenerateSettings, what: str) -> int:
             episodes=episodes,
             seed=settings.seed,
             astray=settings.astray,
+            lead=lead,
+            lead_name=settings.astray_by or "",
             workers=settings.workers,
             progress=show,
         )
@@ -132,6 +148,33 @@ def generate(settings: GenerateSettings, what: str) -> int:
     return 0
 
 
+def _check_lead(policy: str) -> None:
+    spec = _policy(policy).spec
+    if not set(spec.obs) <= {"agent_pos", "keypoint"} or spec.action_dim != 2:
+        raise ConfigError(
+            f"astray_by={policy} sees {', '.join(spec.obs)} and gives {spec.action_dim} numbers; a "
+            "policy of Push-T that sees agent_pos and keypoint is needed"
+        )
+
+
+@cache
+def _policy(path: str) -> ConsistencyPolicy:
+    """Loaded once in each process."""
+    import torch
+
+    from cmpolicy.policy.policy import ConsistencyPolicy
+
+    torch.set_num_threads(1)  # each worker has a core
+    return ConsistencyPolicy.from_pretrained(path)
+
+
+def _lead(path: str, seed: int) -> Callable[[Mapping[str, Any]], Any]:
+    """What chooses the actions of one episode."""
+    from cmpolicy.robot.chunker import ActionChunker
+
+    return ActionChunker(_policy(path), seed=seed).select_action
+
+
 def _generate_robomimic(settings: GenerateSettings) -> int:
     from cmpolicy_data.generate.robomimic import attempt, runner
 
@@ -140,8 +183,9 @@ def _generate_robomimic(settings: GenerateSettings) -> int:
             f"name the task ({', '.join(attempt.SKILLS)}), for example: "
             "cmpolicy data generate robomimic task=lift"
         )
-    if settings.astray:
-        raise ConfigError(f"astray={settings.astray}: only pusht has it; leave it out")
+    for name in ("astray", "astray_by"):
+        if value := getattr(settings, name):
+            raise ConfigError(f"{name}={value}: only pusht has it; leave it out")
     episodes = 200 if settings.episodes is None else settings.episodes
     with progress_bar(episodes, "episode") as show:
         report = runner.generate(

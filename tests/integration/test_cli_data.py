@@ -88,6 +88,7 @@ def test_generate(capsys: pytest.CaptureFixture[str], tmp_path: Path):
         (["validate", "STORE", "key=action"], "unknown setting 'key'; did you mean 'keys'?"),
         (["validate", "STORE", "keys=[state[]"], "cannot read 'keys=[state[]'"),
         (["generate", "robomimic", "task=lift", "astray=0.5"], "astray=0.5: only pusht has it"),
+        (["generate", "robomimic", "task=lift", "astray_by=p"], "astray_by=p: only pusht has it"),
         (["generate", "pusht", "episodes=many"], "episodes must be a whole number, got 'many'"),
         (["pack", "STORE", "x.tar"], "must end in .zip"),
         (["inspect", "FILE"], "not a whole .zip archive"),

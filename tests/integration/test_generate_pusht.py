@@ -5,6 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cmpolicy.cli.main import main
+from cmpolicy.policy.policy import ConsistencyPolicy
+from cmpolicy.robot.chunker import ActionChunker
 from cmpolicy_data import ReplayBuffer
 from cmpolicy_data.generate.pusht import _is_astray, demonstrate, generate, replay
 from cmpolicy_envs import keypoints_from_pose
@@ -78,6 +81,45 @@ def test_what_went_astray_is_demonstrated_from_there(tmp_path: Path) -> None:
     again = tmp_path / "again.zarr.zip"
     generate(again, episodes=2, seed=20000, astray=1.0, workers=2)
     assert again.read_bytes() == out.read_bytes()
+
+
+def test_a_policy_leads_astray_and_the_demonstrator_finds_back(tmp_path: Path) -> None:
+    out, words = tmp_path / "led.zarr.zip", ["data", "generate", "pusht", "episodes=2"]
+    words += ["seed=31000", "astray=1", "astray_by=pusht"]
+    assert main([*words, "workers=1", f"out={out}"]) == 0
+    store = ReplayBuffer.open(out)
+    assert store.attrs["command"] == "cmpolicy " + " ".join(words)
+    action, state = store.load("action"), store.load("state")
+    starts = np.concatenate([[0], store.episode_ends[:-1]])
+    policy = ConsistencyPolicy.from_pretrained("pusht")
+    for seed, start, end in zip(store.attrs["seeds"], starts, store.episode_ends, strict=True):
+        assert replay(action[start:end], state[start], exact_pose=True) > 0.95
+        env, chunker, seen = PushTEnv(), ActionChunker(policy, seed=seed), []
+        obs, info = env.reset(options={"reset_to_state": dp_initial_state(seed)})
+        for _ in range(300):
+            seen.append(info["state"])
+            obs, *_, info = env.step(np.clip(chunker.select_action(obs), 0, 512))
+        assert np.abs(np.array(seen) - state[start]).max(1).min() < 1e-3  # a state of its way
+    again = tmp_path / "again.zarr.zip"
+    assert main([*words, "workers=2", f"out={again}"]) == 0
+    assert again.read_bytes() == out.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["astray_by=pusht"], "astray_by changes attempts that begin astray; add astray=0.5"),
+        (["astray=1", "astray_by=pusht_image"], "sees agent_pos, image and gives 2 numbers; a pol"),
+        (["astray=1", "astray_by=nowhere"], "nowhere"),
+    ],
+)
+def test_who_cannot_lead_astray(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    out = tmp_path / "led.zarr.zip"
+    assert main(["data", "generate", "pusht", *words, f"out={out}"]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_share_goes_astray_and_the_others_stay_as_they_were() -> None:

@@ -8,22 +8,27 @@ many processes made it.
 A share ``astray`` of the episodes begins where random pushes have left the block, often at a wall
 or with the hand on it. The demonstrator never goes there by itself but a policy that errs does,
 and learns from these episodes how to come back (the idea of Laskey et al. 2017, "DART", of noise
-in the demonstrations, but with nothing wrong recorded).
+in the demonstrations, but with nothing wrong recorded). Or a policy leads astray itself: episodes
+begin where it has got to, most of them where it is lost, and the next policy learns the way on from
+there (the idea of Ross et al. 2011, "DAgger").
 """
 
 from __future__ import annotations
 
 import itertools
 import multiprocessing
+import shlex
 import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -51,6 +56,8 @@ _ASTRAY_SPEED = 8.0  # px per step, the pace of the demonstrator's pushes
 _PATIENCE = 50
 
 Array = NDArray[np.float32]
+#: For a seed, what chooses the actions (2,) of one episode from what ``PushTEnv`` shows.
+Lead = Callable[[int], Callable[[Mapping[str, NDArray[Any]]], ArrayLike]]
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ class Episode:
         return bool(self.coverage.max(initial=0.0) > SUCCESS_COVERAGE)
 
 
-def demonstrate(seed: int, astray: float = 0.0) -> Episode:
+def demonstrate(seed: int, astray: float = 0.0, lead: Lead | None = None) -> Episode:
     """One attempt; it ends at coverage 0.975, after 300 steps, or when no push can be made.
 
     At the end the hand stays where it is for a few steps: windows of training reach beyond the
@@ -92,11 +99,20 @@ def demonstrate(seed: int, astray: float = 0.0) -> Episode:
     Args:
         seed: of the start and of the hand.
         astray: probability in [0, 1] that it starts where random pushes have left the block.
+        lead: it starts where this policy has got to instead; no attempt where the policy has
+            succeeded by then.
     """
     env = PushTEnv()
     _, info = env.reset(options={"reset_to_state": dp_initial_state(seed)})
     if _is_astray(seed, astray):
-        info["state"] = _go_astray(env, np.random.default_rng([VERSION, seed, 2]))
+        rng = np.random.default_rng([VERSION, seed, 2])
+        if lead is None:
+            info["state"] = _go_astray(env, rng)
+        elif not _follow(env, lead(seed), int(rng.integers(MAX_STEPS))):
+            empty = np.zeros((0, 5), np.float32)
+            return Episode(seed, empty[:, :2], empty, np.zeros(0))
+        else:
+            info["state"] = _move(env, env.agent.position)
     demonstrator = Demonstrator(np.random.default_rng([VERSION, seed]))
     states, actions, coverages = [], [], [0.0]
 
@@ -144,6 +160,17 @@ def _go_astray(env: PushTEnv, rng: np.random.Generator) -> Array:
     return _move(env, env.agent.position)
 
 
+def _follow(
+    env: PushTEnv, act: Callable[[Mapping[str, NDArray[Any]]], ArrayLike], steps: int
+) -> bool:
+    """Let a policy act for so many steps; false if it succeeds meanwhile."""
+    for _ in range(steps):
+        *_, info = env.step(np.clip(act(env.get_obs()), 0.0, ARENA))
+        if info["is_success"]:
+            return False
+    return True
+
+
 def _free_place(env: PushTEnv, rng: np.random.Generator, near: float) -> NDArray[np.float64]:
     """A place for the hand (2,), px, clear of the block and at most so far from it in x and y."""
     block = env.block
@@ -189,6 +216,8 @@ def generate(
     episodes: int,
     seed: int = 0,
     astray: float = 0.0,
+    lead: Lead | None = None,
+    lead_name: str = "",
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> GenerateReport:
@@ -205,7 +234,9 @@ def generate(
         episodes: how many to keep.
         seed: first seed of the initial states, in [0, 100000).
         astray: share in [0, 1] of attempts that begin where random pushes have left the block.
-        workers: processes.
+        lead, lead_name: a policy that leads them astray in place of random pushes, see
+            :func:`demonstrate`, and its name in the command that the archive tells.
+        workers: processes; ``lead`` is pickled for more than one.
         progress: called with (kept, attempted) after each attempt.
 
     Raises:
@@ -220,7 +251,7 @@ def generate(
     began = time.monotonic()
     kept: list[Episode] = []
     attempted = failed = 0
-    with closing(_attempts(seed, astray, workers)) as attempts:
+    with closing(_attempts(seed, astray, lead, workers)) as attempts:
         for episode in attempts:
             attempted += 1
             failed = 0 if episode.succeeds else failed + 1
@@ -237,14 +268,17 @@ def generate(
                 )
     if len(kept) < episodes:
         raise RuntimeError(f"Only {len(kept)} of {episodes} succeeded before seeds ran out.")
-    _write(out, kept, seed, astray)
+    words = [f"episodes={episodes}", f"seed={seed}"]
+    words += [f"astray={astray:g}"] if astray else []
+    words += [f"astray_by={lead_name}"] if lead else []
+    _write(out, kept, seed, shlex.join(["cmpolicy", "data", "generate", "pusht", *words]))
     steps = sum(len(episode.action) for episode in kept)
     return GenerateReport(attempted, len(kept), steps, time.monotonic() - began, out)
 
 
-def _attempt(seed: int, astray: float) -> Episode:
+def _attempt(seed: int, astray: float, lead: Lead | None) -> Episode:
     """Demonstrate, then make sure that the stored numbers alone succeed too."""
-    episode = demonstrate(seed, astray)
+    episode = demonstrate(seed, astray, lead)
     if episode.succeeds:
         again = replay(episode.action, episode.state[0], exact_pose=True)
         if not _is_astray(seed, astray):
@@ -254,23 +288,24 @@ def _attempt(seed: int, astray: float) -> Episode:
     return episode
 
 
-def _attempts(seed: int, astray: float, workers: int) -> Generator[Episode]:
+def _attempts(seed: int, astray: float, lead: Lead | None, workers: int) -> Generator[Episode]:
     """Attempts in the order of their seeds, made by `workers` processes."""
     seeds = range(seed, FIRST_EVALUATION_SEED)
     if workers == 1:
-        yield from (_attempt(s, astray) for s in seeds)
+        yield from (_attempt(s, astray, lead) for s in seeds)
         return
     # spawn: the caller may hold threads (torch, OpenMP) that do not survive a fork.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context)
     try:
         remaining = iter(seeds)
+        attempt = partial(_attempt, astray=astray, lead=lead)
         queue: deque[Future[Episode]] = deque(
-            pool.submit(_attempt, s, astray) for s in itertools.islice(remaining, 2 * workers)
+            pool.submit(attempt, s) for s in itertools.islice(remaining, 2 * workers)
         )
         while queue:
             yield queue.popleft().result()
-            queue.extend(pool.submit(_attempt, s, astray) for s in itertools.islice(remaining, 1))
+            queue.extend(pool.submit(attempt, s) for s in itertools.islice(remaining, 1))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -282,10 +317,7 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
-def _write(out: Path, episodes: list[Episode], seed: int, astray: float) -> None:
-    command = f"cmpolicy data generate pusht episodes={len(episodes)} seed={seed}"
-    if astray:
-        command += f" astray={astray:g}"
+def _write(out: Path, episodes: list[Episode], seed: int, command: str) -> None:
     attrs = {
         "generator": GENERATOR,
         "version": VERSION,
