@@ -39,7 +39,7 @@ class PublishSettings:
         n_action_steps: actions executed before the next decision; null: as the policy was trained.
             Choose it on tuning seeds.
         warm_start: time in (0, 1] at which decisions after the first start from the plan before;
-            null: the policy's own, if it has one.
+            null: the policy's own, if it has one; 1: none, every decision starts from noise.
         results: result files of `cmpolicy eval`.
     """
 
@@ -93,7 +93,7 @@ def publish(settings: PublishSettings) -> Path:
     policy.nfe = settings.nfe or policy.nfe
     policy.n_action_steps = settings.n_action_steps or policy.n_action_steps
     if settings.warm_start is not None:
-        policy.warm_start = settings.warm_start
+        policy.warm_start = None if settings.warm_start == 1 else settings.warm_start
     if "config" not in metadata:
         raise BundleError(
             f"{settings.policy} does not say how it was trained; publish a bundle that "

@@ -230,6 +230,9 @@ def test_the_command_line(policy: ConsistencyPolicy, tmp_path: Path, capsys: Any
     words = ["policy=pusht", f"out={bundle}", "warm_start=0.3"]
     assert main(["publish", *words]) == 0
     assert ConsistencyPolicy.from_pretrained(bundle).warm_start == 0.3
+    cold = str(tmp_path / "cold")
+    assert main(["publish", f"policy={bundle}", f"out={cold}", "warm_start=1"]) == 0
+    assert ConsistencyPolicy.from_pretrained(cold).warm_start is None
     assert main(["export", f"policy={bundle}", f"out={file}"]) == 0
     protocol, seeds = "protocol=pusht-dp", "seeds=500000"
     out = str(tmp_path / "eval")
