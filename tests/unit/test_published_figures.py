@@ -51,6 +51,8 @@ TABLES: dict[tuple[str, str], list[tuple[str, list[str]]]] = {
         ("objective=psd, three runs | 1", _runs(f"{PSD}_gym_result_nfe1")),
         ("the middle one of psd's (pusht) | 1", _pusht(f"{BUNDLED}_gym_result_nfe1")),
         ("iSD, three runs | 1", _runs(f"{ISD}_gym_result_nfe1")),
+        ("psd (pusht_scripted) | 1", _pusht("scripted_result_nfe1")),
+        ("psd (pusht_scripted) | 1", _pusht("scripted_gym_result_nfe1")),
         ("iSD (pusht_image) | 1", ["pusht_image/isd_result_nfe1.json"]),
         ("iSD (lift) | 1", ["lift/eval_lift_result_nfe1.json"]),
         ("iSD (not bundled) | 1", ["lift_image/isd_result_nfe1.json"]),
