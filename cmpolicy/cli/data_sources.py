@@ -127,7 +127,7 @@ def generate(settings: GenerateSettings, what: str) -> int:
         if not settings.astray:
             raise ConfigError("astray_by changes attempts that begin astray; add astray=0.5, say")
         _check_lead(settings.astray_by)
-        lead = partial(_lead, settings.astray_by)
+        lead = pusht.Lead(settings.astray_by, partial(_start, settings.astray_by))
     episodes = 300 if settings.episodes is None else settings.episodes
     with progress_bar(episodes, "episode") as show:
         report = pusht.generate(
@@ -136,7 +136,6 @@ def generate(settings: GenerateSettings, what: str) -> int:
             seed=settings.seed,
             astray=settings.astray,
             lead=lead,
-            lead_name=settings.astray_by or "",
             workers=settings.workers,
             progress=show,
         )
@@ -168,7 +167,7 @@ def _policy(path: str) -> ConsistencyPolicy:
     return ConsistencyPolicy.from_pretrained(path)
 
 
-def _lead(path: str, seed: int) -> Callable[[Mapping[str, Any]], Any]:
+def _start(path: str, seed: int) -> Callable[[Mapping[str, Any]], Any]:
     """What chooses the actions of one episode."""
     from cmpolicy.robot.chunker import ActionChunker
 

@@ -70,6 +70,7 @@ def test_the_generator_makes_these_episodes(store: ReplayBuffer, astray: bool) -
     index = min(same, key=lambda i: lengths[i])  # the quickest to make again
     rows = episodes(store)[index]
     episode = demonstrate(seeds[index], _ASTRAY)
+    assert episode is not None
     np.testing.assert_allclose(store.load("state")[rows.start], episode.state[0], atol=0.01)
     assert episode.succeeds
 

@@ -9,7 +9,8 @@ from cmpolicy.cli.main import main
 from cmpolicy.policy.policy import ConsistencyPolicy
 from cmpolicy.robot.chunker import ActionChunker
 from cmpolicy_data import ReplayBuffer
-from cmpolicy_data.generate.pusht import _is_astray, demonstrate, generate, replay
+from cmpolicy_data.generate import pusht
+from cmpolicy_data.generate.pusht import Lead, _is_astray, demonstrate, generate, replay
 from cmpolicy_envs import keypoints_from_pose
 from cmpolicy_envs.pusht import PushTEnv
 from cmpolicy_envs.pusht_states import dp_initial_state
@@ -105,6 +106,19 @@ def test_a_policy_leads_astray_and_the_demonstrator_finds_back(tmp_path: Path) -
     assert again.read_bytes() == out.read_bytes()
 
 
+def test_a_policy_that_never_fails_leads_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pusht, "_LEAD_PATIENCE", 1)
+    policy = ConsistencyPolicy.from_pretrained("pusht")
+    lead = Lead("mine", lambda seed: ActionChunker(policy, seed=seed).select_action)
+    with pytest.raises(
+        RuntimeError, match=r"^mine succeeded by itself in 1 attempts in a row \(last"
+    ):
+        generate(tmp_path / "led.zip", episodes=30, seed=31000, astray=1.0, lead=lead)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -126,7 +140,10 @@ def test_a_share_goes_astray_and_the_others_stay_as_they_were() -> None:
     strays = [_is_astray(seed, 0.25) for seed in range(1000)]
     assert 200 < sum(strays) < 300
     seed = strays.index(False)
-    np.testing.assert_array_equal(demonstrate(seed, 0.25).state, demonstrate(seed).state)
+    episodes = demonstrate(seed, 0.25), demonstrate(seed)
+    assert episodes[0] is not None
+    assert episodes[1] is not None
+    np.testing.assert_array_equal(episodes[0].state, episodes[1].state)
 
 
 def test_replaces_only_its_own_files(tmp_path: Path) -> None:

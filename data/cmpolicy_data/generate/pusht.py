@@ -54,10 +54,25 @@ _REST_STEPS = 8
 _ASTRAY_SPEED = 8.0  # px per step, the pace of the demonstrator's pushes
 # Failed attempts in a row after which something is wrong with the simulator, not with the luck.
 _PATIENCE = 50
+# Attempts in a row that a policy made good by itself, after which it leads nowhere worth showing.
+_LEAD_PATIENCE = 500
 
 Array = NDArray[np.float32]
-#: For a seed, what chooses the actions (2,) of one episode from what ``PushTEnv`` shows.
-Lead = Callable[[int], Callable[[Mapping[str, NDArray[Any]]], ArrayLike]]
+Act = Callable[[Mapping[str, NDArray[Any]]], ArrayLike]
+
+
+@dataclass(frozen=True)
+class Lead:
+    """A policy that leads attempts astray.
+
+    Attributes:
+        name: as the archive's command tells it.
+        start: for a seed, what chooses the actions (2,) of one episode from what ``PushTEnv``
+            shows. It is pickled for more than one worker.
+    """
+
+    name: str
+    start: Callable[[int], Act]
 
 
 @dataclass(frozen=True)
@@ -90,8 +105,10 @@ class Episode:
         return bool(self.coverage.max(initial=0.0) > SUCCESS_COVERAGE)
 
 
-def demonstrate(seed: int, astray: float = 0.0, lead: Lead | None = None) -> Episode:
+def demonstrate(seed: int, astray: float = 0.0, lead: Lead | None = None) -> Episode | None:
     """One attempt; it ends at coverage 0.975, after 300 steps, or when no push can be made.
+
+    None where ``lead`` has succeeded by itself before it could be taken over.
 
     At the end the hand stays where it is for a few steps: windows of training reach beyond the
     decision, so without these the last decisions would have none.
@@ -99,8 +116,7 @@ def demonstrate(seed: int, astray: float = 0.0, lead: Lead | None = None) -> Epi
     Args:
         seed: of the start and of the hand.
         astray: probability in [0, 1] that it starts where random pushes have left the block.
-        lead: it starts where this policy has got to instead; no attempt where the policy has
-            succeeded by then.
+        lead: it starts where this policy has got to after a random number of steps instead.
     """
     env = PushTEnv()
     _, info = env.reset(options={"reset_to_state": dp_initial_state(seed)})
@@ -108,9 +124,8 @@ def demonstrate(seed: int, astray: float = 0.0, lead: Lead | None = None) -> Epi
         rng = np.random.default_rng([VERSION, seed, 2])
         if lead is None:
             info["state"] = _go_astray(env, rng)
-        elif not _follow(env, lead(seed), int(rng.integers(MAX_STEPS))):
-            empty = np.zeros((0, 5), np.float32)
-            return Episode(seed, empty[:, :2], empty, np.zeros(0))
+        elif not _follow(env, lead.start(seed), int(rng.integers(MAX_STEPS))):
+            return None
         else:
             info["state"] = _move(env, env.agent.position)
     demonstrator = Demonstrator(np.random.default_rng([VERSION, seed]))
@@ -160,9 +175,7 @@ def _go_astray(env: PushTEnv, rng: np.random.Generator) -> Array:
     return _move(env, env.agent.position)
 
 
-def _follow(
-    env: PushTEnv, act: Callable[[Mapping[str, NDArray[Any]]], ArrayLike], steps: int
-) -> bool:
+def _follow(env: PushTEnv, act: Act, steps: int) -> bool:
     """Let a policy act for so many steps; false if it succeeds meanwhile."""
     for _ in range(steps):
         *_, info = env.step(np.clip(act(env.get_obs()), 0.0, ARENA))
@@ -217,7 +230,6 @@ def generate(
     seed: int = 0,
     astray: float = 0.0,
     lead: Lead | None = None,
-    lead_name: str = "",
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> GenerateReport:
@@ -234,15 +246,14 @@ def generate(
         episodes: how many to keep.
         seed: first seed of the initial states, in [0, 100000).
         astray: share in [0, 1] of attempts that begin where random pushes have left the block.
-        lead, lead_name: a policy that leads them astray in place of random pushes, see
-            :func:`demonstrate`, and its name in the command that the archive tells.
-        workers: processes; ``lead`` is pickled for more than one.
+        lead: a policy that leads them astray in place of random pushes, see :func:`demonstrate`.
+        workers: processes.
         progress: called with (kept, attempted) after each attempt.
 
     Raises:
         ValueError: bad arguments. FileExistsError: `out` is not a file of this generator.
         FileNotFoundError: the folder of `out` is not there.
-        RuntimeError: too many attempts in a row failed.
+        RuntimeError: too many attempts in a row failed, or were made good by ``lead``.
     """
     out = Path(out).expanduser()
     check_request("pusht", out, (".zip",), episodes, seed, workers, _is_ours)
@@ -250,36 +261,46 @@ def generate(
         raise ValueError(f"astray must be a share in [0, 1], got {astray}.")
     began = time.monotonic()
     kept: list[Episode] = []
-    attempted = failed = 0
+    attempted = failed = led = 0
     with closing(_attempts(seed, astray, lead, workers)) as attempts:
         for episode in attempts:
             attempted += 1
-            failed = 0 if episode.succeeds else failed + 1
-            if episode.succeeds:
+            if episode is None:
+                led += 1
+            elif episode.succeeds:
                 kept.append(episode)
+                failed = led = 0
+            else:
+                failed += 1
             if progress is not None:
                 progress(len(kept), attempted)
             if len(kept) == episodes:
                 break
+            last = f"(last seed {seed + attempted - 1})"
             if failed == _PATIENCE:
                 raise RuntimeError(
-                    f"{failed} attempts in a row did not reach coverage {SUCCESS_COVERAGE} (last "
-                    f"seed {episode.seed}). Check the installed gym-pusht and pymunk versions."
+                    f"{failed} attempts in a row did not reach coverage {SUCCESS_COVERAGE} {last}. "
+                    "Check the installed gym-pusht and pymunk versions."
+                )
+            if lead is not None and led == _LEAD_PATIENCE:
+                raise RuntimeError(
+                    f"{lead.name} succeeded by itself in {led} attempts in a row {last}, so it "
+                    "leads nowhere astray. Take a policy that fails more often or less astray."
                 )
     if len(kept) < episodes:
         raise RuntimeError(f"Only {len(kept)} of {episodes} succeeded before seeds ran out.")
     words = [f"episodes={episodes}", f"seed={seed}"]
     words += [f"astray={astray:g}"] if astray else []
-    words += [f"astray_by={lead_name}"] if lead else []
+    words += [f"astray_by={lead.name}"] if lead else []
     _write(out, kept, seed, shlex.join(["cmpolicy", "data", "generate", "pusht", *words]))
     steps = sum(len(episode.action) for episode in kept)
     return GenerateReport(attempted, len(kept), steps, time.monotonic() - began, out)
 
 
-def _attempt(seed: int, astray: float, lead: Lead | None) -> Episode:
+def _attempt(seed: int, astray: float, lead: Lead | None) -> Episode | None:
     """Demonstrate, then make sure that the stored numbers alone succeed too."""
     episode = demonstrate(seed, astray, lead)
-    if episode.succeeds:
+    if episode is not None and episode.succeeds:
         again = replay(episode.action, episode.state[0], exact_pose=True)
         if not _is_astray(seed, astray):
             again = min(again, replay(episode.action, dp_initial_state(seed)))
@@ -288,7 +309,9 @@ def _attempt(seed: int, astray: float, lead: Lead | None) -> Episode:
     return episode
 
 
-def _attempts(seed: int, astray: float, lead: Lead | None, workers: int) -> Generator[Episode]:
+def _attempts(
+    seed: int, astray: float, lead: Lead | None, workers: int
+) -> Generator[Episode | None]:
     """Attempts in the order of their seeds, made by `workers` processes."""
     seeds = range(seed, FIRST_EVALUATION_SEED)
     if workers == 1:
@@ -300,7 +323,7 @@ def _attempts(seed: int, astray: float, lead: Lead | None, workers: int) -> Gene
     try:
         remaining = iter(seeds)
         attempt = partial(_attempt, astray=astray, lead=lead)
-        queue: deque[Future[Episode]] = deque(
+        queue: deque[Future[Episode | None]] = deque(
             pool.submit(attempt, s) for s in itertools.islice(remaining, 2 * workers)
         )
         while queue:
