@@ -146,6 +146,18 @@ class Bent:
         f: Tensor = self.net(self.x_t, self.t, self.t, self.c)
         return (f - self.v).square().mean(1)
 
+    def missed(self, arrived: Tensor) -> Tensor:
+        """Squared distance of F from the output that jumps from x_t to ``arrived``."""
+        if self.rate == 1.0:
+            target = (self.x_t - arrived) / _column(self.t - self.s)
+        else:
+            delta = _column(self.t - self.s) * self.rate
+            target = (torch.cos(delta) * self.x_t - arrived) / torch.sin(delta)
+        back = self.path.jump(self.x_t, target, self.t, self.s)
+        torch.testing.assert_close(back, arrived, rtol=0, atol=1e-12)
+        f: Tensor = self.net(self.x_t, self.t, self.s, self.c)
+        return (f - target).square().mean(1)
+
     def check(self, objective: Any, expected: Tensor, **rest: Any) -> None:
         """Loss and gradient are those by hand."""
         output = objective(self.flow_map, self.x, self.c, self.draws, **rest)
@@ -249,18 +261,41 @@ def test_progressive_self_distillation(
     with torch.no_grad():
         halfway = teacher(bent.x_t, bent.t, m, bent.c)
         arrived = teacher(halfway, m, bent.s, bent.c)
-    f = bent.net(bent.x_t, bent.t, bent.s, bent.c)
-    if bent.rate == 1.0:
-        target = (bent.x_t - arrived) / _column(bent.t - bent.s)
-    else:
-        delta = _column(bent.t - bent.s) * bent.rate
-        target = (torch.cos(delta) * bent.x_t - arrived) / torch.sin(delta)
-    expected = bent.loss_fm() + (f - target).square().mean(1)
     psd = build_objective("psd", **(SELF | settings))
-    bent.check(psd, expected, progress=progress, ema=teacher)
-    torch.testing.assert_close(
-        bent.path.jump(bent.x_t, target, bent.t, bent.s), arrived, rtol=0, atol=1e-12
-    )
+    bent.check(psd, bent.loss_fm() + bent.missed(arrived), progress=progress, ema=teacher)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("isd", EXACT), ("psd", {}), ("psd", {"weights": "ema"})]
+)
+def test_the_finish_learns_where_the_velocity_leads(
+    bent: Bent, name: str, settings: dict[str, Any]
+) -> None:
+    teacher = FlowMap(copy.deepcopy(bent.net), bent.path)
+    if settings.get("weights") == "ema":
+        with torch.no_grad():
+            teacher.net.skew -= 0.3  # type: ignore[union-attr]
+    x, t = bent.x_t, bent.t
+    for after in (bent.t - (bent.t - bent.s) / 3, bent.t - (bent.t - bent.s) * 2 / 3, bent.s):
+        with torch.no_grad():
+            x, t = bent.path.jump(x, teacher.velocity(x, t, bent.c), t, after), after
+    finish = SELF | settings | {"finish_begin": 0.7, "finish_steps": 3}
+    objective, without = build_objective(name, **finish), build_objective(name, **(SELF | settings))
+    bent.check(objective, bent.loss_fm() + bent.missed(x), progress=0.7, ema=teacher)
+    call = (bent.flow_map, bent.x, bent.c, bent.draws)
+    before = [o(*call, progress=0.69, ema=teacher).per_example for o in (objective, without)]
+    assert torch.equal(*before)
+
+
+def test_the_finish_is_biased_by_its_step(gaussian: Any) -> None:
+    """At the true map the gradient is of the order 1 / finish_steps: Euler's method."""
+    found = []
+    for steps in (50, 100):
+        finish = SELF | {"finish_begin": 0.0, "finish_steps": steps}
+        objective = build_objective("psd", **finish)
+        found.append(_expected_gradient(gaussian, objective, 0.9, 0.0).norm())
+    assert found[0] > 1e-5
+    assert found[0] / found[1] == pytest.approx(2.0, rel=0.1)
 
 
 def test_alpha_flow_halfway(bent: Bent) -> None:
@@ -272,12 +307,11 @@ def test_alpha_flow_halfway(bent: Bent) -> None:
     f_m = bent.frozen(line, m, bent.s, bent.c)
     if bent.rate == 1.0:
         target = alpha * bent.v + (1 - alpha) * f_m  # the paper's own form
+        f = bent.net(bent.x_t, bent.t, bent.s, bent.c)
+        missed = (f - target).square().mean(1)
     else:
-        arrived = bent.path.jump(line, f_m, m, bent.s)
-        delta = _column(bent.t - bent.s) * bent.rate
-        target = (torch.cos(delta) * bent.x_t - arrived) / torch.sin(delta)
-    f = bent.net(bent.x_t, bent.t, bent.s, bent.c)
-    bent.check(objective, (f - target).square().mean(1) / alpha, progress=0.52)
+        missed = bent.missed(bent.path.jump(line, f_m, m, bent.s))
+    bent.check(objective, missed / alpha, progress=0.52)
 
 
 def test_alpha_flow_ends_as_mean_flow(bent: Bent) -> None:

@@ -55,6 +55,11 @@ class Isd(SelfDistillation, Eulerian):
         check_choice(self, "tangent_weights", get_args(Weights))
         if not 0 <= self.time_floor < 1:
             raise ValueError(f"objective.time_floor={self.time_floor} must lie in [0, 1)")
+        if self.time_floor and self.finish_begin < 1:
+            raise ValueError(
+                f"objective.time_floor={self.time_floor} and finish_begin={self.finish_begin}: the "
+                "finish follows the velocity all the way and knows no floor; set one of them"
+            )
         if not 0 <= self.tangent_begin <= self.tangent_end <= 1:
             raise ValueError(
                 f"objective.tangent_begin={self.tangent_begin} and tangent_end={self.tangent_end} "

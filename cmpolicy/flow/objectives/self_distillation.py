@@ -24,11 +24,12 @@ from cmpolicy.flow.objectives.objective import (
     Objective,
     check_choice,
     check_not_negative,
+    check_shares,
     mean_over,
     register,
 )
 from cmpolicy.flow.objectives.two_times import MIN_JUMP, Eulerian, TwoTimes
-from cmpolicy.flow.path import expand_time
+from cmpolicy.flow.path import Path, expand_time
 from cmpolicy.flow.times import adaptive_weight
 
 Weights = Literal["online", "ema"]
@@ -53,6 +54,13 @@ class Jumps:
     held: Tensor | None
     progress: float
 
+    def output_to(self, arrived: Tensor, path: Path) -> Tensor:
+        """The output that jumps from x_t to ``arrived``, held; f itself for the shortest jumps."""
+        far = self.t - self.s > MIN_JUMP
+        s = torch.where(far, self.s, self.t - 1)  # any s != t: what is not far is not used
+        target = path.output_of(self.x_t, arrived, self.t, s)
+        return torch.where(expand_time(far, target), target, self.f.detach())
+
 
 @dataclass(frozen=True)
 class SelfDistillation(Objective):
@@ -66,12 +74,18 @@ class SelfDistillation(Objective):
         sd_weight: factor on L_sd.
         sd_begin: share of the run before L_sd joins in; until then only L_fm is trained, so that
             the tangent u_hat means something from the start. In [0, 1).
+        finish_begin: share of the run from which on jumps learn where the network's own velocity
+            leads in ``finish_steps`` steps, in place of what the objective says; 1: never. In
+            [0, 1]. Each step costs one evaluation of the examples that carry L_sd.
+        finish_steps: at least 2.
     """
 
     weight_power: float = 1.0
     sd_share: float = 0.5  # the paper has 1
     sd_weight: float = 1.0
     sd_begin: float = 0.3  # the paper has 0
+    finish_begin: float = 1.0
+    finish_steps: int = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,6 +93,9 @@ class SelfDistillation(Objective):
             raise ValueError(f"objective.sd_share={self.sd_share} must lie in (0, 1]; use fm for 0")
         if not 0 <= self.sd_begin < 1:
             raise ValueError(f"objective.sd_begin={self.sd_begin} must lie in [0, 1)")
+        check_shares(self, "finish_begin")
+        if self.finish_steps < 2:
+            raise ValueError(f"objective.finish_steps={self.finish_steps} must be at least 2")
         check_not_negative(self, "weight_power", "sd_weight")
 
     @abstractmethod
@@ -112,26 +129,41 @@ class SelfDistillation(Objective):
         diagonal, f = both.split([len(x), len(x_t)])
         loss_fm = mean_over((diagonal - point.velocity).square(), examples.mask)
         teacher, held = examples.teacher(flow_map, self.needs_ema)
-        residual = self.residual(
-            flow_map,
-            Jumps(
-                x_t,
-                t,
-                s,
-                None if c is None else c[index],
-                point.velocity[index],
-                diagonal.detach()[index],
-                f,
-                teacher,
-                None if held is None else held[index],
-                examples.progress,
-            ),
+        jumps = Jumps(
+            x_t,
+            t,
+            s,
+            None if c is None else c[index],
+            point.velocity[index],
+            diagonal.detach()[index],
+            f,
+            teacher,
+            None if held is None else held[index],
+            examples.progress,
         )
+        if self.finish_begin < 1 and examples.progress >= self.finish_begin:
+            residual = f - jumps.output_to(self._follow(flow_map.path, jumps), flow_map.path)
+        else:
+            residual = self.residual(flow_map, jumps)
         mask = examples.mask
         loss_sd = mean_over(residual.square(), None if mask is None else mask[index])
         total = loss_fm.index_add(0, index, self.sd_weight * loss_sd)
         metrics = {"loss_fm": loss_fm.detach().mean(), "loss_sd": loss_sd.detach().mean()}
         return LossOutput(adaptive_weight(total, self.weight_power), metrics)
+
+    @torch.no_grad()
+    def _follow(self, path: Path, jumps: Jumps) -> Tensor:
+        """Where the velocity of the teacher leads from x_t by s, (B', ...): a sampler's diagonal.
+
+        Without EMA weights the teacher is the network itself, whose first step is u_hat.
+        """
+        j, x = jumps, jumps.x_t
+        after = j.t
+        for step in range(self.finish_steps):
+            t, after = after, torch.lerp(j.t, j.s, (step + 1) / self.finish_steps)
+            own = step == 0 and not self.needs_ema
+            x = path.jump(x, j.u_hat if own else j.teacher.velocity(x, t, j.held), t, after)
+        return x
 
 
 def _spread(n: int, share: float, device: torch.device) -> Tensor:
@@ -231,8 +263,4 @@ class ProgressiveSelfDistillation(SelfDistillation, TwoTimes):
                 share = self.middle_begin + (self.middle_end - self.middle_begin) * j.progress
             m = j.t - share * (j.t - j.s)
             arrived = j.teacher(j.teacher(j.x_t, j.t, m, j.held), m, j.s, j.held)
-            far = j.t - j.s > MIN_JUMP
-            s = torch.where(far, j.s, j.t - 1)  # any s != t: what is not far is not used
-            target = flow_map.path.output_of(j.x_t, arrived, j.t, s)
-            target = torch.where(expand_time(far, target), target, j.f)
-        return j.f - target
+        return j.f - j.output_to(arrived, flow_map.path)
