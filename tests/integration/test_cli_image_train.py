@@ -159,6 +159,37 @@ def test_a_run_can_be_prolonged_but_not_changed(
     assert "go on with it: cmpolicy image train resume=run" in capsys.readouterr().err
 
 
+def test_a_run_can_start_from_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("out=first") == 0
+    still = ["optim.lr=1e-12", "optim.weight_decay=0", "optim.warmup=0"]
+    assert train("out=second", *still, f"init={tmp_path}/first/model") == 0
+    pipes = [
+        ConsistencyImagePipeline.from_pretrained(f"{run}/model") for run in ("first", "second")
+    ]
+    for name, weight in pipes[1].net.state_dict().items():
+        torch.testing.assert_close(
+            weight, pipes[0].net.state_dict()[name], rtol=0, atol=1e-6, msg=name
+        )
+    # a resumed run goes on from its own weights, wherever the first ones are now
+    (tmp_path / "first").rename(tmp_path / "moved")
+    assert main(["train", "resume=second", "examples=96"]) == 0
+    card = (tmp_path / "second/model/README.md").read_text()
+    assert "Trained further, from `model`, on" in card
+    assert "- before that: 64 examples, `cmpolicy image train " in card
+    for file in (tmp_path / "second/model").glob("*.*"):  # a card may be handed on
+        assert str(tmp_path).encode() not in file.read_bytes()
+    capsys.readouterr()
+    for word, message in (
+        ("net.widths=[16]", "that model has network"),
+        ("path=trigonometric", "that model has path linear, this run trigonometric; change path"),
+        ("dataset.image_size=16", "that model has pictures (1, 8, 8), this run (1, 16, 16)"),
+        ("init=nowhere", "nowhere"),
+    ):
+        assert train("init=moved/model", word) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "outputs").exists()
+
+
 def test_flow_matching_is_sampled_along_the_diagonal(tmp_path: Path) -> None:
     assert train("out=run", "objective=fm", "path=trigonometric", "guidance=1.5") == 0
     pipe = ConsistencyImagePipeline.from_pretrained("run/model")

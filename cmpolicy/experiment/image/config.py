@@ -95,6 +95,8 @@ class ImageTrainConfig(LoopConfig):
         guidance: weight of the guidance at training time; 1 is none.
         label_dropout: share of examples that are trained without their label; null: what guidance
             needs, 0.1, and 0 without it.
+        init: an image model (a folder or a hub id) whose weights the run starts from; null starts
+            from scratch.
     """
 
     dataset: ImageDataConfig
@@ -103,6 +105,7 @@ class ImageTrainConfig(LoopConfig):
     path: Literal["linear", "trigonometric"] = "linear"
     guidance: float = 1.0
     label_dropout: float | None = None
+    init: str | None = None
     examples: int = 96_000
     batch_size: int = 64
     save_every: int = 32_000

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import nn
 
 from cmpolicy.experiment.image.config import ImageTrainConfig
+from cmpolicy.experiment.model_card import without_folders
 from cmpolicy.experiment.run import (
     RESUME_SETTINGS,
     RunResult,
@@ -25,7 +26,7 @@ from cmpolicy.experiment.run import (
 from cmpolicy.flow.alarm import health_alarm
 from cmpolicy.image.datasets import ImageBatch, ImageData, load_images, skipped_text
 from cmpolicy.image.model import ImageFlowModel
-from cmpolicy.image.net import build_net
+from cmpolicy.image.net import ImageNet, build_net
 from cmpolicy.image.pictures import samples_picture, save_picture
 from cmpolicy.image.pipeline import ConsistencyImagePipeline
 from cmpolicy.image.pixels import as_input, as_pictures
@@ -98,13 +99,17 @@ def _train(
         data = load_images(config.dataset, download_dir=data_dir())
     if data.skipped and accelerator.is_main_process:
         print(skipped_text(data), file=sys.stderr)
-    facts = {"images": _facts(data)}
+    before = read_facts(folder.path) if resume else {}
+    images = _facts(data)
     if resume:
-        _check_same_images(read_facts(folder.path).get("images"), facts["images"], folder.path)
-    folder = dataclasses.replace(folder, facts=facts)
+        _check_same_images(before.get("images"), images, folder.path)
     torch.manual_seed(config.seed)
     device = accelerator.device
     model = new_model(config, data).to(device)
+    start = before.get("start")
+    if config.init is not None and not resume:  # a resumed run has the weights of its own
+        start = start_from(model, config.init, data.class_names)
+    folder = dataclasses.replace(folder, facts={"images": images, "start": start})
     if config.compile and isinstance(model.flow_map.net, nn.Module):
         model.flow_map.net.compile()  # in place: names of weights stay
     loader = ImageLoader(
@@ -122,7 +127,7 @@ def _train(
         batches=loader.batch,
         draw=model.draw,
         score=HeldOutScorer(config, data, folder.path),
-        keep=ModelKeeper(config, data, folder.path, command=folder.command),
+        keep=ModelKeeper(config, data, folder.path, command=folder.command, start=start),
         until=until,
     )
 
@@ -167,6 +172,36 @@ def new_model(config: ImageTrainConfig, data: ImageData) -> ImageFlowModel:
         objective=config.objective.build(),
         guidance=config.guide,
     )
+
+
+def start_from(
+    model: ImageFlowModel, name_or_path: str, class_names: Sequence[str]
+) -> dict[str, Any]:
+    """Give ``model`` the weights of a trained one, to train it further.
+
+    Returns:
+        How the trained one came to be.
+
+    Raises:
+        ImageModelError: there is no such model, or it is damaged.
+        ConfigError: its pictures, classes, path or network differ from those of ``model``.
+    """
+    source = ConsistencyImagePipeline.from_pretrained(name_or_path)
+    theirs = cast(ImageNet, source.net)
+    for what, setting, mine, other in (
+        ("pictures", "dataset.image_size", model.net.image_shape, theirs.image_shape),
+        ("classes", "dataset", tuple(class_names), source.class_names),
+        ("path", "path", model.path_name, source.config.path),
+        ("network", "net", model.net.net_config, theirs.net_config),
+    ):
+        if mine != other:
+            raise ConfigError(
+                f"init={name_or_path}: that model has {what} {other}, this run {mine}; change "
+                f"{setting} to match it, or train from scratch with init=null"
+            )
+    model.net.load_state_dict(theirs.state_dict())
+    kept = ("command", "examples", "source", "git_commit", "start")
+    return {key: source.metadata[key] for key in kept if key in source.metadata}
 
 
 class HeldOutScorer:
@@ -215,9 +250,16 @@ class ModelKeeper:
     """Writes the model evaluated last to ``model/``, and the latest to ``model_last/``."""
 
     def __init__(
-        self, config: ImageTrainConfig, data: ImageData, run_dir: Path, *, command: str
+        self,
+        config: ImageTrainConfig,
+        data: ImageData,
+        run_dir: Path,
+        *,
+        command: str,
+        start: Mapping[str, Any] | None = None,
     ) -> None:
         self._config, self._data, self._run_dir, self._command = config, data, run_dir, command
+        self._start = start  # metadata of the model that the run starts from
 
     def __call__(
         self,
@@ -228,10 +270,12 @@ class ModelKeeper:
     ) -> None:
         config = self._config.to_dict()
         config["dataset"]["path"] = None  # a folder of this machine
+        if config["init"] is not None:
+            config["init"] = without_folders(f"init={config['init']}").removeprefix("init=")
         metadata = {
             "dataset": config["dataset"],
             "source": self._data.source,
-            "command": self._command,
+            "command": without_folders(self._command),
             "examples": examples,
             "nfe": self._config.nfe,
             "metrics": dict(scores.metrics) if scores is not None else {},
@@ -239,6 +283,8 @@ class ModelKeeper:
             "git_commit": git_commit(),
             "config": config,
         }
+        if self._start is not None:
+            metadata["start"] = self._start
         pipe = ConsistencyImagePipeline(
             model.net,
             path=model.path_name,
@@ -255,6 +301,12 @@ def image_card(pipe: ConsistencyImagePipeline, metadata: Mapping[str, Any]) -> s
     config = metadata["config"]
     parameters = sum(p.numel() for p in pipe.net.parameters())
     names = ", ".join(f"`{name}`" for name in pipe.class_names)
+    init, before = config.get("init"), metadata.get("start")
+    start = "from scratch" if init is None else f"further, from `{init}`,"
+    stages = ""
+    while before:
+        stages += f"- before that: {before.get('examples')} examples, `{before.get('command')}`\n"
+        before = before.get("start")
     weight = config["guidance"]
     guidance = "no guidance" if weight == 1 else f"guidance {weight:g} in training"
     rows = "\n".join(
@@ -268,14 +320,14 @@ def image_card(pipe: ConsistencyImagePipeline, metadata: Mapping[str, Any]) -> s
     )
     return f"""# A cmpolicy image model for {metadata["dataset"]["name"]}
 
-Trained from scratch on {metadata["source"]} by `{config["objective"]["name"]}`:
+Trained {start} on {metadata["source"]} by `{config["objective"]["name"]}`:
 {parameters / 1e6:.1f}M parameters, {config["path"]} path, sampler `{pipe.sampler}`, {guidance}.
 
 - images: {pipe.image_size}x{pipe.image_size}, {"grey" if pipe.channels == 1 else "colour"}
 - classes: {names}
 - training examples: {metadata["examples"]}
 - command: `{metadata["command"]}`
-
+{stages}
 {scores}
 ```python
 from cmpolicy.image.pipeline import ConsistencyImagePipeline
