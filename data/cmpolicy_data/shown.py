@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,7 +34,9 @@ def shown_keys(buffer: ReplayBuffer, keys: Sequence[str] = ()) -> tuple[list[str
 
     Args:
         buffer: the store.
-        keys: to show; empty: all images, and all keys of at most 16 numbers per step.
+        keys: to show; empty: all images, and all keys of at most 16 numbers per step. A key that
+            has an image's shape and holds other numbers (a normal map, say) is then left out, with
+            a warning.
 
     Raises:
         ReplayBufferError: one of ``keys`` is not there, or neither of the two; or what is shown is
@@ -43,7 +46,14 @@ def shown_keys(buffer: ReplayBuffer, keys: Sequence[str] = ()) -> tuple[list[str
     for key in keys or buffer.keys():
         array = buffer[key]
         if looks_like_frames(array):
-            cameras.append(key)
+            if keys or _starts_as_frames(buffer, key):
+                cameras.append(key)
+            else:
+                warnings.warn(
+                    f"{buffer.path}: data/{key} is not shown: its steps have the shape of an image "
+                    f"{array.shape[1:]}, but hold numbers that are not whole or not in [0, 255]",
+                    stacklevel=2,
+                )
         elif array.dtype.kind in "biuf" and int(np.prod(array.shape[1:])) <= _MOST_CURVES:
             curves.append(key)
         elif keys:
@@ -55,6 +65,15 @@ def shown_keys(buffer: ReplayBuffer, keys: Sequence[str] = ()) -> tuple[list[str
     for key in (*cameras, *curves):
         buffer.check(key)  # a lost chunk would be shown as black frames
     return cameras, curves
+
+
+def _starts_as_frames(buffer: ReplayBuffer, key: str) -> bool:
+    """Whether the first step holds levels; a later one that does not is an error of the store."""
+    array = buffer[key]
+    if array.dtype == np.uint8 or not array.shape[0]:
+        return True
+    first = read_rows(array, 0, 1, buffer.path)
+    return bool(np.all((first >= 0) & (first <= 255) & (first == np.floor(first))))
 
 
 def pictures(buffer: ReplayBuffer, key: str, start: int, end: int) -> Frames:

@@ -180,3 +180,20 @@ def test_a_lost_chunk_is_not_shown_as_black_frames(
     status, said = _view(capsys, store, "episodes=[1]", f"out={tmp_path / 'my.mp4'}")
     assert status == 2
     assert "chunks of data/top are not there, the first is data/top/c/1/0/0/0" in said
+
+
+def test_what_has_an_image_s_shape_alone_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A normal map in the store kept everything else from being looked at."""
+    normals = RNG.normal(size=(N, 16, 20, 3)).astype(np.float32)
+    levels = FRAMES.astype(np.float32)  # as in Diffusion Policy's stores: frames
+    store, out = _store(tmp_path, normals=normals, top=levels), tmp_path / "my.mp4"
+    status, said = _view(capsys, store, "episodes=[1]", f"out={out}")
+    assert status == 0
+    assert "data/normals is not shown: its steps have the shape of an image (16, 20, 3)" in said
+    colours = imageio.get_reader(out).get_data(5)[100:200, 50:200].reshape(-1, 3).astype(int)
+    assert np.abs(colours - FRAMES[15, 0, 0]).max() < 16
+    status, said = _view(capsys, store, "keys=[normals]", f"out={out}")
+    assert status == 2
+    assert "data/normals holds numbers that are not whole" in said
