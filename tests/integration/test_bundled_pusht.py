@@ -11,7 +11,7 @@ from cmpolicy_data.validation import validate
 from cmpolicy_envs import keypoints_from_pose
 from cmpolicy_envs.pusht_states import dp_initial_state
 
-_ASTRAY = 0.5  # share of attempts that begin where random pushes have left the block
+_ASTRAY = 0.5  # share of attempts that begin where a policy has led the block
 
 
 @pytest.fixture(scope="module")
@@ -57,21 +57,24 @@ def test_played_again_it_succeeds(store: ReplayBuffer, part: float) -> None:
 def test_the_command_that_made_it_is_noted(store: ReplayBuffer) -> None:
     assert (
         store.attrs["command"]
-        == f"cmpolicy data generate pusht episodes=400 seed=0 astray={_ASTRAY}"
+        == f"cmpolicy data generate pusht episodes=400 seed=0 astray={_ASTRAY} "
+        "astray_by=outputs/first/policy_last"
     )
 
 
 @pytest.mark.parametrize("astray", [False, True])
 def test_the_generator_makes_these_episodes(store: ReplayBuffer, astray: bool) -> None:
+    """The policy that led is not bundled; from where it has led all is as recorded."""
     seeds = store.attrs["seeds"]
     lengths = np.diff(store.episode_ends, prepend=0)
     same = [index for index, seed in enumerate(seeds) if _is_astray(seed, _ASTRAY) == astray]
     assert len(same) > 150
     index = min(same, key=lambda i: lengths[i])  # the quickest to make again
     rows = episodes(store)[index]
-    episode = demonstrate(seeds[index], _ASTRAY)
+    first = store.load("state")[rows.start]
+    episode = demonstrate(seeds[index], start=first if astray else None)
     assert episode is not None
-    np.testing.assert_allclose(store.load("state")[rows.start], episode.state[0], atol=0.01)
+    np.testing.assert_allclose(first, episode.state[0], atol=0.01)
     assert episode.succeeds
 
 

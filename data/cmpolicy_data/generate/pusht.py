@@ -105,7 +105,13 @@ class Episode:
         return bool(self.coverage.max(initial=0.0) > SUCCESS_COVERAGE)
 
 
-def demonstrate(seed: int, astray: float = 0.0, lead: Lead | None = None) -> Episode | None:
+def demonstrate(
+    seed: int,
+    astray: float = 0.0,
+    lead: Lead | None = None,
+    *,
+    start: ArrayLike | None = None,
+) -> Episode | None:
     """One attempt; it ends at coverage 0.975, after 300 steps, or when no push can be made.
 
     None where ``lead`` has succeeded by itself before it could be taken over.
@@ -117,10 +123,14 @@ def demonstrate(seed: int, astray: float = 0.0, lead: Lead | None = None) -> Epi
         seed: of the start and of the hand.
         astray: probability in [0, 1] that it starts where random pushes have left the block.
         lead: it starts where this policy has got to after a random number of steps instead.
+        start: a row (5,) of ``data/state`` at which it starts, whatever else is said.
     """
     env = PushTEnv()
     _, info = env.reset(options={"reset_to_state": dp_initial_state(seed)})
-    if _is_astray(seed, astray):
+    if start is not None:
+        env.set_pose(start)
+        info["state"] = np.asarray(start, np.float32)
+    elif _is_astray(seed, astray):
         rng = np.random.default_rng([VERSION, seed, 2])
         if lead is None:
             info["state"] = _go_astray(env, rng)
