@@ -58,6 +58,13 @@ SHORT = {
     "cmpolicy data view": [],
     "cmpolicy data view my.zarr episodes=[0,1]": ["out=outputs/episodes.rrd"],  # not a window
     "cmpolicy data generate": ["episodes=1", "workers=1"],
+    "cmpolicy demo data.path=": [
+        *TRAIN,
+        "data.val_fraction=0",
+        "episodes=1",
+        "videos=1",
+        "first_seed=500000",
+    ],
     "cmpolicy data generate robomimic": ["episodes=2", "workers=1"],
     "cmpolicy data convert robomimic": [],
     "cmpolicy data convert lerobot": [],
