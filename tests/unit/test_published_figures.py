@@ -150,6 +150,18 @@ def test_tables_say_what_the_result_files_say(document: str, first_column: str) 
                 )
 
 
+def test_the_search_says_what_its_files_say() -> None:
+    recipe = ROOT / "cmpolicy/pretrained/pusht/RECIPE.md"
+    rows = _rows(recipe.read_text(encoding="utf-8"), "change")
+    files = {row["file"]: f"pusht/search/{row['file']}_result_nfe1.json" for row in rows}
+    kept = {f"pusht/search/{path.name}" for path in (RESULTS / "pusht/search").glob("*.json")}
+    assert set(files.values()) == kept
+    for row in rows:
+        given = _given(files[row["file"]])
+        for column in ("score", "success"):
+            assert _same(row[column], given[column]), f"{row['file']}: {row[column]}, not {given}"
+
+
 def test_the_table_of_objectives_says_what_the_study_says() -> None:
     study = markdown([RunScores.load(path) for path in sorted((STUDY / "results").iterdir())])
     kept = (STUDY / "table.md").read_text(encoding="utf-8")
