@@ -46,8 +46,7 @@ class PolicyKeeper:
         metrics = dict(scores.metrics) if scores is not None else {}
         config = self._config.to_dict()
         config["data"]["path"] = None  # a folder of this machine
-        if config["init"] is not None:
-            config["init"] = without_folders(f"init={config['init']}").removeprefix("init=")
+        config["init"] = init_name(config["init"])
         metadata = {
             "task": self._config.task.name,
             "data": self._data.source,
@@ -84,6 +83,20 @@ def without_folders(command: str) -> str:
     return _PATH.sub(r"\1", _QUOTED_PATH.sub(r"'\1\2'", command))
 
 
+def init_name(init: str | None) -> str | None:
+    """What a run started from, without the folders of this machine."""
+    return None if init is None else without_folders(f"init={init}").removeprefix("init=")
+
+
+def origin(init: str | None, start: Mapping[str, Any] | None) -> tuple[str, str]:
+    """For a card: what a training started from, and a line for each training before it."""
+    lines = ""
+    while start:
+        lines += f"- before that: {start.get('examples')} examples, `{start.get('command')}`\n"
+        start = start.get("start")
+    return "from scratch" if init is None else f"further, from `{init}`,", lines
+
+
 def model_card(policy: ConsistencyPolicy, metadata: Mapping[str, Any]) -> str:
     """README.md of a bundle: what it is, how it was made, how it did, how to use it."""
     spec, config = policy.spec, metadata["config"]
@@ -106,8 +119,7 @@ def model_card(policy: ConsistencyPolicy, metadata: Mapping[str, Any]) -> str:
         if rows
         else "Not scored while training.\n"
     )
-    init = config.get("init")
-    start = "from scratch" if init is None else f"further, from `{init}`,"
+    start, before = origin(config.get("init"), metadata.get("start"))
     stages = "".join(
         f"- from example {part['examples']} on: `{part['command']}`\n"
         for part in metadata.get("history", [])
@@ -115,10 +127,7 @@ def model_card(policy: ConsistencyPolicy, metadata: Mapping[str, Any]) -> str:
     if targets := config["data"].get("targets"):
         named = ", ".join(f"`{key}`" for key in targets)
         stages += f"- its features learned to tell, and the policy does not see: {named}\n"
-    before = metadata.get("start")
-    while before:
-        stages += f"- before that: {before.get('examples')} examples, `{before.get('command')}`\n"
-        before = before.get("start")
+    stages += before
     executed = f"executes {spec.n_action_steps}"
     if policy.warm_start is not None:
         executed += (

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from cmpolicy.experiment.image.config import ImageTrainConfig
-from cmpolicy.experiment.model_card import without_folders
+from cmpolicy.experiment.model_card import init_name, origin, without_folders
 from cmpolicy.experiment.run import (
     RESUME_SETTINGS,
     RunResult,
@@ -270,8 +270,7 @@ class ModelKeeper:
     ) -> None:
         config = self._config.to_dict()
         config["dataset"]["path"] = None  # a folder of this machine
-        if config["init"] is not None:
-            config["init"] = without_folders(f"init={config['init']}").removeprefix("init=")
+        config["init"] = init_name(config["init"])
         metadata = {
             "dataset": config["dataset"],
             "source": self._data.source,
@@ -301,12 +300,7 @@ def image_card(pipe: ConsistencyImagePipeline, metadata: Mapping[str, Any]) -> s
     config = metadata["config"]
     parameters = sum(p.numel() for p in pipe.net.parameters())
     names = ", ".join(f"`{name}`" for name in pipe.class_names)
-    init, before = config.get("init"), metadata.get("start")
-    start = "from scratch" if init is None else f"further, from `{init}`,"
-    stages = ""
-    while before:
-        stages += f"- before that: {before.get('examples')} examples, `{before.get('command')}`\n"
-        before = before.get("start")
+    start, stages = origin(config.get("init"), metadata.get("start"))
     weight = config["guidance"]
     guidance = "no guidance" if weight == 1 else f"guidance {weight:g} in training"
     rows = "\n".join(

@@ -1,4 +1,4 @@
-"""Improved self-distillation (iSD), arXiv 2601.22679: the default objective.
+"""Improved self-distillation (iSD), arXiv 2601.22679: the default objective of images.
 
 Legend: x (B, ...) normalised data, v conditional velocity (or what the caller puts in its place),
 u_hat the network's own velocity F(x_t, t, t), D the derivative of F along the flow, R the Eulerian
