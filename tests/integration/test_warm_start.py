@@ -152,9 +152,12 @@ def test_a_loop_goes_on_from_its_plan(policy: ConsistencyPolicy, schedule: Sched
             plans, answers = watched.plans[3:], watched.answers[3:]  # after those to warm up
             assert len(plans) >= 2
             assert plans[0] is None
-            for before, plan in zip(answers, plans[1:], strict=False):
-                shifts = [policy.spec.shifted(before[0], n) for n in range(61)]
-                assert any(np.array_equal(plan[0], shifted) for shifted in shifts[5:])
+            # A busy machine plans sooner or later than asked, and drops a plan that comes too late.
+            for asked, plan in enumerate(plans[1:], 1):
+                shifts = (
+                    policy.spec.shifted(answer[0], n) for answer in answers[:asked] for n in range(61)
+                )
+                assert any(np.array_equal(plan[0], shifted) for shifted in shifts)
 
 
 def test_a_thread_gets_a_copy(policy: ConsistencyPolicy) -> None:
