@@ -20,7 +20,6 @@ from cmpolicy.experiment.data_checks import (
     check_state,
     fingerprint,
     report,
-    rows_of,
 )
 from cmpolicy.experiment.protocols import Simulator
 from cmpolicy.experiment.sources import find_source
@@ -54,6 +53,7 @@ class TrainingData:
         pad_loss: whether padded actions are trained on.
         rotations: of the action; None where nothing is known.
         fingerprint: tells whether other data is the same: a hash per episode, and the shapes.
+        n_stored: episodes of the store, where ``data.episodes`` chooses among them.
         n_short: episodes shorter than a window.
         times: (E,) how often the windows of each episode come in an epoch; None: once.
         normalize, clamp_actions: see ``data.normalize`` and ``data.clamp_actions``.
@@ -68,6 +68,7 @@ class TrainingData:
     pad_loss: bool = True
     rotations: tuple[Rotation, ...] | None = None
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    n_stored: int | None = None
     n_short: int = 0
     n_paused: int = 0
     normalize: Mapping[str, Any] = field(default_factory=lambda: {"default": "auto"})
@@ -78,14 +79,13 @@ class TrainingData:
     def summary(self) -> str:
         """How much there is, and which of it training uses; one line."""
         ends, windows = self.arrays.episode_ends, self.windows
-        chosen = np.sort(np.r_[self.split.train_ids, self.split.val_ids])
-        of = "" if len(chosen) == len(ends) else f" of {len(ends)} (data.episodes)"
-        held_out = len(self.split.val_ids)
+        n_chosen, held_out = len(np.unique(self.arrays.source_episode)), len(self.split.val_ids)
+        of = f" (data.episodes: {n_chosen} of {self.n_stored})" if self.n_stored else ""
         short = f"; {self.n_short} are shorter than a window" if self.n_short else ""
         paused = f"; {self.n_paused} steps of pauses are left out" if self.n_paused else ""
-        used = decision_steps(ends, windows.episode, windows.obs[:, -1], chosen)
+        used = decision_steps(ends, windows.episode, windows.obs[:, -1])
         return (
-            f"{self.source}: {len(chosen)} episodes{of}, {held_out} of them held out{short}"
+            f"{self.source}: {len(ends)} episodes{of}, {held_out} of them held out{short}"
             f"{paused}; {used}"
         )
 
@@ -223,32 +223,32 @@ def load_training_data(config: TrainConfig) -> TrainingData:
     """
     data = config.data
     path, source, obs = find_source(data)
+    buffer = ReplayBuffer.open(path, missing_chunks=data.missing_chunks)
+    chosen = chosen_episodes(buffer, data.episodes)
     arrays = load_demonstrations(
         path,
         obs,
         data.action,
         data.augment,
         targets=data.targets,
+        episodes=None if data.episodes is None else chosen,
         image_memory=data.image_memory,
         missing_chunks=data.missing_chunks,
     )
     n_steps, found = len(arrays.action), fingerprint(arrays)
     if data.max_pause is not None:
         arrays = arrays.without_pauses(data.max_pause)
-    buffer = ReplayBuffer.open(path, missing_chunks=data.missing_chunks)
-    chosen = chosen_episodes(buffer, data.episodes)
-    rows, ends = rows_of(arrays, chosen)
     for key in data.normalize:
         choose({"default": 0, ACTION: 0, **arrays.obs}, key, "key of data.normalize")
     states = {key: value for key, value in arrays.obs.items() if key not in arrays.images}
     for key, values in {**states, **arrays.targets}.items():
         check_state(key, values, path)
-        check_finite(key, values, rows, path)
-    check_finite(data.action, arrays.action, rows, path)
+        check_finite(key, values, arrays, path)
+    check_finite(data.action, arrays.action, arrays, path)
     texts = buffer.attrs.get("tasks")
     one_each = isinstance(texts, list) and len(texts) == buffer.n_episodes
     tasks = [str(texts[episode]) for episode in chosen] if texts and one_each else []
-    report(arrays, rows, ends, path, data, tasks)
+    report(arrays, path, data, tasks)
     sizes = {
         "horizon": config.policy.horizon,
         "n_obs_steps": config.policy.n_obs_steps,
@@ -273,6 +273,7 @@ def load_training_data(config: TrainConfig) -> TrainingData:
         pad_loss=simulator.actions != "delta" if data.pad_loss is None else data.pad_loss,
         rotations=_rotations(data, attrs, simulator, arrays.action.shape[1]),
         fingerprint=found,
+        n_stored=None if data.episodes is None else buffer.n_episodes,
         n_paused=n_steps - len(arrays.action),
         n_short=int((lengths < min_episode_length(**sizes)).sum()),
         normalize={"default": "auto", **data.normalize},

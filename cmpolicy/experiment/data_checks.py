@@ -28,23 +28,7 @@ class DataWarning(UserWarning):
     """Data that trains without an error and may give a useless policy."""
 
 
-def rows_of(
-    arrays: Demonstrations, chosen: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The rows of some stored episodes, and where each of these ends among them."""
-    lengths = np.diff(arrays.episode_ends, prepend=0)
-    used = np.isin(arrays.source_episode, chosen)
-    return np.flatnonzero(np.repeat(used, lengths)), np.cumsum(lengths[used])
-
-
-def report(
-    arrays: Demonstrations,
-    rows: npt.NDArray[np.int64],
-    ends: npt.NDArray[np.int64],
-    path: Path,
-    data: DataConfig,
-    tasks: Sequence[str] = (),
-) -> None:
+def report(arrays: Demonstrations, path: Path, data: DataConfig, tasks: Sequence[str] = ()) -> None:
     """Say what looks healthy in the data that is trained on and is not.
 
     ``tasks``: what the store says of each of these episodes, if it says that.
@@ -54,8 +38,8 @@ def report(
     """
     default = data.normalize.get("default", "auto")
     findings = examine(
-        {key: values[rows] for key, values in {**arrays.numbers, **arrays.targets}.items()},
-        ends,
+        {**arrays.numbers, **arrays.targets},
+        arrays.episode_ends,
         actions=(ACTION,),
         pauses=arrays.tells_pauses,
         normalize={key: data.normalize.get(key, default) for key in arrays.numbers},
@@ -63,7 +47,7 @@ def report(
     findings += _several_tasks(tasks)
     if not findings:
         return
-    which = "" if len(rows) == len(arrays.action) else " (episodes counted in data.episodes)"
+    which = "" if data.episodes is None else " (episodes counted in data.episodes)"
     text = "\n  ".join([f"{path}{which}:", *map(str, findings)])
     if data.strict:
         raise ConfigError(f"{text}\nleave out data.strict to train all the same")
@@ -100,15 +84,17 @@ def check_state(key: str, values: npt.NDArray[Any], path: Path) -> None:
 
 
 def check_finite(
-    selector: str, values: npt.NDArray[Any], rows: npt.NDArray[np.int64], path: Path
+    selector: str, values: npt.NDArray[Any], arrays: Demonstrations, path: Path
 ) -> None:
-    """Refuse NaN and infinite numbers in the rows that are trained on."""
-    finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
-    bad = rows[~finite[rows]]
+    """Refuse NaN and infinite numbers in what is trained on."""
+    bad = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1))
     if bad.size:
+        episode = int(np.searchsorted(arrays.episode_ends, bad[0], side="right"))
+        step = bad[0] - (arrays.episode_ends[episode - 1] if episode else 0)
         raise ConfigError(
-            f"{path}: {selector!r} holds NaN or inf at {bad.size} steps, the first is step "
-            f"{int(bad[0])}; repair or remove them (`cmpolicy data validate {path}` lists them)"
+            f"{path}: {selector!r} holds NaN or inf at {bad.size} steps, the first is step {step} "
+            f"of episode {arrays.source_episode[episode]}; repair or remove them "
+            f"(`cmpolicy data validate {path}` lists them)"
         )
 
 
@@ -135,8 +121,11 @@ def check_same_data(
         ConfigError: what changed, unless ``accept``, which makes it a warning.
     """
     before, after = facts.get("data", {}), now["data"]
-    if not before or all(facts.get(key, now[key]) == now[key] for key in now):
-        return  # runs of before noted less
+    if not before:
+        return
+    noted = "train_episodes" in facts  # the oldest runs did not note which episodes they use
+    if _used(facts) == _used(now) if noted else before == after:
+        return
     old, new = before.get("episodes", []), after["episodes"]
     if before.get("arrays") != after["arrays"]:
         what = f"its arrays were {before.get('arrays')}, they are {after['arrays']}"
@@ -148,7 +137,7 @@ def check_same_data(
         what = f"it had {len(old)} episodes, it has {len(new)}"
     else:
         first = next(i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b)
-        what = f"episode {first} is another one"
+        what = f"episode {first} of those that are used is another one"
     same = before.get("arrays") == after["arrays"]
     if accept and same:
         warnings.warn(
@@ -163,3 +152,9 @@ def check_same_data(
         f"the data is not the one that {run_dir} was started on: {what}. Give the old data with "
         f"data.path=..., {how}or start a new run on this one, from the old policy with init=..."
     )
+
+
+def _used(facts: Mapping[str, Any]) -> list[Any]:
+    """The arrays, and what the episodes hold that train and that are held out."""
+    hashes, names = facts["data"]["episodes"], ("train_episodes", "val_episodes")
+    return [facts["data"]["arrays"], *([hashes[i] for i in facts[name]] for name in names)]

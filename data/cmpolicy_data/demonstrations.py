@@ -213,6 +213,7 @@ def load_demonstrations(
     augment: Sequence[str] = (),
     *,
     targets: Mapping[str, str | Mapping[str, str]] | Sequence[str] = (),
+    episodes: npt.NDArray[np.int64] | None = None,
     image_memory: float = 4.0,
     missing_chunks: MissingChunks = "auto",
 ) -> Demonstrations:
@@ -227,6 +228,8 @@ def load_demonstrations(
             :data:`~cmpolicy_data.augment.AUGMENTATIONS` (those that come with cmpolicy are of
             Push-T). Push-T's frames are then rendered from the transformed states.
         targets: as ``obs``, numbers alone, under keys of their own.
+        episodes: increasing numbers of the stored episodes that are wanted; None: all. The frames
+            of others are not read.
         image_memory: GiB of frames that are kept in memory, see ``frames``.
         missing_chunks: what a chunk that is not there means, see ``ReplayBuffer.open``.
 
@@ -254,21 +257,30 @@ def load_demonstrations(
         )
     chosen = {key: s.selector for key, s in sources.items() if key not in images}
     chosen_action = Selector.parse(action)
-    number = np.arange(buffer.n_episodes, dtype=np.int64)
+    number, rows = np.arange(buffer.n_episodes, dtype=np.int64), None
+    lengths = np.diff(buffer.episode_ends, prepend=0)
+    if episodes is not None:
+        rows = np.flatnonzero(np.isin(np.repeat(number, lengths), episodes))
+        number = episodes
+    ends = np.cumsum(lengths[number])
+
+    def load(selector: str) -> npt.NDArray[Any]:
+        values = buffer.load(selector)
+        return values if rows is None else values[rows]
+
     if augment:
         needed = {chosen_action.key, *(s.key for s in chosen.values())}
         needed |= {key for key in ("state", "action") if key in buffer}  # Push-T's need the whole
-        episodes = Episodes({key: buffer.load(key) for key in needed}, buffer.episode_ends, number)
+        whole = Episodes({key: load(key) for key in needed}, ends, number)
         for name in augment:
-            episodes = augmenting.augment(episodes, name)
-        arrays = {key: s.take(episodes.data[s.key]) for key, s in chosen.items()}
-        actions = chosen_action.take(episodes.data[chosen_action.key])
-        ends, number = episodes.episode_ends, episodes.source
-        states = episodes.data.get("state")
+            whole = augmenting.augment(whole, name)
+        arrays = {key: s.take(whole.data[s.key]) for key, s in chosen.items()}
+        actions = chosen_action.take(whole.data[chosen_action.key])
+        ends, number = whole.episode_ends, whole.source
+        states = whole.data.get("state")
     else:
-        arrays = {key: buffer.load(str(s)) for key, s in chosen.items()}
-        actions, ends = buffer.load(action), buffer.episode_ends
-        states = None
+        arrays = {key: load(str(s)) for key, s in chosen.items()}
+        actions, states = load(action), None
     for key in images:
         source = sources[key]
         stored = source.selector.key
@@ -279,13 +291,15 @@ def load_demonstrations(
             )
         if stored in buffer and states is None:
             memory = image_memory / len(images)
-            arrays[key] = load_frames(buffer, stored, layout=source.layout, memory=memory)
+            arrays[key] = load_frames(
+                buffer, stored, layout=source.layout, memory=memory, rows=rows
+            )
         else:
             if not _can_render(buffer, stored):
                 buffer.check(stored)  # raises, where it is not there
             from cmpolicy_data.convert.pusht_frames import render_pusht_frames  # the simulator
 
-            shown = buffer.load("state") if states is None else states
+            shown = load("state") if states is None else states
             arrays[key] = render_pusht_frames(shown, memory=image_memory)
     if actions.ndim != 2:
         raise ValueError(

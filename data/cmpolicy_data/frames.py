@@ -56,13 +56,19 @@ def looks_grey_or_four(array: Array) -> bool:
 
 
 def load_frames(
-    buffer: ReplayBuffer, key: str, *, layout: str | None = None, memory: float
+    buffer: ReplayBuffer,
+    key: str,
+    *,
+    layout: str | None = None,
+    memory: float,
+    rows: npt.NDArray[np.int64] | None = None,
 ) -> Frames:
-    """All frames of a key.
+    """The frames of a key; chunks without any that are asked for are not read.
 
     Args:
         buffer: the store.
         key: of the store, with one image per step.
+        rows: increasing numbers of the N steps that are wanted; None: of all.
         layout: ``hwc``, or ``chw`` for channels first; None: what the shape tells.
         memory: GiB up to which frames are kept in memory; more go into a file of the cache once.
 
@@ -78,21 +84,24 @@ def load_frames(
     layout = layout or ("chw" if channels_first(array) else "hwc")
     shape = _frame_shape(array, layout, f"{buffer.path}: data/{key}")
 
-    def parts() -> Iterator[tuple[int, Frames]]:
-        for start, stop in blocks(array):
-            stop = min(stop, buffer.n_steps)
-            if start < stop:
-                rows = read_rows(array, start, stop, buffer.path)
-                yield (
-                    start,
-                    as_levels(
-                        np.moveaxis(rows, 1, -1) if layout == "chw" else rows, buffer, key, start
-                    ),
-                )
-
-    # with the number of steps: an episode may have been appended since the store was opened
+    # With the number of steps: an episode may have been appended since the store was opened.
     name = f"{buffer.path.resolve()} {key} {layout} {buffer.n_steps} {_state_of(buffer.path)}"
-    return gather_frames(parts, (buffer.n_steps, *shape), name, memory, f"reading {key}")
+    if rows is None:
+        rows = np.arange(buffer.n_steps)
+    else:
+        name += f" {hashlib.blake2b(rows.tobytes(), digest_size=16).hexdigest()}"
+
+    def parts() -> Iterator[tuple[int, Frames]]:
+        for block in blocks(array):
+            first, last = np.searchsorted(rows, block)
+            if first < last:
+                steps = rows[first:last]
+                start = int(steps[0])
+                found = read_rows(array, start, int(steps[-1]) + 1, buffer.path)[steps - start]
+                found = np.moveaxis(found, 1, -1) if layout == "chw" else found
+                yield int(first), as_levels(found, buffer, key, steps)
+
+    return gather_frames(parts, (len(rows), *shape), name, memory, f"reading {key}")
 
 
 def _frame_shape(array: Array, layout: str, what: str) -> tuple[int, int, int]:
@@ -122,14 +131,16 @@ def _frame_shape(array: Array, layout: str, what: str) -> tuple[int, int, int]:
     return height, width, 3
 
 
-def as_levels(rows: npt.NDArray[Any], buffer: ReplayBuffer, key: str, start: int) -> Frames:
-    """Rows of frames as uint8; ``start`` is the step of the first."""
+def as_levels(
+    rows: npt.NDArray[Any], buffer: ReplayBuffer, key: str, steps: npt.NDArray[np.int64] | range
+) -> Frames:
+    """Rows of frames as uint8; ``steps`` are their numbers in the store."""
     if rows.dtype == np.uint8:
         return rows
     levels = np.nan_to_num(rows, nan=-1.0).clip(0, 255).astype(np.uint8)
     bad = np.flatnonzero((levels != rows).reshape(len(rows), -1).any(axis=1))
     if bad.size:
-        step = start + int(bad[0])
+        step = int(steps[bad[0]])
         episode = int(np.searchsorted(buffer.episode_ends, step, side="right"))
         within = step - (int(buffer.episode_ends[episode - 1]) if episode else 0)
         low, high = float(rows[bad[0]].min()), float(rows[bad[0]].max())

@@ -188,21 +188,17 @@ def _gaps(key: str, times: npt.NDArray[Any], ends: Int64Array) -> Iterator[Findi
         )
 
 
-def decision_steps(
-    ends: Int64Array, episode: Int64Array, newest: Int64Array, chosen: Int64Array
-) -> str:
+def decision_steps(ends: Int64Array, episode: Int64Array, newest: Int64Array) -> str:
     """Which steps of the episodes training decides at, as one line.
 
     Args:
         ends: (E,) one past the last row of each episode.
         episode, newest: (W,) of each window, its episode and the row of its newest observation.
-        chosen: numbers of the episodes that count.
     """
     lengths = np.diff(ends, prepend=0)
     within = newest - (ends - lengths)[episode]
     last = np.full(len(ends), -1)
     np.maximum.at(last, episode, within)
-    last, lengths = last[chosen], lengths[chosen]
     used, n_steps = np.minimum(last + 1, lengths).clip(0).sum(), int(lengths.sum())
     text = f"training decides at {used} of {n_steps} steps ({used / n_steps:.0%})"
     behind = lengths - 1 - last

@@ -82,7 +82,7 @@ def pictures(buffer: ReplayBuffer, key: str, start: int, end: int) -> Frames:
     rows = read_rows(array, start, end, buffer.path)
     if channels_first(array):
         rows = np.moveaxis(rows, 1, -1)
-    return as_levels(rows, buffer, key, start)
+    return as_levels(rows, buffer, key, range(start, end))
 
 
 def curves(buffer: ReplayBuffer, key: str, start: int, end: int) -> npt.NDArray[np.float64]:

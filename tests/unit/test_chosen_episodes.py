@@ -48,12 +48,14 @@ def load(store: Path, **data: Any) -> TrainingData:
 )
 def test_what_is_trained_on_and_held_out(store: Path, episodes: str, expected: Any) -> None:
     data = load(store, episodes=episodes, val_fraction=0.25)
+    assert data.arrays.source_episode.tolist() == list(expected)
     both = np.sort(np.concatenate([data.split.train_ids, data.split.val_ids]))
-    assert both.tolist() == list(expected)
+    assert both.tolist() == list(range(len(expected)))
     assert len(data.split.val_ids) == max(1, len(expected) // 4)
     low, high = data.normalizer().limits("action")
-    assert data.split.train_ids.min() <= low.min()
-    assert high.max() <= data.split.train_ids.max() + 1
+    train = data.arrays.source_episode[data.split.train_ids]
+    assert train.min() <= low.min()
+    assert high.max() <= train.max() + 1
 
 
 def test_weights_repeat_windows(store: Path) -> None:
@@ -92,10 +94,12 @@ def test_what_is_left_out_may_be_broken(store: Path) -> None:
     state = np.linspace(0, 1, 400)[:, None].repeat(2, 1)
     state[100] = np.nan
     buffer.append_episode({"state": state, "action": state})
-    with pytest.raises(ConfigError, match="holds NaN or inf at 1 steps, the first is step 260"):
+    with pytest.raises(
+        ConfigError, match="NaN or inf at 1 steps, the first is step 100 of episode 8"
+    ):
         load(store)
     data = load(store, episodes="better", val_fraction=0.25)
-    assert "4 episodes of 9 (data.episodes), 1 of them held out" in data.summary
+    assert "4 episodes (data.episodes: 4 of 9), 1 of them held out" in data.summary
     assert "of 80 steps" in data.summary
 
 
@@ -118,9 +122,15 @@ def test_a_mask_that_does_not_number_episodes(store: Path, mask: Any) -> None:
         load(store, episodes="mine")
 
 
-@pytest.mark.parametrize("setting", [{"episodes": "success"}, {"weights": "times"}])
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"episodes": "success"}, "episode 1 of those that are used is another one"),
+        ({"weights": "times"}, r"data\.episodes or data\.weights choose other episodes"),
+    ],
+)
 def test_a_run_does_not_go_on_with_other_episodes_of_its_data(
-    store: Path, setting: dict[str, str]
+    store: Path, setting: dict[str, str], words: str
 ) -> None:
     before = load(store, **setting).facts
     (name,) = setting.values()
@@ -133,10 +143,24 @@ def test_a_run_does_not_go_on_with_other_episodes_of_its_data(
 
     compare(before)
     array[...] = 1
-    with pytest.raises(ConfigError, match=r"data\.episodes or data\.weights choose other episodes"):
+    with pytest.raises(ConfigError, match=words):
         compare(before)
-    del before["train_episodes"]  # runs of before did not note them
-    compare(before)
+
+
+def test_a_run_that_noted_all_episodes_goes_on_with_those_it_uses(store: Path) -> None:
+    """So were runs begun once: they noted also those that ``data.episodes`` leaves out."""
+    whole, chosen = load(store), load(store, episodes="better", val_fraction=0.25)
+    numbers = {
+        f"{name}_episodes": chosen.arrays.source_episode[ids].tolist()
+        for name, ids in (("train", chosen.split.train_ids), ("val", chosen.split.val_ids))
+    }
+    before = whole.facts | numbers
+    again = load(store, episodes="better", val_fraction=0.25).with_held_out_of(before, 0.25, 7)
+    assert again.split.val_ids.tolist() == chosen.split.val_ids.tolist()
+    check_same_data(before, again.facts, Path("run"))
+    other = load(store, episodes="[2,3,6]").with_held_out_of(before, 0.25, 7)
+    with pytest.raises(ConfigError, match="it had 8 episodes, it has 3"):
+        check_same_data(before, other.facts, Path("run"))
 
 
 def test_rotations_that_the_store_names_are_those_of_its_actions(store: Path) -> None:

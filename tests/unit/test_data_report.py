@@ -185,7 +185,7 @@ def test_the_table_is_aligned() -> None:
 def test_decision_steps() -> None:
     sizes = {"horizon": 64, "n_obs_steps": 2, "n_action_steps": 8}
     windows = window_index(ENDS, **sizes)
-    text = decision_steps(ENDS, windows.episode, windows.obs[:, -1], np.arange(len(ENDS)))
+    text = decision_steps(ENDS, windows.episode, windows.obs[:, -1])
     assert text == (
         "training decides at 530 of 600 steps (88%), not at the last 7 of each episode, whose "
         "actions were not recorded"

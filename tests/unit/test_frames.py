@@ -12,6 +12,7 @@ import pytest
 import zarr
 
 from cmpolicy_data import ReplayBuffer
+from cmpolicy_data import frames as reading
 from cmpolicy_data.chunks import ReplayBufferError
 from cmpolicy_data.convert.pusht_frames import render_pusht_frames
 from cmpolicy_data.demonstrations import load_demonstrations
@@ -47,6 +48,35 @@ def test_frames_without_some_stay_in_a_file(tmp_path: Path) -> None:
         found = select_frames(frames, keep)
         assert type(found) is kind
         assert np.array_equal(found, FRAMES[keep])
+
+
+@pytest.mark.parametrize("memory", [1, 1e-6])
+def test_frames_of_other_episodes_are_not_read(
+    tmp_path: Path, memory: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the first, third and last episode: read to the end, from the middle, and whole."""
+    buffer = ReplayBuffer.create(tmp_path / "cameras.zarr")
+    ends = [5, 17, 18, 31, N]
+    for start, end in zip([0, *ends], ends, strict=False):
+        buffer.append_episode({"action": np.ones((end - start, 2)), "top": FRAMES[start:end]})
+    read, real = [], reading.read_rows
+
+    def spy(array: Any, start: int, stop: int, path: Path) -> Any:
+        read.append((start, stop))
+        return real(array, start, stop, path)
+
+    monkeypatch.setattr(reading, "read_rows", spy)
+    monkeypatch.setattr(reading, "blocks", lambda array: [(0, 16), (16, 32), (32, N + 8)])
+    rows = np.r_[0:5, 17:18, 31:N]
+    found = load_demonstrations(
+        buffer.path, ["top"], episodes=np.array([0, 2, 4]), image_memory=memory
+    )
+    assert np.array_equal(found.obs["top"], FRAMES[rows])
+    assert found.episode_ends.tolist() == [5, 6, 15]
+    assert found.source_episode.tolist() == [0, 2, 4]
+    assert read == [(0, 5), (17, 32), (32, N)]
+    whole = load_demonstrations(buffer.path, ["top"], image_memory=memory)
+    assert np.array_equal(whole.obs["top"], FRAMES)  # another file of the cache
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.int32])
