@@ -129,7 +129,7 @@ def drive(settings: RobotDemoSettings) -> int:
         if tick.observation["coverage"] > SUCCESS_COVERAGE:
             loop.stop("the block is on its goal")
 
-    with ControlLoop(
+    loop = ControlLoop(
         driver,
         robot,
         hz=robot.hz,
@@ -139,10 +139,14 @@ def drive(settings: RobotDemoSettings) -> int:
         timestamps=Timestamps("timestamp"),
         seed=settings.seed,
         on_tick=record,
-    ) as loop:
-        report = loop.run(seconds=settings.seconds, start=robot.start)
-    recording = Recording(settings.seed, robot.hz, ticks)
-    print(_summary(settings, recording, report))
+    )
+    try:
+        with loop:
+            loop.run(seconds=settings.seconds, start=robot.start)
+    finally:  # also of a robot that failed, or could not be disconnected
+        recording = Recording(settings.seed, robot.hz, ticks)
+        if loop.report is not None:
+            print(_summary(settings, recording, loop.report))
     if ticks:
         out = Path(settings.out).expanduser()
         title = f"Push-T in real time, {settings.mode}, {settings.delay_ms:g} ms added delay"
@@ -151,7 +155,7 @@ def drive(settings: RobotDemoSettings) -> int:
             write_plot(out / "ticks.png", recording, title): "targets, the agent, late ticks",
         }
         print("\n" + "\n".join(f"  {path!s:<32} {what}" for path, what in files.items()))
-    return 130 if report.stopped_by.startswith("SIG") else 0
+    return 130 if loop.report is not None and loop.report.stopped_by.startswith("SIG") else 0
 
 
 def _summary(settings: RobotDemoSettings, recording: Recording, report: LoopReport) -> str:

@@ -344,7 +344,7 @@ class ControlLoop:
         try:
             self._watchdog.call(name, call)
         except BaseException as error:  # nothing must skip the steps after this one
-            _log.error("could not %s: %s", _WORDS[name], error)
+            _log.error("could not %s: %s", _WORDS[name], str(error) or type(error).__name__)
             failures.append((_WORDS[name], error))
 
 

@@ -4,6 +4,7 @@ Every call of the robot goes through :meth:`Watchdog.call`. A thread looks at th
 
     call           limit without a signal       after SIGINT or SIGTERM
     connect        ``connect_limit``            1 s
+    disconnect     ``limit``                    3 s, for the robot is at rest and cameras take long
     all others     ``limit``                    1 s
     the policy     none                         1 s
 
@@ -35,6 +36,9 @@ _log = logging.getLogger(__name__)
 
 _AFTER_SIGNAL = 1.0
 """Seconds that a call may take when a signal has asked for the end."""
+
+_DISCONNECT_AFTER_SIGNAL = 3.0
+"""The same of ``disconnect``."""
 
 _FORCE = 5.0
 """Seconds after a signal at which a call that cannot be interrupted ends the process."""
@@ -148,7 +152,8 @@ class Watchdog:
                 limit = self._limits.get(name, self._limit)
                 taken = now - since
                 after = now - max(since, self._signalled_at)
-                if answered.get(ident) != call and (taken > limit or after > _AFTER_SIGNAL):
+                patience = _DISCONNECT_AFTER_SIGNAL if name == "disconnect" else _AFTER_SIGNAL
+                if answered.get(ident) != call and (taken > limit or after > patience):
                     answered[ident] = call
                     self._answer(ident, name, taken)
                 elif after > _FORCE and ident == self._main:

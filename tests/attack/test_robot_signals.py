@@ -47,6 +47,7 @@ class Robot:
         {stop}
         self.say("stop")
     def disconnect(self):
+        {disconnect}
         self.say("disconnect")
 
 before = signal.getsignal(signal.SIGINT)
@@ -61,9 +62,15 @@ finally:
 
 
 def _start(
-    observe: str = "pass", after: str = "pass", stop: str = "pass", limits: str = ""
+    observe: str = "pass",
+    after: str = "pass",
+    stop: str = "pass",
+    disconnect: str = "pass",
+    limits: str = "",
 ) -> subprocess.Popen[str]:
-    code = _PROGRAM.format(observe=observe, after=after, stop=stop, limits=limits)
+    code = _PROGRAM.format(
+        observe=observe, after=after, stop=stop, disconnect=disconnect, limits=limits
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -187,6 +194,27 @@ def test_a_stop_that_hangs_does_not_keep_the_robot_connected() -> None:
     assert lines[-2:] == ["disconnect", "restored True"]
     assert lines.count("stopping") == 1  # when leaving it is tried once more
     assert process.returncode != 0
+
+
+def test_a_disconnect_may_take_longer_than_other_calls() -> None:
+    """The robot is at rest by then, and cameras take a second or two to close."""
+    process = _start(disconnect="time.sleep(2)")
+    _until(process, "moving")
+    process.send_signal(signal.SIGTERM)
+    lines, err = _finish(process)
+    assert lines == ["stop", "stopped by SIGTERM", "disconnect", "restored True"]
+    assert process.returncode == 0, err
+
+
+def test_a_disconnect_that_hangs_is_named() -> None:
+    process = _start(disconnect="time.sleep(60)")
+    _until(process, "moving")
+    process.send_signal(signal.SIGINT)
+    lines, err = _finish(process)
+    assert lines == ["stop", "stopped by SIGINT", "restored True"]
+    assert "disconnect() has not returned for 3." in err
+    assert "could not disconnect the robot: KeyboardInterrupt" in err
+    assert process.returncode == -signal.SIGINT, err
 
 
 def test_two_signals_while_leaving_a_run_that_hangs_in_another_thread() -> None:

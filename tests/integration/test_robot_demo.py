@@ -92,14 +92,17 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert Image.open(out / "ticks.png").size == (1200, 720)
 
 
-def test_ctrl_c_ends_the_demo_with_its_report(tmp_path: Path) -> None:
+@pytest.mark.parametrize("hangs", [False, True])
+def test_ctrl_c_ends_the_demo_with_its_report(tmp_path: Path, hangs: bool) -> None:
+    """Also where the robot cannot be disconnected."""
     code = (
-        "import sys; from cmpolicy.cli.main import main\n"
+        "import sys, time; from cmpolicy.cli.main import main\n"
         "from cmpolicy_envs.simulated_robot import SimulatedPushT\n"
         "send = SimulatedPushT.send_action\n"
         "def tell(self, action):\n"
         "    send(self, action); print('sent', flush=True)\n"
         "SimulatedPushT.send_action = tell\n"
+        f"{'SimulatedPushT.disconnect = lambda self: time.sleep(60)' if hangs else ''}\n"
         f"sys.exit(main(['robot-demo', 'seconds=600', 'out={tmp_path}']))"
     )
     process = subprocess.Popen(
