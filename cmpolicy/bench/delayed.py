@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from cmpolicy.robot.policy import ChunkPolicy, plan_window, warm_plan
 from cmpolicy.robot.schedule import Planner, Schedule
@@ -23,6 +22,7 @@ from cmpolicy_envs.realtime_pusht import CONTROL_HZ, SUBSTEPS, LateActions
 from cmpolicy_eval.episode import ChunkOutcome
 from cmpolicy_eval.policy import check_policy_fits
 from cmpolicy_eval.pool import Command, EnvPool, Reset, Step
+from cmpolicy_eval.progress import progress_bar
 from cmpolicy_eval.protocol import EvalProtocol
 from cmpolicy_eval.rollout import EpisodeResult
 
@@ -86,9 +86,7 @@ def delayed_rollout(
     results: list[EpisodeResult] = []
     held = 0
     with (
-        tqdm(
-            total=len(seeds), desc=progress, unit="episode", disable=None if progress else True
-        ) as bar,
+        progress_bar(len(seeds), desc=progress, unit="episode", disable=progress is None) as bar,
         EnvPool(
             LateActions,
             n_envs=min(BATCH_SIZE, len(seeds)),

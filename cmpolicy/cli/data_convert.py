@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from cmpolicy.cli.data_sources import progress_bar
+from cmpolicy.cli.data_sources import showing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ def _robomimic(settings: RobomimicSettings, source: str) -> int:
     from cmpolicy_data.convert import robomimic
 
     suffix = "_abs.zarr" if settings.actions == "absolute" else ".zarr"
-    with progress_bar(None, "episode") as show:
+    with showing(None, "episode") as show:
         report = robomimic.convert(
             Path(source),
             settings.out or f"{Path(source).stem}{suffix}",
@@ -144,7 +144,7 @@ def _aloha(settings: AlohaSettings, source: str) -> int:
     from cmpolicy_data.frames import looks_like_frames
 
     out = settings.out or f"{Path(source).expanduser().resolve().stem}.zarr"
-    with progress_bar(None, "episode") as show:
+    with showing(None, "episode") as show:
         buffer = aloha.convert(source, out, control_hz=settings.control_hz, progress=show)
     keys = [key for key in buffer if key != "action"]
     obs = ",".join(keys)
@@ -164,7 +164,7 @@ def _lerobot(settings: LeRobotSettings, source: str) -> int:
     from cmpolicy_data.convert.lerobot import hub, reading
 
     found = hub.find(source, settings.revision)
-    with progress_bar(None, "episode") as show:
+    with showing(None, "episode") as show:
         report = reading.read(
             found.root,
             settings.out or f"{Path(found.name).name}.zarr",
@@ -198,7 +198,7 @@ def _to_lerobot(settings: ToLeRobotSettings, source: str) -> int:
 
     store = resolve(source)
     name = store.name.removesuffix(".zip").removesuffix(".zarr")
-    with progress_bar(None, "episode") as show:
+    with showing(None, "episode") as show:
         report = writing.write(
             store,
             settings.out or f"{name}_lerobot",

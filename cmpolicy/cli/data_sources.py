@@ -10,8 +10,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from cmpolicy.schema import ConfigError, choose
 
 if TYPE_CHECKING:
@@ -101,15 +99,23 @@ class ReplaySettings:
 
 
 @contextmanager
-def progress_bar(total: int | None, unit: str) -> Iterator[Callable[..., None]]:
-    """A progress bar on a terminal; what is yielded takes what is done and a count beside it."""
-    with tqdm(total=total, unit=unit, unit_scale=unit == "B", disable=None) as bar:
+def showing(total: int | None, unit: str, other_is: str = "") -> Iterator[Callable[..., None]]:
+    """Show progress; what is yielded takes how much is done and another number.
+
+    Args:
+        total: how much there is; None: unknown, or the other number.
+        unit: of it.
+        other_is: what the other number counts; empty: it is the total.
+    """
+    from cmpolicy_eval.progress import progress_bar  # gymnasium comes with it
+
+    with progress_bar(total, unit=unit, unit_scale=unit == "B") as bar:
 
         def show(done: int, other: int | None = None) -> None:
-            if total is None:
+            if not other_is:
                 bar.total = other
             else:
-                bar.set_postfix(attempted=other, refresh=False)
+                bar.set_postfix({other_is: other}, refresh=False)
             bar.update(done - bar.n)
 
         yield show
@@ -129,7 +135,7 @@ def generate(settings: GenerateSettings, what: str) -> int:
         _check_lead(settings.astray_by)
         lead = pusht.Lead(settings.astray_by, partial(_start, settings.astray_by))
     episodes = 300 if settings.episodes is None else settings.episodes
-    with progress_bar(episodes, "episode") as show:
+    with showing(episodes, "episode", "attempted") as show:
         report = pusht.generate(
             Path(settings.out or "pusht_scripted.zarr.zip"),
             episodes=episodes,
@@ -186,7 +192,7 @@ def _generate_robomimic(settings: GenerateSettings) -> int:
         if value := getattr(settings, name):
             raise ConfigError(f"{name}={value}: only pusht has it; leave it out")
     episodes = 200 if settings.episodes is None else settings.episodes
-    with progress_bar(episodes, "episode") as show:
+    with showing(episodes, "episode", "attempted") as show:
         report = runner.generate(
             settings.out or f"{settings.task}.hdf5",
             task=settings.task,
@@ -212,7 +218,7 @@ def download(settings: DownloadSettings, what: str) -> int:
         return _download_robomimic(settings)
     from cmpolicy_data import download as pusht
 
-    with progress_bar(None, "B") as progress:
+    with showing(None, "B") as progress:
         path = pusht.download(
             pusht.DATASETS[what],
             settings.out,
@@ -259,7 +265,7 @@ def edit(settings: EditSettings, source: str) -> int:
         raise ConfigError(
             f"cut={dict(settings.cut)} must be steps by episode number, such as cut={{5: [20,40]}}"
         )
-    with progress_bar(None, "episode") as show:
+    with showing(None, "episode") as show:
         buffer = editing.edit(
             resolve(source),
             settings.out,
@@ -279,12 +285,7 @@ def replay(settings: ReplaySettings, layout: str, path: str) -> int:
     from cmpolicy_data.convert import replay as replaying
 
     choose({"robomimic": 0}, layout, "layout")
-    with tqdm(unit="episode", disable=None) as bar:
-
-        def show(done: int, failed: int) -> None:
-            bar.set_postfix(failed=failed, refresh=False)
-            bar.update(done - bar.n)
-
+    with showing(None, "episode", "failed") as show:
         report = replaying.replay(
             path, episodes=settings.episodes, workers=settings.workers, progress=show
         )

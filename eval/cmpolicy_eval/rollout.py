@@ -15,7 +15,6 @@ of processes, nor on which other seeds run.
 """
 
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,11 +22,11 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from cmpolicy_eval.episode import Array, ChunkOutcome, MakeEnv
 from cmpolicy_eval.policy import ActionChunkPolicy, PolicyMismatchError, check_policy_fits
 from cmpolicy_eval.pool import DEFAULT_TIMEOUT, Command, EnvPool, Reset, RolloutError, Step
+from cmpolicy_eval.progress import progress_bar
 
 __all__ = ["EpisodeResult", "RolloutError", "rollout", "try_out"]
 
@@ -100,7 +99,7 @@ def rollout(
         batch_size: rows of every policy call, and so the largest number of episodes at a time.
         keep_chunks: keep the action chunks of the first so many seeds, for a video.
         env_timeout: seconds that an environment has for a reset or for the steps of one chunk.
-        progress: label of a progress bar, shown on a terminal only.
+        progress: label of a progress bar; None: there is none.
 
     Returns:
         Results in the order of ``seeds``.
@@ -117,9 +116,7 @@ def rollout(
     options = reset_options or (lambda seed: None)
     results: dict[int, EpisodeResult] = {}
     waiting = list(range(len(seeds)))[::-1]
-    bar = tqdm(
-        total=len(seeds), desc=progress, unit="episode", disable=progress is None or not _tty()
-    )
+    bar = progress_bar(len(seeds), desc=progress, unit="episode", disable=progress is None)
     pool = EnvPool(
         make_env,
         n_envs=n_slots,
@@ -290,7 +287,3 @@ def _check_settings(
             raise ValueError(f"rollout: {name} must be at least 1, got {value}")
     if n_workers is not None and n_workers < 0:
         raise ValueError(f"rollout: n_workers must be at least 0, got {n_workers}")
-
-
-def _tty() -> bool:
-    return sys.stderr.isatty()
