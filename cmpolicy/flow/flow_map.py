@@ -54,8 +54,9 @@ def derivative_jvp(
     """dF/dtau along (u, 1, 0) by forward-mode differentiation: exact.
 
     The network's t moves by 1/rate while flow time moves by 1. No gradient is kept unless asked.
+    Autocast is left: forward-mode differentiation through it mixes two types of numbers.
     """
-    with _gradient(keep_gradient):
+    with _gradient(keep_gradient), exactly(x):
         derivative: Tensor = torch.func.jvp(
             lambda x_, t_: flow_map.output(x_, t_, s, features),
             (x, t),
@@ -82,10 +83,9 @@ def derivative_difference(
     one-sided (arXiv 2601.22679 ships the difference). They may pass t = 1, where path and time
     features go on smoothly, so that the difference is central at t = 1, the one time that one-step
     sampling asks for. No gradient is kept unless asked. Autocast is left: in bfloat16 the two
-    points cannot be told apart (0.4 % relative precision against a step of 0.005); ``jvp`` has no
-    such limit.
+    points cannot be told apart (0.4 % relative precision against a step of 0.005).
     """
-    with _gradient(keep_gradient), torch.autocast(x.device.type, enabled=False):
+    with _gradient(keep_gradient), exactly(x):
         rate = flow_map.path.rate
         after = t + epsilon
         before = torch.maximum(t - epsilon, s if lowest is None else lowest)
@@ -99,6 +99,11 @@ def derivative_difference(
         f = flow_map.output(points, torch.cat([after, before]), torch.cat([s, s]), doubled)
         f_after, f_before = f.chunk(2)
         return (f_after - f_before) / expand_time((after - before) * rate, x)
+
+
+def exactly(like: Tensor) -> torch.autocast:
+    """Leaves autocast, where outputs are compared that bfloat16 cannot tell apart."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def _gradient(keep: bool) -> torch.set_grad_enabled:

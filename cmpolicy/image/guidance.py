@@ -81,9 +81,23 @@ class Guidance:
             return None
 
         def guided(point: PathSample, t: Tensor) -> Tensor:
-            with torch.no_grad():
+            with torch.no_grad(), _uncached_autocast(point.x_t.device.type):
                 u_null = flow_map.velocity(point.x_t, t, null)
             weight = torch.where(dropped, 1.0, self.weight).to(u_null.dtype)
             return torch.lerp(u_null, point.velocity, expand_time(weight, u_null))
 
         return guided
+
+
+def _uncached_autocast(device_type: str) -> torch.autocast:
+    """Autocast as it is, for an evaluation without gradient before one with it.
+
+    Autocast keeps a weight that it has cast; without gradient it would keep one that gives none
+    (pytorch issue 65766).
+    """
+    return torch.autocast(
+        device_type,
+        torch.get_autocast_dtype(device_type),
+        enabled=torch.is_autocast_enabled(device_type),
+        cache_enabled=False,
+    )

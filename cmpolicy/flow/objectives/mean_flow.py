@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from cmpolicy.flow.flow_map import FlowMap
+from cmpolicy.flow.flow_map import FlowMap, exactly
 from cmpolicy.flow.objectives.objective import (
     Draws,
     Examples,
@@ -115,7 +116,8 @@ class AlphaFlow(_MeanFlowFamily):
     With m = t - alpha (t - s) on the line along v, the target is the output that jumps where
     X_{m->s}(x_m) arrives: alpha v + (1 - alpha) sg F(x_m, m, s). L = w mean |F - target|^2 / alpha.
     alpha falls from 1 to 0 along a sigmoid in the course of the run; below ``alpha_min`` it is 0
-    and the objective is ``meanflow``.
+    and the objective is ``meanflow``. Between its ends autocast is left: F and its target differ
+    by a share alpha of the step to v, which bfloat16 cannot tell from rounding.
 
     Args:
         alpha_begin, alpha_end: shares of the run between which alpha falls, in order, in [0, 1].
@@ -144,6 +146,12 @@ class AlphaFlow(_MeanFlowFamily):
         if alpha < self.alpha_min:
             return 0.0
         return 1.0 if alpha > 1 - self.alpha_min else alpha
+
+    def loss(self, flow_map: FlowMap, examples: Examples) -> LossOutput:
+        """See :meth:`Objective.loss`."""
+        between = 0.0 < self.alpha(examples.progress) < 1.0
+        with exactly(examples.draws.z) if between else nullcontext():
+            return super().loss(flow_map, examples)
 
     def scale(self, progress: float) -> float:
         """alpha; 1 once it is 0."""

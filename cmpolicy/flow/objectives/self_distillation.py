@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from cmpolicy.flow.flow_map import FlowMap
+from cmpolicy.flow.flow_map import FlowMap, exactly
 from cmpolicy.flow.objectives.objective import (
     Examples,
     LossOutput,
@@ -204,11 +204,11 @@ class LagrangianSelfDistillation(SelfDistillation, Eulerian):
             arrived = path.jump(j.x_t, j.f, j.t, j.s)
             velocity = flow_map.velocity(arrived, j.s, j.held)
         by_s: Tensor
-        if self.derivative == "jvp":
-            ones = torch.ones_like(j.s)
-            by_s = torch.func.jvp(lambda s: flow_map(j.x_t, j.t, s, j.c), (j.s,), (ones,))[1]
-            return by_s / path.rate - velocity
-        with torch.autocast(j.x_t.device.type, enabled=False):
+        with exactly(j.x_t):
+            if self.derivative == "jvp":
+                ones = torch.ones_like(j.s)
+                by_s = torch.func.jvp(lambda s: flow_map(j.x_t, j.t, s, j.c), (j.s,), (ones,))[1]
+                return by_s / path.rate - velocity
             above, below = (j.s + self.epsilon).minimum(j.t), (j.s - self.epsilon).clamp(min=0)
             above = above.maximum(below + self.epsilon)  # at s = t = 0 the upper point passes t
             twice = (torch.cat([v, v]) for v in (j.x_t, j.t))
