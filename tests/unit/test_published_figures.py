@@ -56,6 +56,7 @@ TABLES: dict[tuple[str, str], list[tuple[str, list[str]]]] = {
         ("iSD (pusht_image) | 1", ["pusht_image/isd_result_nfe1.json"]),
         ("iSD (lift) | 1", ["lift/eval_lift_result_nfe1.json"]),
         ("iSD (not bundled) | 1", ["lift_image/isd_result_nfe1.json"]),
+        ("objective=psd (not bundled) | 1", ["can_image/psd_result_nfe1.json"]),
         ("iSD (can) | 1", ["can/eval_can_result_nfe1.json"]),
         ("objective=psd, three runs | 1", SQUARE),
         ("the middle one of these (square) | 1", SQUARE[:1]),
