@@ -20,6 +20,8 @@ Array = npt.NDArray[Any]
 
 #: Of a frame that comes as a file: more than a 4K camera has, and not a bomb.
 _MOST_PIXELS = 4096 * 4096
+#: A last axis that is longer is the width of a frame whose channels are elsewhere, or absent.
+_MOST_CHANNELS = 8
 
 
 class ObservationError(SpecError):
@@ -151,7 +153,7 @@ def read_frames(
     if resize and array.ndim >= 3 and array.shape[-1] == 3 and array.shape[-3:] != shape:
         return _resized(as_uint8(what, array), shape)
     if array.shape[-3:] != shape:
-        raise ObservationError(f"{what} {_why_not(array.shape, shape)}")
+        raise ObservationError(f"{what} {_why_not(array.shape, shape, resize=resize)}")
     return as_uint8(what, array)
 
 
@@ -159,10 +161,12 @@ def as_uint8(what: str, array: Array) -> npt.NDArray[np.uint8]:
     """Grey levels as uint8.
 
     Raises:
-        ObservationError: numbers outside [0, 255], or not whole.
+        ObservationError: numbers outside [0, 255], or not whole; true and false.
     """
     if array.dtype == np.uint8:
         return array
+    if array.dtype == np.bool_:
+        raise ObservationError(f"{what} holds true and false: frames are uint8 RGB in 0..255")
     if array.size and not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 255):
         raise ObservationError(
             f"{what} holds numbers outside [0, 255] (or NaN): frames are uint8 RGB"
@@ -224,24 +228,27 @@ def _resized(frames: npt.NDArray[np.uint8], shape: tuple[int, ...]) -> npt.NDArr
     return out.reshape(*frames.shape[:-3], *shape)
 
 
-def _why_not(got: tuple[int, ...], shape: tuple[int, ...]) -> str:
-    """What is wrong with the shape of a frame, and what to do."""
+def _why_not(got: tuple[int, ...], shape: tuple[int, ...], *, resize: bool = False) -> str:
+    """What is wrong with the shape of a frame, and what to do; with ``resize`` no size is wrong."""
     height, width, channels = shape
     wanted = f"the policy was trained on frames of {height} x {width} x {channels}"
-    if got[-2:] == (height, width) and got[-3:-2] != (channels,):
+    picture = resize and len(got) > 1 and got[-1] > _MOST_CHANNELS  # ends with height and width
+    if (picture or got[-2:] == (height, width)) and got[-3:-2] != (channels,):
         return (
-            f"is a grey frame of {height} x {width}: {wanted}; repeat it to three channels, "
+            f"is a grey frame of {got[-2]} x {got[-1]}: {wanted}; repeat it to three channels, "
             "np.repeat(frame[..., None], 3, -1)"
         )
-    if got[-3:] == (channels, height, width):
+    if picture or got[-3:] == (channels, height, width):
         return f"has its channels first, {got[-3:]}: {wanted}; np.moveaxis(frame, -3, -1)"
-    if got[-3:-1] == (height, width):
+    if got[-3:-1] == (height, width) or (resize and len(got) > 2):
+        if got[-1] == 1:
+            return f"has one channel: {wanted} (RGB); np.repeat(frame, 3, -1)"
         return f"has {got[-1]} channels: {wanted} (RGB); drop alpha with frame[..., :3]"
     size = " x ".join(map(str, got[-3:])) if got else "a number"
+    how = "" if resize else " (or train with policy.resize=true)"
     return (
-        f"has frames of {size}: {wanted}; resize them before, with the aspect ratio kept "
-        "(or train with policy.resize=true), and use the camera that the demonstrations were "
-        "recorded with"
+        f"has frames of {size}: {wanted}; resize them before, with the aspect ratio kept{how}, and "
+        "use the camera that the demonstrations were recorded with"
     )
 
 
@@ -250,9 +257,11 @@ def _array(what: str, value: Any) -> Array:
         value, "__array__"
     ):
         raise ObservationError(f"{what} is a {type(value).__name__}; expected an array of numbers")
+    if hasattr(value, "detach"):  # a tensor that may want a gradient
+        value = value.detach()
     try:
         array = np.asarray(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ObservationError(f"{what} is not an array of numbers: {error}") from error
     if array.dtype.kind not in "biuf":
         raise ObservationError(f"{what} has dtype {array.dtype}, expected real numbers")

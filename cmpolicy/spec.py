@@ -242,14 +242,18 @@ class PolicySpec:
         batch = 0  # set by the first key
         for key, shape in self.obs.items():
             got = tuple(np.shape(obs[key]))
-            want = (self.n_obs_steps, *shape)
-            if self.resize and key in self.images and len(got) == 5:
-                want = (self.n_obs_steps, *got[2:4], 3)  # of any size
+            want: tuple[Any, ...] = (self.n_obs_steps, *shape)
+            any_size = self.resize and key in self.images
+            if any_size and len(got) == 5 and got[4] == 3:
+                want = (self.n_obs_steps, *got[2:])
             if not got or got[1:] != want or got[0] < 1:
+                want = (self.n_obs_steps, "height", "width", 3) if any_size else want
+                first = key in self.images and len(got) == 5 and got[2] == 3 != got[4]
+                hint = "; its channels are first: np.moveaxis(frames, -3, -1)" if first else ""
                 raise SpecError(
                     f"observation {key!r} has shape {got}, expected "
                     f"({', '.join(map(str, ('batch', *want)))}): "
-                    f"n_obs_steps={self.n_obs_steps} steps, oldest first"
+                    f"n_obs_steps={self.n_obs_steps} steps, oldest first{hint}"
                 )
             if batch and got[0] != batch:
                 raise SpecError(

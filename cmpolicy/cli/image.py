@@ -58,15 +58,16 @@ def _train(words: Sequence[str]) -> int:
     from cmpolicy.experiment.run import CONFIG_FILE, read_yaml, stopped_text
 
     overrides = {override.key_or_group: override for override in parse(words)}
+    command = f"cmpolicy image train {shlex.join(words)}".rstrip()
     if "resume" in overrides:
         changes = _training().values(overrides.values())
-        result = resume_images(changes.pop("resume"), changes)
+        run_dir = changes.pop("resume")
+        result = resume_images(run_dir, changes, command=command)
         config = ImageTrainConfig.from_mapping(read_yaml(result.run_dir / CONFIG_FILE))
     else:
         settings = _training().compose(words)
         out = settings.pop("out")
         config = ImageTrainConfig.from_mapping(settings)
-        command = f"cmpolicy image train {shlex.join(words)}".rstrip()
         result = train_images(config, out, command=command)
     if not result.is_main:
         return 0

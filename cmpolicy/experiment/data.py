@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -183,12 +184,15 @@ class TrainingData:
             both = np.r_[self.split.train_ids, self.split.val_ids]
             val = np.array(before.get("val_episodes", ()), np.int64)
             return replace(self, split=EpisodeSplit(np.setdiff1d(both, val), val))
-        old, now = before["data"]["episodes"], self.fingerprint["episodes"]
+        old, now = (
+            _told_apart(before["data"]["episodes"]),
+            _told_apart(self.fingerprint["episodes"]),
+        )
         held_out = {old[i] for i in before.get("val_episodes", ())}
-        numbers = {h: int(s) for h, s in zip(now, self.arrays.source_episode, strict=True)}
-        chosen = set(self.arrays.source_episode[[*self.split.train_ids, *self.split.val_ids]])
-        kept = chosen & {numbers[h] for h in held_out if h in numbers}
-        new = np.array(sorted(chosen - {numbers[h] for h in old if h in numbers}), np.int64)
+        source = dict(zip(now, self.arrays.source_episode.tolist(), strict=True))
+        chosen = set(source.values())
+        kept = {source[key] for key in held_out & source.keys()}
+        new = np.array(sorted(chosen - {source[key] for key in source.keys() & set(old)}), np.int64)
         if len(new) > 1:
             kept |= set(new[split_episodes(len(new), val_fraction, seed).val_ids])
         val, train = (np.array(sorted(s), np.int64) for s in (kept, chosen - kept))
@@ -235,9 +239,6 @@ def load_training_data(config: TrainConfig) -> TrainingData:
         image_memory=data.image_memory,
         missing_chunks=data.missing_chunks,
     )
-    n_steps, found = len(arrays.action), fingerprint(arrays)
-    if data.max_pause is not None:
-        arrays = arrays.without_pauses(data.max_pause)
     for key in data.normalize:
         choose({"default": 0, ACTION: 0, **arrays.obs}, key, "key of data.normalize")
     states = {key: value for key, value in arrays.obs.items() if key not in arrays.images}
@@ -245,6 +246,9 @@ def load_training_data(config: TrainConfig) -> TrainingData:
         check_state(key, values, path)
         check_finite(key, values, arrays, path)
     check_finite(data.action, arrays.action, arrays, path)
+    n_steps, found = len(arrays.action), fingerprint(arrays)
+    if data.max_pause is not None:
+        arrays = arrays.without_pauses(data.max_pause)
     texts = buffer.attrs.get("tasks")
     one_each = isinstance(texts, list) and len(texts) == buffer.n_episodes
     tasks = [str(texts[episode]) for episode in chosen] if texts and one_each else []
@@ -295,12 +299,18 @@ def chosen_episodes(buffer: ReplayBuffer, episodes: Any) -> npt.NDArray[np.int64
     if isinstance(episodes, str):
         found = np.flatnonzero(buffer.per_episode(episodes)).astype(np.int64)
     else:
-        found = np.unique(np.asarray(episodes, dtype=np.int64))
-        if found.size and not (found[0] >= 0 and found[-1] < n):
+        if not all(0 <= episode < n for episode in episodes):
             raise ConfigError(f"data.episodes={list(episodes)}: {buffer.path} has 0 to {n - 1}")
+        found = np.unique(np.asarray(episodes, dtype=np.int64))
     if not found.size:
         raise ConfigError(f"data.episodes={episodes} names no episode of {buffer.path}")
     return found
+
+
+def _told_apart(hashes: Sequence[str]) -> list[tuple[str, int]]:
+    """Hashes of episodes, with a number, for an episode may be there twice."""
+    seen: Counter[str] = Counter()
+    return [(each, seen.update([each]) or seen[each]) for each in hashes]
 
 
 def _times(buffer: ReplayBuffer, name: str, arrays: Demonstrations) -> npt.NDArray[np.int64]:
@@ -311,12 +321,14 @@ def _times(buffer: ReplayBuffer, name: str, arrays: Demonstrations) -> npt.NDArr
             f"data.weights={name}: meta/{name} of {buffer.path} must hold whole numbers from 0 on: "
             "how often the windows of an episode come in an epoch"
         )
-    if not whole.any():
+    times: npt.NDArray[np.int64] = whole[arrays.source_episode]
+    if not times.any():
         raise ConfigError(
-            f"data.weights={name}: meta/{name} of {buffer.path} is 0 everywhere: nothing would be "
-            "trained on; give some episodes 1 or more"
+            f"data.weights={name}: meta/{name} of {buffer.path} is 0 for all episodes"
+            f"{'' if whole.any() == times.any() else ' that data.episodes chooses'}: nothing would "
+            "be trained on; give some of them 1 or more"
         )
-    return whole[arrays.source_episode]
+    return times
 
 
 def is_position(size: int) -> npt.NDArray[np.bool_]:

@@ -6,6 +6,7 @@ import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -114,27 +115,35 @@ def fingerprint(arrays: Demonstrations) -> dict[str, Any]:
 
 def check_same_data(
     facts: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path, *, accept: bool = False
-) -> None:
+) -> bool:
     """Whether a run that goes on finds the data that it was started on.
+
+    Returns:
+        Whether it finds the same episodes; False only where ``accept`` lets it go on with others.
 
     Raises:
         ConfigError: what changed, unless ``accept``, which makes it a warning.
     """
     before, after = facts.get("data", {}), now["data"]
     if not before:
-        return
+        return True
     noted = "train_episodes" in facts  # the oldest runs did not note which episodes they use
     if _used(facts) == _used(now) if noted else before == after:
-        return
+        return True
     old, new = before.get("episodes", []), after["episodes"]
+    if noted:  # others may be those that data.episodes left out
+        old, new = (
+            [part["data"]["episodes"][i] for i in sorted({*chain(*_used_ids(part))})]
+            for part in (facts, now)
+        )
     if before.get("arrays") != after["arrays"]:
         what = f"its arrays were {before.get('arrays')}, they are {after['arrays']}"
-    elif old == new:
-        what = "data.episodes or data.weights choose other episodes of it"
-    elif new[: len(old)] == old:
-        what = f"{len(new) - len(old)} episodes were added to the {len(old)} that it had"
     elif len(new) < len(old):
         what = f"it had {len(old)} episodes, it has {len(new)}"
+    elif new != old == new[: len(old)]:
+        what = f"{len(new) - len(old)} episodes were added to the {len(old)} that it had"
+    elif set(new) <= set(before["episodes"]):
+        what = "data.episodes or data.weights choose other episodes of it"
     else:
         first = next(i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b)
         what = f"episode {first} of those that are used is another one"
@@ -146,7 +155,7 @@ def check_same_data(
             DataWarning,
             stacklevel=3,
         )
-        return
+        return bool(old == new)
     how = "go on with this data all the same with data.changed=accept, " if same else ""
     raise ConfigError(
         f"the data is not the one that {run_dir} was started on: {what}. Give the old data with "
@@ -156,5 +165,9 @@ def check_same_data(
 
 def _used(facts: Mapping[str, Any]) -> list[Any]:
     """The arrays, and what the episodes hold that train and that are held out."""
-    hashes, names = facts["data"]["episodes"], ("train_episodes", "val_episodes")
-    return [facts["data"]["arrays"], *([hashes[i] for i in facts[name]] for name in names)]
+    hashes = facts["data"]["episodes"]
+    return [facts["data"]["arrays"], *([hashes[i] for i in ids] for ids in _used_ids(facts))]
+
+
+def _used_ids(facts: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    return facts["train_episodes"], facts["val_episodes"]

@@ -63,11 +63,8 @@ class PolicyKeeper:
             metadata["simulator"] = self._data.simulator.to_dict()
         if self._start is not None:
             metadata["start"] = self._start
-        history = read_facts(self._folder.path).get("history", [])
-        if history:
-            metadata["history"] = [
-                {**part, "command": without_folders(part["command"])} for part in history
-            ]
+        if history := changes_of(self._folder):
+            metadata["history"] = history
         folder = self._folder.path / (BEST if kind == "best" else LAST)
         policy.save_pretrained(folder, card=model_card(policy, metadata), metadata=metadata)
         if kind == "best" and self._scorer.result is not None:
@@ -88,13 +85,27 @@ def init_name(init: str | None) -> str | None:
     return None if init is None else without_folders(f"init={init}").removeprefix("init=")
 
 
-def origin(init: str | None, start: Mapping[str, Any] | None) -> tuple[str, str]:
-    """For a card: what a training started from, and a line for each training before it."""
-    lines = ""
+def changes_of(folder: RunFolder) -> list[dict[str, Any]]:
+    """The changes with which a run went on: from which example on, and by which command."""
+    history = read_facts(folder.path).get("history", [])
+    return [{**part, "command": without_folders(part["command"])} for part in history]
+
+
+def origin(init: str | None, metadata: Mapping[str, Any]) -> tuple[str, str]:
+    """For a card: what a training started from, and a line for each change and earlier training."""
+    lines, start = _changed(metadata), metadata.get("start")
     while start:
         lines += f"- before that: {start.get('examples')} examples, `{start.get('command')}`\n"
+        lines += _changed(start)
         start = start.get("start")
     return "from scratch" if init is None else f"further, from `{init}`,", lines
+
+
+def _changed(metadata: Mapping[str, Any]) -> str:
+    return "".join(
+        f"- from example {part['examples']} on: `{part['command']}`\n"
+        for part in metadata.get("history", [])
+    )
 
 
 def model_card(policy: ConsistencyPolicy, metadata: Mapping[str, Any]) -> str:
@@ -119,15 +130,10 @@ def model_card(policy: ConsistencyPolicy, metadata: Mapping[str, Any]) -> str:
         if rows
         else "Not scored while training.\n"
     )
-    start, before = origin(config.get("init"), metadata.get("start"))
-    stages = "".join(
-        f"- from example {part['examples']} on: `{part['command']}`\n"
-        for part in metadata.get("history", [])
-    )
+    start, stages = origin(config.get("init"), metadata)
     if targets := config["data"].get("targets"):
         named = ", ".join(f"`{key}`" for key in targets)
         stages += f"- its features learned to tell, and the policy does not see: {named}\n"
-    stages += before
     executed = f"executes {spec.n_action_steps}"
     if policy.warm_start is not None:
         executed += (

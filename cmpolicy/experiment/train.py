@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
+import shlex
 import sys
 import warnings
 from collections.abc import Mapping
@@ -16,6 +19,7 @@ from cmpolicy.experiment.config import TrainConfig
 from cmpolicy.experiment.data import TrainingData, load_training_data
 from cmpolicy.experiment.data_checks import check_same_data
 from cmpolicy.experiment.model_card import BEST, LAST, PolicyKeeper
+from cmpolicy.experiment.objective import ObjectiveConfig
 from cmpolicy.experiment.run import (
     RESUME_SETTINGS,
     RunResult,
@@ -132,10 +136,11 @@ def _train(
         change=change,
     )
     data = load_training_data(config)
-    before = read_facts(folder.path) if resume else {}
+    before, is_same = read_facts(folder.path) if resume else {}, True
     if resume:
         data = data.with_held_out_of(before, config.data.val_fraction, config.seed)
-        check_same_data(before, data.facts, folder.path, accept=config.data.changed == "accept")
+        accept = config.data.changed == "accept"
+        is_same = check_same_data(before, data.facts, folder.path, accept=accept)
         config = dataclasses.replace(  # it was for this change alone
             config, data=dataclasses.replace(config.data, changed="refuse")
         )
@@ -160,7 +165,7 @@ def _train(
     folder = dataclasses.replace(
         folder,
         facts={**data.facts, "start": start},
-        other_data=bool(before) and before.get("data") != data.facts["data"],
+        other_data=not is_same,
     )
     result = run_training(
         policy,
@@ -256,7 +261,7 @@ def start_from(policy: ConsistencyPolicy, name_or_path: str) -> dict[str, Any]:
     policy.net.load_state_dict(source.net.state_dict())
     policy.encoder.load_state_dict(source.encoder.state_dict())
     policy.normalizer = _rescaled(policy.normalizer, source.normalizer).to(policy.device)
-    kept = ("command", "examples", "data", "git_commit", "start")
+    kept = ("command", "history", "examples", "data", "git_commit", "start")
     return {key: source.metadata[key] for key in kept if key in source.metadata}
 
 
@@ -291,10 +296,35 @@ def _rescaled(own: Normalizer, source: Normalizer) -> Normalizer:
 
 
 def describe(config: TrainConfig) -> str:
-    """The settings of a run that differ from the defaults, as ``cmpolicy.train`` of a script."""
-    defaults = TrainConfig.complete({"data": {"name": None}})
-    words = [f"{key}={value}" for key, value in _differences(config.to_dict(), defaults)]
-    return f"cmpolicy.train: {' '.join(words)}"
+    """The settings of a run that are not those of ``task=custom``, for ``cmpolicy.compose``."""
+    settings = config.to_dict()
+    own = settings["objective"].pop("settings")
+    objective = ObjectiveConfig.complete({"name": config.objective.name})
+    settings["objective"] = objective | settings["objective"] | own
+    kinds = {part: {"kind": settings[part]["kind"]} for part in ("net", "encoder")}
+    defaults = TrainConfig.complete({"objective": objective, **kinds})
+    for part, name in _SAID_ALWAYS:
+        defaults[part][name] = None
+    words = [f"{key}={_word(value)}" for key, value in _differences(settings, defaults)]
+    return f"cmpolicy.train: {shlex.join(['task=custom', *words])}"
+
+
+#: What ``task=custom`` and the sizes of networks that come with it set otherwise than the defaults.
+_SAID_ALWAYS = (
+    ("data", "name"),
+    ("data", "val_fraction"),
+    ("task", "name"),
+    ("objective", "name"),
+    ("net", "kind"),
+    ("encoder", "kind"),
+    ("encoder", "dim"),
+)
+_PLAIN = re.compile(r"[A-Za-z_][\w./-]*")
+
+
+def _word(value: Any) -> str:
+    """A value as Hydra reads it: JSON, but for plain words."""
+    return value if isinstance(value, str) and _PLAIN.fullmatch(value) else json.dumps(value)
 
 
 def _differences(settings: Mapping[str, Any], defaults: Any, prefix: str = "") -> Any:

@@ -284,7 +284,7 @@ def load_demonstrations(
     for key in images:
         source = sources[key]
         stored = source.selector.key
-        if augment and stored != _PUSHT_FRAMES:
+        if augment and not _can_render(buffer, stored):
             raise AugmentError(
                 f"data.augment={list(augment)} cannot transform the frames of {stored!r}; only "
                 f"Push-T's ({_PUSHT_FRAMES}) are rendered again from the transformed states."

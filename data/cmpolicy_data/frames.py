@@ -91,15 +91,20 @@ def load_frames(
     else:
         name += f" {hashlib.blake2b(rows.tobytes(), digest_size=16).hexdigest()}"
 
+    chunk = (array.shards or array.chunks)[0]
+
     def parts() -> Iterator[tuple[int, Frames]]:
+        done = 0
         for block in blocks(array):
             first, last = np.searchsorted(rows, block)
-            if first < last:
-                steps = rows[first:last]
+            wanted = rows[first:last]
+            gaps = np.flatnonzero(np.diff(wanted // chunk) > 1) + 1  # chunks that none is in
+            for steps in np.split(wanted, gaps) if wanted.size else ():
                 start = int(steps[0])
                 found = read_rows(array, start, int(steps[-1]) + 1, buffer.path)[steps - start]
                 found = np.moveaxis(found, 1, -1) if layout == "chw" else found
-                yield int(first), as_levels(found, buffer, key, steps)
+                yield done, as_levels(found, buffer, key, steps)
+                done += len(steps)
 
     return gather_frames(parts, (len(rows), *shape), name, memory, f"reading {key}")
 

@@ -175,7 +175,12 @@ def test_a_run_can_start_from_a_model(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["train", "resume=second", "examples=96"]) == 0
     card = (tmp_path / "second/model/README.md").read_text()
     assert "Trained further, from `model`, on" in card
+    assert "- from example 64 on: `cmpolicy image train resume=second examples=96`" in card
     assert "- before that: 64 examples, `cmpolicy image train " in card
+    assert train("out=third", f"init={tmp_path}/second/model", "examples=32") == 0
+    card = (tmp_path / "third/model/README.md").read_text()  # whole, of every stage
+    assert "- from example 64 on: `cmpolicy image train resume=second examples=96`" in card
+    assert card.count("- before that") == 2
     for file in (tmp_path / "second/model").glob("*.*"):  # a card may be handed on
         assert str(tmp_path).encode() not in file.read_bytes()
     capsys.readouterr()

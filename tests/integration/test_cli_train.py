@@ -186,6 +186,11 @@ def test_a_run_can_start_from_a_policy(
     (tmp_path / "first").rename(tmp_path / "moved")
     assert main(["resume=second", "examples=96"]) == 0
     assert "- before that: 64 examples" in (tmp_path / "second/policy_last/README.md").read_text()
+    words = ["out=fourth", "examples=16", "init=second/policy_last", "optim.warmup=0"]
+    assert main(custom(store, *words)) == 0
+    card = (tmp_path / "fourth/policy_last/README.md").read_text()
+    assert "- from example 64 on: `cmpolicy train resume=second examples=96`" in card
+    assert card.count("- before that") == 2
 
     # a card may be handed on: of a folder of this machine it tells the name alone
     words = ["out=third", "examples=16", f"init={tmp_path}/moved/policy_last", "optim.warmup=0"]

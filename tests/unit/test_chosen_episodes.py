@@ -1,5 +1,6 @@
 """Which episodes are trained on, and how often: ``data.episodes`` and ``data.weights``."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def test_weights_repeat_windows(store: Path) -> None:
     ("setting", "error", "words"),
     [
         ({"episodes": "[8]"}, ConfigError, r"data\.episodes=\[8\]: .* has 0 to 7"),
+        ({"episodes": "[99999999999999999999999]"}, ConfigError, "has 0 to 7"),
         ({"episodes": "[]"}, ConfigError, "names no episode"),
         ({"episodes": "1.5"}, ConfigError, "must be a list of episode numbers or a name"),
         ({"episodes": "good"}, ReplayBufferError, r"'good'.*there are: better, half, short, succ"),
@@ -159,8 +161,55 @@ def test_a_run_that_noted_all_episodes_goes_on_with_those_it_uses(store: Path) -
     assert again.split.val_ids.tolist() == chosen.split.val_ids.tolist()
     check_same_data(before, again.facts, Path("run"))
     other = load(store, episodes="[2,3,6]").with_held_out_of(before, 0.25, 7)
-    with pytest.raises(ConfigError, match="it had 8 episodes, it has 3"):
+    with pytest.raises(ConfigError, match="it had 4 episodes, it has 3"):
         check_same_data(before, other.facts, Path("run"))
+
+
+def test_a_run_of_before_keeps_its_best_policy(store: Path, tmp_path: Path) -> None:
+    """Where the episodes are those that it used, whatever else it noted."""
+    words = [f"data.path={store}", "data.obs=[state]", "control_hz=10", "task=custom"]
+    words += ["data.episodes=better", "data.val_fraction=0.25", "net=tiny", "batch_size=8"]
+    config = cmpolicy.compose(*words, "examples=32", "eval.every=16", "optim.warmup=0")
+    run = cmpolicy.train(config, tmp_path / "run", until=16)
+    facts = json.loads((run.run_dir / "facts.json").read_text())
+    whole = load(store).fingerprint
+    number = {each: i for i, each in enumerate(whole["episodes"])}
+    for name in ("train_episodes", "val_episodes"):
+        facts[name] = [number[facts["data"]["episodes"][i]] for i in facts[name]]
+    (run.run_dir / "facts.json").write_text(json.dumps(facts | {"data": whole}))
+    assert run.end.best is not None
+    again = cmpolicy.resume(run.run_dir, {"optim.lr": 1.0})  # what follows is worse
+    assert again.end.best == run.end.best
+
+
+def test_an_episode_that_is_there_twice(store: Path) -> None:
+    """One copy is held out, the other trains; it stays so when others are added."""
+    buffer = ReplayBuffer.open(store, "r+")
+    arrays = {key: buffer.load(key) for key in ("state", "action")}
+    for number in range(E):
+        rows = slice(20 * number, 20 * number + 20)
+        buffer.append_episode({key: value[rows] for key, value in arrays.items()})
+    before = load(store, val_fraction=0.25)
+    new = np.random.default_rng(99).uniform(0, 1, (20, 2))
+    buffer.append_episode({"state": new, "action": new})
+    after = load(store, val_fraction=0.25).with_held_out_of(before.facts, 0.25, 0)
+    assert after.split.val_ids.tolist() == before.split.val_ids.tolist()
+    assert after.split.train_ids.tolist() == [*before.split.train_ids, 2 * E]
+
+
+def test_weights_that_leave_nothing_of_what_is_chosen(store: Path) -> None:
+    with pytest.raises(ConfigError, match=r"meta/times .* is 0 for all episodes that data\.episo"):
+        load(store, weights="times", episodes="[0]", val_fraction=0)
+
+
+def test_a_nan_beside_a_pause(store: Path) -> None:
+    """Steps are those of the store, of which pauses are part."""
+    steps = np.random.default_rng(9).uniform(0, 1, (60, 2))
+    steps[20:40] = steps[20]
+    steps[50] = np.nan
+    ReplayBuffer.open(store, "r+").append_episode({"state": steps, "action": steps})
+    with pytest.raises(ConfigError, match="the first is step 50 of episode 8"):
+        load(store, max_pause=3)
 
 
 def test_rotations_that_the_store_names_are_those_of_its_actions(store: Path) -> None:

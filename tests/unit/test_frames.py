@@ -13,6 +13,7 @@ import zarr
 
 from cmpolicy_data import ReplayBuffer
 from cmpolicy_data import frames as reading
+from cmpolicy_data.augment import AUGMENTATIONS, AugmentError
 from cmpolicy_data.chunks import ReplayBufferError
 from cmpolicy_data.convert.pusht_frames import render_pusht_frames
 from cmpolicy_data.demonstrations import load_demonstrations
@@ -54,11 +55,15 @@ def test_frames_without_some_stay_in_a_file(tmp_path: Path) -> None:
 def test_frames_of_other_episodes_are_not_read(
     tmp_path: Path, memory: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of the first, third and last episode: read to the end, from the middle, and whole."""
-    buffer = ReplayBuffer.create(tmp_path / "cameras.zarr")
-    ends = [5, 17, 18, 31, N]
-    for start, end in zip([0, *ends], ends, strict=False):
-        buffer.append_episode({"action": np.ones((end - start, 2)), "top": FRAMES[start:end]})
+    """Nor are chunks between two that are wanted; one is of four frames."""
+    root = zarr.create_group(tmp_path / "cameras.zarr")
+    for name, values in (
+        ("data/action", np.ones((N, 2))),
+        ("data/top", FRAMES),
+        ("meta/episode_ends", np.array([5, 17, 18, 31, N])),
+    ):
+        root.create_array(name, data=values, chunks=(4, *values.shape[1:]))
+    buffer = ReplayBuffer.open(tmp_path / "cameras.zarr")
     read, real = [], reading.read_rows
 
     def spy(array: Any, start: int, stop: int, path: Path) -> Any:
@@ -66,7 +71,6 @@ def test_frames_of_other_episodes_are_not_read(
         return real(array, start, stop, path)
 
     monkeypatch.setattr(reading, "read_rows", spy)
-    monkeypatch.setattr(reading, "blocks", lambda array: [(0, 16), (16, 32), (32, N + 8)])
     rows = np.r_[0:5, 17:18, 31:N]
     found = load_demonstrations(
         buffer.path, ["top"], episodes=np.array([0, 2, 4]), image_memory=memory
@@ -74,9 +78,20 @@ def test_frames_of_other_episodes_are_not_read(
     assert np.array_equal(found.obs["top"], FRAMES[rows])
     assert found.episode_ends.tolist() == [5, 6, 15]
     assert found.source_episode.tolist() == [0, 2, 4]
-    assert read == [(0, 5), (17, 32), (32, N)]
+    assert read == [(0, 5), (17, 18), (31, N)]
     whole = load_demonstrations(buffer.path, ["top"], image_memory=memory)
     assert np.array_equal(whole.obs["top"], FRAMES)  # another file of the cache
+
+
+def test_a_camera_called_img_is_not_taken_for_the_simulators(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Diffusion Policy's usual key; the frames were replaced by pictures of Push-T."""
+    monkeypatch.setitem(AUGMENTATIONS, "none", lambda episodes: episodes)
+    path = _store(tmp_path, img=FRAMES, state=RNG.uniform(-1, 1, (N, 5))).path
+    assert np.array_equal(load_demonstrations(path, ["img", "state"]).obs["img"], FRAMES)
+    with pytest.raises(AugmentError, match="cannot transform the frames of 'img'"):
+        load_demonstrations(path, ["img", "state"], augment=["none"])
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.int32])

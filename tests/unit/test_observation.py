@@ -19,7 +19,7 @@ from cmpolicy.observation import (
     read_numbers,
     read_observation,
 )
-from cmpolicy.spec import PolicySpec
+from cmpolicy.spec import PolicySpec, SpecError
 
 SHAPE = (6, 8, 3)
 SPEC = PolicySpec(
@@ -59,6 +59,7 @@ def test_frames_are_not_copied() -> None:
         (np.moveaxis(FRAME, -1, 0), r"channels first, \(3, 6, 8\): .* np.moveaxis"),
         (np.concatenate([FRAME, FRAME[..., :1]], -1), "has 4 channels: .* drop alpha"),
         (FRAME[:5], "frames of 5 x 8 x 3: the policy was trained on frames of 6 x 8 x 3; resize"),
+        (FRAME > 100, "holds true and false"),
         (3.0, "frames of a number"),
         ("frame", "is a str"),
         ([["a"]], "dtype <U1"),
@@ -76,6 +77,10 @@ def test_numbers_from_anywhere() -> None:
         assert found.dtype == np.float32
         assert found.tolist() == [1, 2.5]
     assert read_observation(SPEC, "grip", 0.5).tolist() == [0.5]
+    learning = torch.tensor([1, 2.5], requires_grad=True)
+    assert read_observation(SPEC, "arm", learning).tolist() == [1, 2.5]
+    with pytest.raises(ObservationError, match="'arm' is not an array of numbers"):
+        read_observation(SPEC, "arm", [learning, learning])
     for bad in ([np.nan, 1], [1e300, 1]):
         with pytest.raises(NonFiniteObservationError, match="'arm' holds 1 NaN or infinite"):
             read_observation(SPEC, "arm", bad)
@@ -137,8 +142,24 @@ def test_resizing_keeps_proportions() -> None:
     )
     with pytest.raises(ObservationError, match=r"policy\.resize=true"):
         read_frames("frame", wide, SHAPE)
-    with pytest.raises(ObservationError, match="drop alpha"):
-        read_frames("frame", np.zeros((6, 8, 4), np.uint8), SHAPE, resize=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((6, 8, 4), "has 4 channels: .* drop alpha"),
+        ((480, 640, 4), "has 4 channels: .* drop alpha"),
+        ((480, 640, 1), r"has one channel: .* np.repeat\(frame, 3, -1\)"),
+        ((480, 640), "grey frame of 480 x 640: .* repeat it to three channels"),
+        ((2, 480, 640), "grey frame of 480 x 640: .* repeat it to three channels"),
+        ((2, 3, 480, 640), r"channels first, \(3, 480, 640\): .* np.moveaxis"),
+    ],
+)
+def test_what_is_no_frame_of_any_size(shape: tuple[int, ...], words: str) -> None:
+    """A policy that resizes does not ask for another size, nor to be trained so."""
+    with pytest.raises(ObservationError, match=words) as caught:
+        read_frames("frame", np.zeros(shape, np.uint8), SHAPE, resize=True)
+    assert "policy.resize" not in str(caught.value)
 
 
 def test_a_policy_that_resizes_takes_histories_of_any_size() -> None:
@@ -148,3 +169,8 @@ def test_a_policy_that_resizes_takes_histories_of_any_size() -> None:
     obs = {"top": np.zeros((2, 1, 30, 40, 3), np.uint8), "grip": np.zeros((2, 1, 1))}
     assert spec.check_obs({**obs, "arm": np.zeros((2, 1, 2))}) == 2
     assert read_observation(spec, "top", obs["top"]).shape == (2, 1, *SHAPE)
+    first = np.zeros((2, 1, 3, 30, 40), np.uint8)
+    with pytest.raises(SpecError, match=r"\(batch, 1, height, width, 3\): .*np.moveaxis"):
+        spec.check_obs({**obs, "arm": np.zeros((2, 1, 2)), "top": first})
+    with pytest.raises(SpecError, match=r"\(batch, 1, 6, 8, 3\): .*np.moveaxis"):
+        SPEC.check_obs({**obs, "arm": np.zeros((2, 1, 2)), "top": first[..., :8]})

@@ -1,6 +1,7 @@
 """Settings: what is accepted, and what a wrong one is answered with."""
 
 import re
+import shlex
 from dataclasses import replace
 from importlib.resources import files
 from typing import Any
@@ -12,6 +13,7 @@ from cmpolicy.cli.parse import parse
 from cmpolicy.cli.train import COMPOSITION, compose
 from cmpolicy.experiment.config import DataConfig, TaskConfig, TrainConfig
 from cmpolicy.experiment.objective import ObjectiveConfig
+from cmpolicy.experiment.train import describe
 from cmpolicy.nn.encoders.state import StateEncoderConfig
 from cmpolicy.nn.unet1d import UNet1DConfig
 from cmpolicy.schema import ConfigError
@@ -190,3 +192,20 @@ def test_a_path_may_begin_with_a_tilde() -> None:
     assert config.data.path == "~/x.zarr"
     with pytest.raises(ConfigError, match=r"write batch_size=\[1,2\] for a list"):
         compose("batch_size=1,2")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["task=pusht", "preset=demo"],
+        ["task=lift_image", "data.path=a.zarr", "objective=isd", "objective.epsilon=0.1"],
+        ["objective=fm", "data.augment=[mirror]", "data.normalize.keypoint=minmax", "net=tiny"],
+        [*CUSTOM, "data.obs={arm: 'state[:2]', top: {key: img, kind: image}}", "encoder=resnet18"],
+    ],
+)
+def test_what_a_card_tells_of_a_run_from_python_makes_the_run_again(words: list[str]) -> None:
+    config = compose(*words)
+    told = describe(config)
+    again = compose(*shlex.split(told.removeprefix("cmpolicy.train: ")))
+    assert replace(again, data=replace(again.data, path=config.data.path)) == config
+    assert "zero_share" not in told  # defaults of the objective are not told

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from cmpolicy.experiment.image.config import ImageTrainConfig
-from cmpolicy.experiment.model_card import init_name, origin, without_folders
+from cmpolicy.experiment.model_card import changes_of, init_name, origin, without_folders
 from cmpolicy.experiment.run import (
     RESUME_SETTINGS,
+    RunFolder,
     RunResult,
     open_run,
     read_facts,
@@ -69,8 +70,13 @@ def train_images(
     return _train(config, out, command=command, until=until, resume=False)
 
 
-def resume_images(run_dir: str | Path, changes: Mapping[str, Any] | None = None) -> RunResult:
-    """Go on with a run; ``changes`` by dotted key.
+def resume_images(
+    run_dir: str | Path,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    command: str | None = None,
+) -> RunResult:
+    """Go on with a run; ``changes`` by dotted key, ``command`` what the card tells of them.
 
     Raises:
         ConfigError: no run there, other pictures, or a change that would make it another run.
@@ -78,7 +84,8 @@ def resume_images(run_dir: str | Path, changes: Mapping[str, Any] | None = None)
     folder = Path(run_dir).expanduser()
     settings = resumed_settings(folder, changes or {}, RESUMABLE)
     config = ImageTrainConfig.from_mapping(settings)
-    return _train(config, folder, command="", resume=True)
+    change = (command or f"resume_images: {changes}") if changes else None
+    return _train(config, folder, command="", resume=True, change=change)
 
 
 def _train(
@@ -88,13 +95,16 @@ def _train(
     command: str,
     until: int | None = None,
     resume: bool,
+    change: str | None = None,
 ) -> RunResult:
     accelerator = make_accelerator(config)
     if config.dataset.path is not None:  # a run can be resumed from any folder
         path = str(Path(config.dataset.path).expanduser().absolute())
         config = dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, path=path))
     stem = f"{config.dataset.name}-{config.objective.name}"
-    folder = open_run(accelerator, stem, out, command=command, resume=resume, verb="image train")
+    folder = open_run(
+        accelerator, stem, out, command=command, resume=resume, verb="image train", change=change
+    )
     with accelerator.main_process_first():  # one of them downloads
         data = load_images(config.dataset, download_dir=data_dir())
     if data.skipped and accelerator.is_main_process:
@@ -127,7 +137,7 @@ def _train(
         batches=loader.batch,
         draw=model.draw,
         score=HeldOutScorer(config, data, folder.path),
-        keep=ModelKeeper(config, data, folder.path, command=folder.command, start=start),
+        keep=ModelKeeper(config, data, folder, start=start),
         until=until,
     )
 
@@ -200,7 +210,7 @@ def start_from(
                 f"{setting} to match it, or train from scratch with init=null"
             )
     model.net.load_state_dict(theirs.state_dict())
-    kept = ("command", "examples", "source", "git_commit", "start")
+    kept = ("command", "history", "examples", "source", "git_commit", "start")
     return {key: source.metadata[key] for key in kept if key in source.metadata}
 
 
@@ -253,12 +263,11 @@ class ModelKeeper:
         self,
         config: ImageTrainConfig,
         data: ImageData,
-        run_dir: Path,
+        folder: RunFolder,
         *,
-        command: str,
         start: Mapping[str, Any] | None = None,
     ) -> None:
-        self._config, self._data, self._run_dir, self._command = config, data, run_dir, command
+        self._config, self._data, self._folder = config, data, folder
         self._start = start  # metadata of the model that the run starts from
 
     def __call__(
@@ -274,7 +283,7 @@ class ModelKeeper:
         metadata = {
             "dataset": config["dataset"],
             "source": self._data.source,
-            "command": without_folders(self._command),
+            "command": without_folders(self._folder.command),
             "examples": examples,
             "nfe": self._config.nfe,
             "metrics": dict(scores.metrics) if scores is not None else {},
@@ -284,6 +293,8 @@ class ModelKeeper:
         }
         if self._start is not None:
             metadata["start"] = self._start
+        if history := changes_of(self._folder):
+            metadata["history"] = history
         pipe = ConsistencyImagePipeline(
             model.net,
             path=model.path_name,
@@ -291,7 +302,7 @@ class ModelKeeper:
             class_names=list(self._data.class_names),
             metadata=metadata,
         )
-        folder = self._run_dir / (BEST if kind == "best" else LAST)
+        folder = self._folder.path / (BEST if kind == "best" else LAST)
         pipe.save(folder, card=image_card(pipe, metadata))
 
 
@@ -300,7 +311,7 @@ def image_card(pipe: ConsistencyImagePipeline, metadata: Mapping[str, Any]) -> s
     config = metadata["config"]
     parameters = sum(p.numel() for p in pipe.net.parameters())
     names = ", ".join(f"`{name}`" for name in pipe.class_names)
-    start, stages = origin(config.get("init"), metadata.get("start"))
+    start, stages = origin(config.get("init"), metadata)
     weight = config["guidance"]
     guidance = "no guidance" if weight == 1 else f"guidance {weight:g} in training"
     rows = "\n".join(
