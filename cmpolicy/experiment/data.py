@@ -309,8 +309,11 @@ def chosen_episodes(buffer: ReplayBuffer, episodes: Any) -> npt.NDArray[np.int64
 
 def _told_apart(hashes: Sequence[str]) -> list[tuple[str, int]]:
     """Hashes of episodes, with a number, for an episode may be there twice."""
-    seen: Counter[str] = Counter()
-    return [(each, seen.update([each]) or seen[each]) for each in hashes]
+    seen, told = Counter[str](), []
+    for each in hashes:
+        seen[each] += 1
+        told.append((each, seen[each]))
+    return told
 
 
 def _times(buffer: ReplayBuffer, name: str, arrays: Demonstrations) -> npt.NDArray[np.int64]:

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from cmpolicy.files import write_atomically
 from cmpolicy.schema import ConfigError
 from cmpolicy.study.jobs import Job, fit_steps
 from cmpolicy.study.run_job import run_job
 from cmpolicy.study.truth import Truth, make_truth
+from cmpolicy_eval.progress import progress_bar
 
 #: Changes when results of before can no longer stand beside new ones.
 STUDY_VERSION = 1
@@ -80,7 +80,7 @@ def run_jobs(folder: Path, size: str, jobs: Sequence[Job], workers: int) -> None
     others = multiprocessing.active_children()
     with (
         ProcessPoolExecutor(workers, mp_context=context, initializer=_follow) as pool,
-        tqdm(total=len(truths) + len(jobs), initial=len(jobs) - len(todo), unit="job") as bar,
+        progress_bar(len(truths) + len(jobs), unit="job", initial=len(jobs) - len(todo)) as bar,
     ):
         try:
             _finish((pool.submit(_write_truth, folder, name) for name in truths), bar.update)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from tqdm import tqdm
 
 from cmpolicy.experiment.config import TrainConfig
 from cmpolicy.experiment.evaluate import EvalSettings, score
@@ -32,6 +31,7 @@ from cmpolicy.schema import ConfigError, at_least, choose, each_once
 from cmpolicy.training.checkpoint import state_path
 from cmpolicy.training.guard import NonFiniteError
 from cmpolicy.training.trackers import read_log
+from cmpolicy_eval.progress import progress_bar
 from cmpolicy_eval.seeds import parse_seeds
 
 VERSION = 1
@@ -182,7 +182,7 @@ def _run_all(jobs: Sequence[_Job], workers: int) -> None:
     waiting, running = list(jobs), dict[int, tuple[Any, _Job]]()
     before = signal.signal(signal.SIGTERM, _stop)
     try:
-        with tqdm(total=len(jobs), desc="runs") as bar:
+        with progress_bar(len(jobs), unit="run") as bar:
             while waiting or running:
                 while waiting and len(running) < workers:
                     job = waiting.pop(0)

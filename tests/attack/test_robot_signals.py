@@ -99,9 +99,16 @@ def _finish(process: subprocess.Popen[str]) -> tuple[list[str], str]:
     return out.split("\n")[:-1], err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_stops_the_run_in_order(number: signal.Signals) -> None:
-    process = _start()
+@pytest.mark.parametrize(
+    ("number", "disconnect"),
+    [
+        (signal.SIGINT, "pass"),
+        (signal.SIGTERM, "pass"),
+        (signal.SIGTERM, "time.sleep(2)"),  # the robot is at rest, and cameras take long to close
+    ],
+)
+def test_the_first_signal_stops_the_run_in_order(number: signal.Signals, disconnect: str) -> None:
+    process = _start(disconnect=disconnect)
     _until(process, "moving")
     process.send_signal(number)
     lines, err = _finish(process)
@@ -194,16 +201,6 @@ def test_a_stop_that_hangs_does_not_keep_the_robot_connected() -> None:
     assert lines[-2:] == ["disconnect", "restored True"]
     assert lines.count("stopping") == 1  # when leaving it is tried once more
     assert process.returncode != 0
-
-
-def test_a_disconnect_may_take_longer_than_other_calls() -> None:
-    """The robot is at rest by then, and cameras take a second or two to close."""
-    process = _start(disconnect="time.sleep(2)")
-    _until(process, "moving")
-    process.send_signal(signal.SIGTERM)
-    lines, err = _finish(process)
-    assert lines == ["stop", "stopped by SIGTERM", "disconnect", "restored True"]
-    assert process.returncode == 0, err
 
 
 def test_a_disconnect_that_hangs_is_named() -> None:

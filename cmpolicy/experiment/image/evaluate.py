@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from cmpolicy.experiment.image.results import (
     ImageResult,
@@ -45,6 +44,7 @@ from cmpolicy.image.pipeline import ConsistencyImagePipeline
 from cmpolicy.schema import ConfigError, at_least, each_once, from_mapping
 from cmpolicy.training.device import describe_device
 from cmpolicy_data.catalog import cache_dir, data_dir
+from cmpolicy_eval.progress import progress_bar
 from cmpolicy_eval.result import write_atomically
 
 _NEIGHBOURS, _NEIGHBOUR_ROWS, _SHOWN_PER_CLASS = 5, 2, 10
@@ -231,7 +231,7 @@ def build_scorer(
     device: torch.device,
 ) -> ImageScorer:
     """Classifier and features; the classifier is trained now if the cache has none."""
-    with tqdm(desc="classifier of the real images", unit="image", disable=None) as bar:
+    with progress_bar(None, unit="image", desc="classifier of the real images") as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total

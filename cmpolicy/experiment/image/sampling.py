@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cmpolicy.flow.sampler import SamplerKind, get_sampler
 from cmpolicy.image.datasets.resize import as_image
@@ -23,6 +22,7 @@ from cmpolicy.image.pipeline import INDEX, ConsistencyImagePipeline
 from cmpolicy.image.pixels import as_pictures
 from cmpolicy.schema import ConfigError, at_least
 from cmpolicy.training.device import choose_device
+from cmpolicy_eval.progress import progress_bar
 
 Device = Literal["auto", "cpu", "cuda"]
 PATH_STEPS = (1, 2, 4)
@@ -126,7 +126,7 @@ def make_images(
     )
     parts: list[npt.NDArray[np.uint8]] = []
     seconds = 0.0
-    with tqdm(total=len(labels), unit="image", desc=f"nfe={nfe}", disable=None) as bar:
+    with progress_bar(len(labels), unit="image", desc=f"nfe={nfe}") as bar:
         for first in range(0, len(labels), batch_size):
             batch = slice(first, first + batch_size)
             start = time.perf_counter()
