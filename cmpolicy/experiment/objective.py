@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from cmpolicy.flow.objectives import OBJECTIVES, Objective, build_objective
-from cmpolicy.flow.sampler import SamplerKind, check_sampler, get_sampler
+from cmpolicy.flow.sampler import SamplerKind, get_sampler
 from cmpolicy.schema import OWN, ConfigError, choose, complete, from_mapping, merge
 
 
@@ -40,8 +40,7 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         try:
-            self.build()
-            check_sampler(self.sampler_kind, choose(OBJECTIVES, self.name, "objective").sampler)
+            self.build().check_sampler(self.sampler_kind)
         except (ValueError, TypeError) as error:
             raise ConfigError(str(error)) from error
 

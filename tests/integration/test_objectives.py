@@ -88,6 +88,10 @@ def test_resume_with_targets_from_ema_weights(store: Path, tmp_path: Path) -> No
         (["objective=regression", "eval.nfe=4"], "exactly 1"),
         (["objective=ddpm", "eval.nfe=200"], "nfe=200.*1 to 50 of them"),
         (["objective=isd", "objective.sampler=heun"], "heun"),
+        (["objective=fm", "objective.sampler=flow_map"], r"sampler=flow_map asks.*\['diagonal'\]"),
+        (["objective=ct", "objective.sampler=diagonal"], "sampler=diagonal.*not teach"),
+        (["objective=regression", "objective.sampler=mip"], "sampler=mip.*not teach"),
+        (["objective=mip", "objective.sampler=ddim"], "predicts the data"),
         (["objective=psd", "objective.middle_end=0.9"], "middle_end=0.9"),
         (["objective=dct", "objective.steps_end=5"], "steps_end=5"),
         (["objective=alphaflow", "objective.alpha_end=0"], "alpha_end=0"),
@@ -97,6 +101,13 @@ def test_resume_with_targets_from_ema_weights(store: Path, tmp_path: Path) -> No
 def test_settings_that_cannot_be(store: Path, words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         _config(store, *words)
+
+
+@pytest.mark.parametrize("words", [["fm", "diagonal"], ["psd", "restart"], ["ddpm", "ddim"]])
+def test_samplers_that_ask_for_what_an_objective_teaches(store: Path, words: list[str]) -> None:
+    name, sampler = words
+    config = _config(store, f"objective={name}", f"objective.sampler={sampler}", "eval.nfe=2")
+    assert config.objective.sampler_kind == sampler
 
 
 # -- other samplers, everywhere -----------------------------------------------------------------

@@ -45,6 +45,7 @@ class ConsistencyTraining(Eulerian):
     weight_power: float = 1.0
 
     sampler: ClassVar[SamplerKind] = "restart"
+    other_samplers: ClassVar[tuple[SamplerKind, ...]] = ()
     learns_velocity: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -86,6 +87,7 @@ class DiscreteConsistencyTraining(TwoTimes):
     weight_power: float = 1.0
 
     sampler: ClassVar[SamplerKind] = "restart"
+    other_samplers: ClassVar[tuple[SamplerKind, ...]] = ()
     learns_velocity: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

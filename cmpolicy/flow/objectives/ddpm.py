@@ -31,6 +31,7 @@ class Ddpm(Objective):
     """
 
     sampler: ClassVar[SamplerKind] = "ddpm"
+    other_samplers: ClassVar[tuple[SamplerKind, ...]] = ("ddim",)
     nfe: ClassVar[int] = STEPS
     learns_velocity: ClassVar[bool] = False
 

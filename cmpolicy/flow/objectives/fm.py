@@ -33,6 +33,7 @@ class FlowMatching(Objective):
     time_b: float = 1.0
 
     sampler: ClassVar[SamplerKind] = "diagonal"
+    other_samplers: ClassVar[tuple[SamplerKind, ...]] = ()
     nfe: ClassVar[int] = 10
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cmpolicy.flow.flow_map import FlowMap
 from cmpolicy.flow.path import Path, PathSample
-from cmpolicy.flow.sampler import SamplerKind
+from cmpolicy.flow.sampler import SamplerKind, check_sampler
 from cmpolicy.schema import OWN, choose, enter, from_mapping
 
 
@@ -105,16 +105,34 @@ class Examples:
 class Objective(ABC):
     """What the trainer and the policy see of an objective: a frozen dataclass of settings.
 
-    ``sampler`` and ``nfe`` are how its models are sampled unless told otherwise.
+    ``sampler`` and ``nfe`` are how its models are sampled unless told otherwise;
+    ``other_samplers`` ask for no more than it teaches, either.
     """
 
     sampler: ClassVar[SamplerKind] = "flow_map"
+    other_samplers: ClassVar[tuple[SamplerKind, ...]] = ("diagonal", "restart")
     nfe: ClassVar[int] = 1
     #: Whether F(x, t, t) learns the velocity, which guidance (``velocity_target``) can change.
     learns_velocity: ClassVar[bool] = True
 
     def __post_init__(self) -> None:  # noqa: B027  # a chain of checks ends here
         """Subclasses check their settings here and call what they extend."""
+
+    @classmethod
+    def check_sampler(cls, kind: str) -> None:
+        """Whether its models can be sampled by ``kind``.
+
+        Raises:
+            ValueError: an unknown name, or a sampler that asks for what this does not teach:
+                jumps of flow matching, say.
+        """
+        check_sampler(kind, cls.sampler)
+        fitting = (cls.sampler, *cls.other_samplers)
+        if kind not in fitting:
+            raise ValueError(
+                f"sampler={kind} asks the network for what this objective does not teach it; "
+                f"choose one of {list(fitting)}"
+            )
 
     @property
     def needs_ema(self) -> bool:

@@ -37,6 +37,7 @@ class Regression(Objective):
     norm: Norm = "l2"
 
     sampler: ClassVar[SamplerKind] = "regression"
+    other_samplers: ClassVar[tuple[SamplerKind, ...]] = ()
     learns_velocity: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -71,6 +72,7 @@ class MinimalIterativePolicy(Regression):
     """
 
     sampler: ClassVar[SamplerKind] = "mip"
+    other_samplers: ClassVar[tuple[SamplerKind, ...]] = ("regression",)
     nfe: ClassVar[int] = 2
 
     def loss(self, flow_map: FlowMap, examples: Examples) -> LossOutput:

@@ -24,7 +24,7 @@ from cmpolicy.flow.objectives import (
     build_objective,
 )
 from cmpolicy.flow.path import get_path
-from cmpolicy.flow.sampler import SAMPLERS, SamplerKind, check_sampler, get_sampler
+from cmpolicy.flow.sampler import SAMPLERS, SamplerKind, get_sampler
 from cmpolicy.nn.encoders.image import CompactEncoderConfig, ResNet18EncoderConfig
 from cmpolicy.nn.encoders.state import StateEncoderConfig
 from cmpolicy.nn.registry import EncoderConfig, NetConfig, net_config
@@ -159,7 +159,7 @@ class CmpolicyConfig(PreTrainedConfig):
         choose({"cosine": 0, "constant": 0}, self.scheduler_name, "scheduler_name")
         if self.sampler is not None:
             choose(dict.fromkeys(SAMPLERS, 0), self.sampler, "sampler")
-            check_sampler(self.sampler, self.build_objective().sampler)
+            self.build_objective().check_sampler(self.sampler)
         get_path(self.path)
         get_sampler(self.sampler_kind).grid(self.evaluations)  # raises
         self.build_net().check_horizon(self.horizon)
