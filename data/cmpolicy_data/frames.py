@@ -136,6 +136,15 @@ def _frame_shape(array: Array, layout: str, what: str) -> tuple[int, int, int]:
     return height, width, 3
 
 
+def starts_as_levels(buffer: ReplayBuffer, key: str) -> bool:
+    """Whether the first step holds levels; a later one that does not is an error of the store."""
+    array = buffer[key]
+    if array.dtype == np.uint8 or not array.shape[0]:
+        return True
+    first = read_rows(array, 0, 1, buffer.path)
+    return bool(np.all((first >= 0) & (first <= 255) & (first == np.floor(first))))
+
+
 def as_levels(
     rows: npt.NDArray[Any], buffer: ReplayBuffer, key: str, steps: npt.NDArray[np.int64] | range
 ) -> Frames:

@@ -9,7 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from cmpolicy_data.chunks import ReplayBufferError, read_rows
-from cmpolicy_data.frames import Frames, as_levels, channels_first, looks_like_frames
+from cmpolicy_data.frames import (
+    Frames,
+    as_levels,
+    channels_first,
+    looks_like_frames,
+    starts_as_levels,
+)
 from cmpolicy_data.replay_buffer import ReplayBuffer
 
 _MOST_CURVES = 16  # of one key
@@ -46,7 +52,7 @@ def shown_keys(buffer: ReplayBuffer, keys: Sequence[str] = ()) -> tuple[list[str
     for key in keys or buffer.keys():
         array = buffer[key]
         if looks_like_frames(array):
-            if keys or _starts_as_frames(buffer, key):
+            if keys or starts_as_levels(buffer, key):
                 cameras.append(key)
             else:
                 warnings.warn(
@@ -65,15 +71,6 @@ def shown_keys(buffer: ReplayBuffer, keys: Sequence[str] = ()) -> tuple[list[str
     for key in (*cameras, *curves):
         buffer.check(key)  # a lost chunk would be shown as black frames
     return cameras, curves
-
-
-def _starts_as_frames(buffer: ReplayBuffer, key: str) -> bool:
-    """Whether the first step holds levels; a later one that does not is an error of the store."""
-    array = buffer[key]
-    if array.dtype == np.uint8 or not array.shape[0]:
-        return True
-    first = read_rows(array, 0, 1, buffer.path)
-    return bool(np.all((first >= 0) & (first <= 255) & (first == np.floor(first))))
 
 
 def pictures(buffer: ReplayBuffer, key: str, start: int, end: int) -> Frames:

@@ -198,6 +198,16 @@ def test_one_dimensional_keys(tmp_path: Path) -> None:
     assert examine_store(buffer.path) == []
 
 
+def test_frames_in_other_numbers_than_levels(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).random((N, 16, 16, 3), dtype=np.float32)
+    buffer = ReplayBuffer.create(tmp_path / "s.zarr")
+    whole = np.round(255 * frames)
+    buffer.append_episode({"action": smooth(), "unit": frames, "whole": whole})
+    (found,) = examine_store(buffer.path)
+    assert (found.key, found.episode, found.step) == ("unit", 0, 0)
+    assert "training with these frames refuses them" in str(found)
+
+
 def test_findings_that_the_scaling_answers_are_left_out() -> None:
     values = {"state": smooth(), "pose": smooth()}
     values["state"][123, 0] = values["pose"][123, 0] = 5000
