@@ -105,6 +105,33 @@ def refuse(checkpoint: Path, out: Path) -> None:
     out.write_text("\n".join(said))
 
 
+def forget(checkpoint: Path, out: Path) -> None:
+    """The observations that a training step encodes, of 400 windows."""
+    from lerobot_policy_cmpolicy import CmpolicyPolicy
+
+    policy = CmpolicyPolicy.from_pretrained(checkpoint)
+    policy.config.forget_history = 0.25
+    seen: list[torch.Tensor] = []
+    encode = policy.policy.encode
+
+    def watched(obs, augment=None):
+        seen.append(obs["state"])
+        return encode(obs, augment)
+
+    policy.policy.encode = watched
+    states = torch.rand(400, 2, 2)
+    batch = {
+        "observation.state": states,
+        "observation.image": torch.rand(400, 2, 3, 96, 96),
+        "action": torch.rand(400, 16, 2),
+    }
+    torch.manual_seed(0)
+    with torch.no_grad():
+        policy.train().forward(dict(batch))
+        policy.eval().forward(dict(batch))
+    np.savez(out, given=states, training=seen[0], scoring=seen[1])
+
+
 def serve(checkpoint: Path, out: Path) -> None:
     """Thirty actions, or as many as two minutes give."""
     import socket
@@ -154,5 +181,5 @@ def serve(checkpoint: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    done = {"act": act, "wrap": wrap, "serve": serve, "drive": drive, "refuse": refuse}
+    done = {f.__name__: f for f in (act, wrap, serve, drive, refuse, forget)}
     done[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))

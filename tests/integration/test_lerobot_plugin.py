@@ -177,6 +177,17 @@ def test_plugin_and_bundle_act_alike(run: Run, trained: Path, tmp_path: Path):
     np.testing.assert_allclose(found["chunk"][0], chunk(7, 8), atol=2e-3)
 
 
+def test_a_share_of_the_examples_forgets(run: Run, trained: Path, tmp_path: Path):
+    run("side", "forget", trained / "last/pretrained_model", tmp_path / "x.npz")
+    found = np.load(tmp_path / "x.npz")
+    given, training = found["given"], found["training"]
+    forgotten = (training[:, 0] == given[:, 1]).all(axis=1)
+    assert 0.15 < forgotten.mean() < 0.35
+    np.testing.assert_array_equal(training[:, 1], given[:, 1])
+    np.testing.assert_array_equal(training[~forgotten, 0], given[~forgotten, 0])
+    np.testing.assert_array_equal(found["scoring"], given)
+
+
 def test_a_run_goes_on(run: Run, trained: Path):
     """Weights, average and optimizer; the average then moves on from where it was."""
     first = json.loads((trained / "000003/pretrained_model/cmpolicy/config.json").read_text())
@@ -196,6 +207,7 @@ def test_a_run_goes_on(run: Run, trained: Path):
         ("horizon=15", "horizon=15 is not divisible by 2"),
         ("psd.sd_share=3", "sd_share=3.0 must lie in (0, 1]"),
         ("objective=psi", "did you mean 'psd'"),
+        ("forget_history=1", "forget_history=1.0 must be in [0, 1)"),
         ("objective_settings={time_a: 1}", "those of psd are a group"),
     ],
 )

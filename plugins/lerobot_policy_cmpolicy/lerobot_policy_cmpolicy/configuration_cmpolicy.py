@@ -91,6 +91,8 @@ class CmpolicyConfig(PreTrainedConfig):
         encoder: ``mlp`` (numbers only), ``compact`` or ``resnet18``; ``auto`` is ``compact`` where
             there are cameras. Its settings are the group of that name, such as ``compact.crop``.
         ema: moving average of the weights, which are those that act.
+        forget_history: share in [0, 1) of the training examples that see the newest observation
+            alone, for policies that only go on as they moved, or stay where they rest.
         pad_loss: whether the actions that repeat an episode's last one are trained on.
         clamp_actions: cut actions to the range that the data has.
         rotations: which action dimensions are rotations, such as ``["quaternion:3,4,5,6"]``.
@@ -126,6 +128,7 @@ class CmpolicyConfig(PreTrainedConfig):
     compact: CompactEncoderConfig = field(default_factory=CompactEncoderConfig)
     resnet18: ResNet18EncoderConfig = field(default_factory=ResNet18EncoderConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
+    forget_history: float = 0.0
     pad_loss: bool = True
     clamp_actions: bool = True
     rotations: list[str] | None = None
@@ -148,6 +151,8 @@ class CmpolicyConfig(PreTrainedConfig):
         super().__post_init__()
         at_least("nfe", 1 if self.nfe is None else self.nfe, 1)
         positive("noise_scale", self.noise_scale)
+        if not 0 <= self.forget_history < 1:
+            raise ConfigError(f"forget_history={self.forget_history} must be in [0, 1)")
         at_least("scheduler_warmup_steps", self.scheduler_warmup_steps, 0)
         positive("optimizer_grad_clip_norm", self.optimizer_grad_clip_norm)
         OptimConfig(

@@ -129,6 +129,11 @@ class CmpolicyPolicy(PreTrainedPolicy):
         padded = batch.get("action_is_pad")
         if padded is None:
             padded = torch.zeros(shape[:2], dtype=torch.bool, device=action.device)
+        if self.config.forget_history and self.training:
+            forgets = torch.rand(len(action), device=action.device) < self.config.forget_history
+            for name, steps in obs.items():
+                of_each = forgets.view(-1, *[1] * (steps.ndim - 1))
+                obs[name] = torch.where(of_each, steps[:, -1:], steps)
         window: Any = {"obs": obs, "action": action, "action_is_pad": padded}
         n_augment = getattr(self.policy.encoder, "n_augment", 0)
         if n_augment and self.training:
