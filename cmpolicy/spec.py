@@ -30,6 +30,9 @@ class SpecError(ValueError):
 
 _log = logging.getLogger(__name__)
 
+#: Keys of a message to the server that are not observations.
+RESERVED = ("step", "reset", "seed", "noise", "plan")
+
 RotationKind = Literal["angle", "quaternion", "axis_angle", "rotation_6d"]
 _ROTATION_SIZES = {"angle": 1, "quaternion": 4, "axis_angle": 3, "rotation_6d": 6}
 

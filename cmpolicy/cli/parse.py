@@ -188,8 +188,10 @@ def parse_sweep(words: Iterable[str]) -> list[Override]:
             found = _plain_text(word)
             if found is None:
                 raise ConfigError(
-                    f"cannot read {word!r}: quote values that hold spaces or any of , : = [ ] {{ }}"
-                    f", as in 'key=\"a value\"' ({str(error).splitlines()[0]})"
+                    f"cannot read {word!r}: quote values that hold spaces, letters beyond ASCII or "
+                    f"any of , : = [ ] {{ }} ( ), as in 'key=\"a value\"'; such names as keys of "
+                    "{...} cannot be quoted and go into a task file "
+                    f"(cmpolicy/training/README.md) ({str(error).splitlines()[0]})"
                 ) from error
             overrides.append(found)
     return overrides

@@ -149,6 +149,11 @@ class DataConfig:
                 "data.obs has the key 'action', which is the policy's output; name the observation "
                 "otherwise, e.g. data.obs={past_action: action}"
             )
+        if "action" in self.targets:
+            raise ConfigError(
+                "data.targets has the key 'action', which is the policy's output; name the target "
+                "otherwise, e.g. data.targets={next: action}"
+            )
         known = {"default", "action", *self.obs}
         for key, method in self.normalize.items():
             if self.obs:  # else the data set's own keys, which are not known yet
@@ -338,6 +343,8 @@ def _check_source(where: str, source: str | Mapping[str, str]) -> None:
             f"{where}={source!r} must be a selector such as 'state[:7]', or a group with "
             "the setting key and perhaps kind (image, state) and layout (hwc, chw)"
         )
+    if source.get("kind") == "state" and "layout" in source:
+        raise ConfigError(f"{where}: layout is of images, and kind is state; leave one of them out")
     for name, choices in _SOURCE.items():
         if source.get(name, choices[0]) not in choices:
             raise ConfigError(f"{where}.{name}={source[name]!r} must be one of {list(choices)}")

@@ -58,6 +58,7 @@ class TrainingData:
         n_short: episodes shorter than a window.
         times: (E,) how often the windows of each episode come in an epoch; None: once.
         normalize, clamp_actions: see ``data.normalize`` and ``data.clamp_actions``.
+        span_before: :attr:`target_span` of the run that goes on, if it noted that.
     """
 
     arrays: Demonstrations
@@ -75,6 +76,7 @@ class TrainingData:
     normalize: Mapping[str, Any] = field(default_factory=lambda: {"default": "auto"})
     clamp_actions: bool = True
     times: npt.NDArray[np.int64] | None = None
+    span_before: npt.NDArray[np.float64] | None = None
 
     @property
     def summary(self) -> str:
@@ -165,14 +167,24 @@ class TrainingData:
         return loader.of(windows, batch_size=batch_size) if len(windows) else None
 
     @cached_property
+    def target_span(self) -> npt.NDArray[np.float64] | None:
+        """What ``data.targets`` are scaled by: see :meth:`Demonstrations.target_span`."""
+        if self.span_before is not None:
+            return self.span_before
+        return self.arrays.target_span(self.windows.select(self.split.train_ids).obs)
+
+    @cached_property
     def targets(self) -> npt.NDArray[np.float32] | None:
         """All of ``data.targets``, scaled; see :meth:`Demonstrations.scaled_targets`."""
-        return self.arrays.scaled_targets(self.windows.select(self.split.train_ids).obs)
+        span = self.target_span
+        return None if span is None else self.arrays.scaled_targets(span)
 
     def with_held_out_of(
         self, before: Mapping[str, Any], val_fraction: float, seed: int
     ) -> TrainingData:
         """The same data, holding out what a run before held out, and as much of the new episodes.
+
+        Targets keep the scaling of that run, which its features learned to tell them in.
 
         Args:
             before: :attr:`facts` of that run. Episodes are known by their content.
@@ -180,10 +192,18 @@ class TrainingData:
         """
         if not before.get("data"):
             return self
+        span = before.get("target_span")  # the oldest runs did not note it
+        span_before = None if span is None else np.array(span, np.float64)
+        split = self._split_like(before, val_fraction, seed)
+        return replace(self, split=split, span_before=span_before)
+
+    def _split_like(
+        self, before: Mapping[str, Any], val_fraction: float, seed: int
+    ) -> EpisodeSplit:
         if before["data"] == self.fingerprint:  # as it was, also where an episode is there twice
             both = np.r_[self.split.train_ids, self.split.val_ids]
             val = np.array(before.get("val_episodes", ()), np.int64)
-            return replace(self, split=EpisodeSplit(np.setdiff1d(both, val), val))
+            return EpisodeSplit(np.setdiff1d(both, val), val)
         old, now = (
             _told_apart(before["data"]["episodes"]),
             _told_apart(self.fingerprint["episodes"]),
@@ -196,7 +216,7 @@ class TrainingData:
         if len(new) > 1:
             kept |= set(new[split_episodes(len(new), val_fraction, seed).val_ids])
         val, train = (np.array(sorted(s), np.int64) for s in (kept, chosen - kept))
-        return replace(self, split=self.arrays.expand(EpisodeSplit(train_ids=train, val_ids=val)))
+        return self.arrays.expand(EpisodeSplit(train_ids=train, val_ids=val))
 
     @property
     def fingerprint_digest(self) -> str:
@@ -216,6 +236,7 @@ class TrainingData:
             "data": dict(self.fingerprint),
             "val_episodes": self.split.val_ids.tolist(),
             "train_episodes": np.repeat(train, times).tolist(),
+            "target_span": None if self.target_span is None else self.target_span.tolist(),
         }
 
 
@@ -240,6 +261,11 @@ def load_training_data(config: TrainConfig) -> TrainingData:
         missing_chunks=data.missing_chunks,
     )
     for key in data.normalize:
+        if key in arrays.images:
+            raise ConfigError(
+                f"data.normalize.{key}={data.normalize[key]}: frames are always scaled from 0..255 "
+                "to -1..1; leave it out"
+            )
         choose({"default": 0, ACTION: 0, **arrays.obs}, key, "key of data.normalize")
     states = {key: value for key, value in arrays.obs.items() if key not in arrays.images}
     for key, values in {**states, **arrays.targets}.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ import numpy.typing as npt
 
 from cmpolicy.experiment.config import DataConfig
 from cmpolicy.schema import ConfigError
+from cmpolicy.spec import RESERVED
 from cmpolicy_data.chunks import printable
 from cmpolicy_data.demonstrations import Demonstrations
+from cmpolicy_data.frames import channels_first_message, shaped_channels_first
 from cmpolicy_data.report import Finding, examine
 
 ACTION = "action"
@@ -45,7 +47,7 @@ def report(arrays: Demonstrations, path: Path, data: DataConfig, tasks: Sequence
         pauses=arrays.tells_pauses,
         normalize={key: data.normalize.get(key, default) for key in arrays.numbers},
     )
-    findings += _several_tasks(tasks)
+    findings += [*_several_tasks(tasks), *_names_and_shapes(arrays, data)]
     if not findings:
         return
     which = "" if data.episodes is None else " (episodes counted in data.episodes)"
@@ -53,6 +55,23 @@ def report(arrays: Demonstrations, path: Path, data: DataConfig, tasks: Sequence
     if data.strict:
         raise ConfigError(f"{text}\nleave out data.strict to train all the same")
     warnings.warn(text, DataWarning, stacklevel=3)
+
+
+def _names_and_shapes(arrays: Demonstrations, data: DataConfig) -> Iterator[Finding]:
+    """Numbers that look like frames, and keys that a server would not take for observations."""
+    for key, values in arrays.numbers.items():
+        said = isinstance(data.obs.get(key), Mapping)  # its kind was thought about
+        if key != ACTION and not said and shaped_channels_first(values.shape[1:]):
+            yield Finding(key, None, None, None, channels_first_message(key))
+    for key in sorted(arrays.obs.keys() & set(RESERVED)):
+        yield Finding(
+            key,
+            None,
+            None,
+            None,
+            "cmpolicy serve knows another meaning of this name, so the policy cannot be served; "
+            f"call it otherwise: data.obs={{another_name: {key}}}",
+        )
 
 
 def _several_tasks(tasks: Sequence[str]) -> list[Finding]:

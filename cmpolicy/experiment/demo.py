@@ -118,7 +118,11 @@ def _clear_the_place(out: Path, config: TrainConfig) -> tuple[bool, bool]:
         return False, False
     if state_path(out).is_file():
         same = TrainConfig.from_mapping(read_yaml(out / CONFIG_FILE)) == config
-        done = int(load_state(out).values["examples"]) >= config.examples
+        values = load_state(out).values
+        # The last evaluation chooses the policy; a run that was stopped in it goes on with it.
+        done = (
+            values["examples"] >= config.examples and values["evaluated_at"] == values["examples"]
+        )
         if same and not (done and not (out / BEST).is_dir()):
             return done, True
     aside = next(

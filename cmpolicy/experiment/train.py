@@ -244,7 +244,8 @@ def start_from(policy: ConsistencyPolicy, name_or_path: str) -> dict[str, Any]:
     """
     source = ConsistencyPolicy.from_pretrained(name_or_path)
     for what, setting, mine, theirs in (
-        ("observations", "data.obs", policy.spec.obs, source.spec.obs),
+        # in this order: the features of numbers lie side by side
+        ("observations", "data.obs", [*policy.spec.obs.items()], [*source.spec.obs.items()]),
         ("images", "data.obs", policy.spec.images, source.spec.images),
         ("action size", "data.action", policy.spec.action_dim, source.spec.action_dim),
         ("horizon", "policy.horizon", policy.spec.horizon, source.spec.horizon),

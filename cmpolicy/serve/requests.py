@@ -44,12 +44,9 @@ from numpy.typing import NDArray
 
 from cmpolicy.observation import ObservationError, read_noise, read_observation, read_plan
 from cmpolicy.serve.wire import MAX_BYTES, pack
-from cmpolicy.spec import PolicySpec
+from cmpolicy.spec import RESERVED, PolicySpec
 
 _logger = logging.getLogger(__name__)
-
-#: Keys of a message that are not observations.
-RESERVED = ("step", "reset", "seed", "noise", "plan")
 
 _OVERHEAD = 65_536  # bytes for keys and fields
 

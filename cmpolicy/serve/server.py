@@ -31,8 +31,9 @@ from cmpolicy.schema import at_least
 from cmpolicy.serve.admission import Admission, Token, address_of
 from cmpolicy.serve.batcher import Batcher, InferenceError, StoppedError
 from cmpolicy.serve.conversation import GOING_AWAY, TRY_AGAIN_LATER, Conversation, InFlight
-from cmpolicy.serve.requests import RESERVED, Session, message_bound
+from cmpolicy.serve.requests import Session, message_bound
 from cmpolicy.serve.wire import pack
+from cmpolicy.spec import RESERVED
 
 try:
     from websockets.asyncio.server import Server, ServerConnection, serve
@@ -110,7 +111,8 @@ class PolicyServer:
         clash = sorted(set(RESERVED) & spec.obs.keys())
         if clash:
             raise ValueError(
-                f"observation keys {clash} are words of the protocol; train the policy with others"
+                f"observation keys {clash} are words of the protocol; train the policy with "
+                f"other names: data.obs={{another_name: {clash[0]}}}"
             )
         if max_message_bytes is None:
             max_message_bytes = message_bound(spec, max_batch)

@@ -67,6 +67,7 @@ class ObjectivesSettings:
     out: str = "outputs/study-objectives"
 
     def __post_init__(self) -> None:
+        each_once("objectives", self.names)
         for name in self.names:
             choose(OBJECTIVES, name, "objective")
         parse_seeds(self.eval_seeds)

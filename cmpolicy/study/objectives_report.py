@@ -12,10 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from cmpolicy.experiment.objective import ObjectiveConfig
 from cmpolicy.files import write_atomically
 from cmpolicy.flow.alarm import health_alarm
 from cmpolicy.flow.sampler import SamplerKind
-from cmpolicy.study.objectives import RunScores, Scores
+from cmpolicy.study.objectives import RunScores, Scores, evaluations
 from cmpolicy_eval.metrics import Estimate
 from cmpolicy_eval.report import COLOURS, MARKERS, aligned
 
@@ -55,14 +56,17 @@ def write_report(runs: Sequence[RunScores], out: Path, commands: Sequence[str]) 
 def rows(runs: Sequence[RunScores]) -> list[Row]:
     """One row per objective and number of evaluations, in the order of the runs."""
     found = []
+    scored = [score for run in runs for score in run.scores]
+    nothing = (0.0,) * max((len(score.success) for score in scored), default=0)
+    # What an objective is scored at, none of whose runs came so far; 100 is DDPM's own number.
+    asked = sorted({score.nfe for score in scored if score.sampler != "ddpm"})
     for name in dict.fromkeys(run.objective for run in runs):
         own = [run for run in runs if run.objective == name]
-        trained = [run for run in own if run.scores]
-        kinds = [(s.sampler, s.nfe) for run in trained[:1] for s in run.scores]
+        kinds = next(([(s.sampler, s.nfe) for s in run.scores] for run in own if run.scores), None)
+        if kinds is None:
+            kinds = evaluations(ObjectiveConfig(name=name), asked) if scored else []
         for kind, nfe in kinds:
             several = [_of(run, kind, nfe) for run in own]
-            length = max(len(s.success) for s in several if s is not None)
-            nothing = (0.0,) * length
             success = np.array([nothing if s is None else s.success for s in several], float)
             score = np.array([nothing if s is None else s.score for s in several], float)
             found.append(Row(name, kind, nfe, Estimate.of_share(success), Estimate.over(score)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -57,6 +59,12 @@ def health_metrics(health: Health) -> dict[str, float]:
     return {f"health_{name}": float(v) for name, v in values.items() if v is not None}
 
 
+def evenly(n: int, most: int) -> npt.NDArray[np.int64]:
+    """At most so many of the numbers 0 to n - 1, evenly spread, so of all parts of a sorted set."""
+    count = min(most, n)
+    return np.arange(count) * n // count
+
+
 class Validator:
     """Scores policies on the same windows with the same noise, every time.
 
@@ -67,10 +75,10 @@ class Validator:
     """
 
     def __init__(self, loader: DeviceLoader, *, windows: int, seed: int) -> None:
-        count = min(windows, loader.n_windows)
-        numbers = torch.arange(count, device=loader.device) * loader.n_windows // count
+        numbers = evenly(loader.n_windows, windows)
         self._loader = loader
-        self._numbers = numbers
+        self._numbers = torch.from_numpy(numbers).to(loader.device)
+        self._of_health = self._numbers[evenly(len(numbers), HEALTH_WINDOWS)]
         self._seed = seed
 
     @torch.no_grad()
@@ -97,8 +105,7 @@ class Validator:
             "val_action_error": float((squares / max(values, 1)) ** 0.5),
             "val_action_range": _action_range(policy),
         }
-        some = self._loader.gather(self._numbers[:HEALTH_WINDOWS])
-        health = policy.health(some, generator, part=size)
+        health = policy.health(self._loader.gather(self._of_health), generator, part=size)
         return Validation(metrics | health_metrics(health))
 
 

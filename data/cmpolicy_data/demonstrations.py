@@ -103,20 +103,25 @@ class Demonstrations:
             episode_ends=kept[self.episode_ends].astype(np.int64),
         )
 
-    def scaled_targets(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32] | None:
-        """All targets side by side, (N, D), each from -1 to 1 over the given rows; None of none.
+    def target_span(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64] | None:
+        """Ends of the range of all targets over the given rows, (2, D); None of none.
 
-        As for observations (``data.normalize=auto``), a few values out of all bounds do not set the
-        range; what lies beyond -2 and 2 is cut.
+        As for observations (``data.normalize=auto``), a few values out of all bounds do not set it.
         """
         if not self.targets:
             return None
-        flat = [v.reshape(len(v), -1).astype(np.float64) for v in self.targets.values()]
-        values = np.concatenate(flat, axis=1)
-        low, high = KeyStatistics.of(values[np.unique(rows)]).span("auto")
+        return np.stack(KeyStatistics.of(self._flat_targets()[np.unique(rows)]).span("auto"))
+
+    def scaled_targets(self, span: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+        """All targets side by side, (N, D), the span as -1 and 1; what is beyond 2 is cut."""
+        low, high = span
         half = np.where(high > low, (high - low) / 2, 1.0)
-        scaled = (values - (low + high) / 2) / half
+        scaled = (self._flat_targets() - (low + high) / 2) / half
         return scaled.clip(-2, 2).astype(np.float32)
+
+    def _flat_targets(self) -> npt.NDArray[np.float64]:
+        flat = [v.reshape(len(v), -1).astype(np.float64) for v in self.targets.values()]
+        return np.concatenate(flat, axis=1)
 
     def expand(self, split: EpisodeSplit) -> EpisodeSplit:
         """A split of the stored episodes as one of these: mirror images stay with their source."""
@@ -197,10 +202,13 @@ def _check_keys(
 
 
 def _can_render(buffer: ReplayBuffer, key: str) -> bool:
-    """Whether a key stands for Push-T's frames, and the store holds Push-T's states."""
-    if key != _PUSHT_FRAMES or "state" not in buffer or buffer["state"].shape[1:] != (5,):
+    """Whether a key stands for Push-T's frames, and the store holds Push-T's demonstrations."""
+    if key != _PUSHT_FRAMES:
         return False
-    if "action" not in buffer or buffer["action"].shape[1:] != (2,):
+    wanted: dict[str, tuple[int, ...]] = {"state": (5,), "action": (2,), "keypoint": (9, 2)}
+    if key in buffer:  # frames of another size are of another camera
+        wanted[key] = (96, 96, 3)
+    if any(name not in buffer or buffer[name].shape[1:] != s for name, s in wanted.items()):
         return False
     places = np.concatenate([buffer.load("state[:4]"), buffer.load("action")], axis=1)
     return bool(((places >= 0) & (places <= _ARENA)).all())  # px; other arms have five numbers too

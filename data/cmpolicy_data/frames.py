@@ -43,9 +43,21 @@ def looks_like_frames(array: Array) -> bool:
 
 def channels_first(array: Array) -> bool:
     """Whether the steps of an array are uint8 and have the shape (3, H, W) of an image."""
-    shape = array.shape[1:]
-    frames = len(shape) == 3 and shape[0] == 3 and min(shape[1:]) >= _LEAST_SIZE
-    return frames and array.dtype == np.uint8
+    return shaped_channels_first(array.shape[1:]) and array.dtype == np.uint8
+
+
+def shaped_channels_first(shape: tuple[int, ...]) -> bool:
+    """Whether steps have the shape (3, H, W) of an image, whatever their numbers are."""
+    return len(shape) == 3 and shape[0] == 3 and min(shape[1:]) >= _LEAST_SIZE
+
+
+def channels_first_message(key: str) -> str:
+    """What is said of a key that is :func:`shaped_channels_first` and no uint8."""
+    return (
+        "has the shape of camera frames, channels first, and its numbers are not uint8, so it is "
+        f"read as plain numbers; say data.obs.{key}={{key: {key}, layout: chw}} (whole numbers in "
+        "[0, 255]), or kind: state if these are no images"
+    )
 
 
 def looks_grey_or_four(array: Array) -> bool:

@@ -16,7 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from cmpolicy_data.chunks import MissingChunks, absent_chunks
-from cmpolicy_data.frames import looks_like_frames, starts_as_levels
+from cmpolicy_data.frames import (
+    channels_first_message,
+    looks_like_frames,
+    shaped_channels_first,
+    starts_as_levels,
+)
 from cmpolicy_data.replay_buffer import ReplayBuffer
 from cmpolicy_data.statistics import COARSE, FLOAT32, PERCENTILES, KeyStatistics
 
@@ -123,17 +128,16 @@ def examine_store(path: str | Path, *, missing_chunks: MissingChunks = "auto") -
     for key, times in clocks.items():
         found += _gaps(key, times, buffer.episode_ends)
     for key in buffer:
-        if looks_like_frames(buffer[key]) and not starts_as_levels(buffer, key):
-            found.append(
-                Finding(
-                    key,
-                    None,
-                    *_where(0, buffer.episode_ends),
-                    "has the shape of camera frames, but its numbers are not whole or not in "
-                    "[0, 255], and a training with these frames refuses them; if they lie in 0..1, "
-                    "multiply by 255, round, and store uint8",
-                )
+        frames = looks_like_frames(buffer[key])
+        if frames and not starts_as_levels(buffer, key):
+            message = (
+                "has the shape of camera frames, but its numbers are not whole or not in "
+                "[0, 255], and a training with these frames refuses them; if they lie in 0..1, "
+                "multiply by 255, round, and store uint8"
             )
+            found.append(Finding(key, None, *_where(0, buffer.episode_ends), message))
+        elif not frames and shaped_channels_first(buffer[key].shape[1:]):
+            found.append(Finding(key, None, None, None, channels_first_message(key)))
         absent = absent_chunks(buffer[key], buffer.n_steps)
         if absent:
             first = absent[0]

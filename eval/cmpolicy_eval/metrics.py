@@ -94,8 +94,16 @@ class Estimate:
         return tuple(float(v) for v in self.values.mean(1))
 
     def __sub__(self, other: "Estimate") -> "Estimate":
-        """The difference, run by run and episode by episode."""
-        return Estimate.over(self.values - other.values)
+        """The difference, run by run and episode by episode.
+
+        Of shares that differ by the same in every episode of every run, which leaves nothing to
+        resample, the interval is the one of a single run.
+        """
+        found = Estimate.over(self.values - other.values)
+        both = np.stack([self.values, other.values])
+        if np.ptp(found.values) > 0 or not np.isin(both, (0, 1)).all():
+            return found
+        return Estimate(found.values, found.mean, paired_share_interval(*both[:, 0]))
 
     def __str__(self) -> str:
         low, high = self.ci95

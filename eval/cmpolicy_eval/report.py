@@ -230,13 +230,22 @@ def _groups(results: Sequence[Result], pool: bool) -> list[_Group]:
         alike = tuple(sorted(result.seeds)) if pool else index
         found.setdefault((name, result.nfe, alike), []).append(result)
     for (name, nfe, _), group in found.items():
-        scores = {tuple((e.seed, e.score, e.length) for e in r.episodes) for r in group}
-        if len(scores) < len(group):
+        if len({_known_by(result) for result in group}) < len(group):
             raise ResultError(
                 f"two results of {name!r} with {_evaluations(nfe)} are of one run, so they cannot "
                 "be pooled: give the result of each training run once"
             )
     return [_Group(key[0], tuple(group)) for key, group in found.items()]
+
+
+def _known_by(result: Result) -> tuple[Any, ...]:
+    """What two scorings of one run share, and two runs hardly do.
+
+    Where all episodes went alike (none succeeded, say) only their times tell two runs apart.
+    """
+    outcomes = tuple((e.seed, e.score, e.length) for e in result.episodes)
+    alike = len({(score, length) for _, score, length in outcomes}) == 1
+    return (*outcomes, *(e.infer_ms_p50 for e in result.episodes if alike))
 
 
 def _curve(axes: Any, x: Sequence[float], points: Sequence[_Point], style: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """``make demo`` with a training of seconds: what it leaves, says, and does when run again."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from cmpolicy.cli.main import main as command
 from cmpolicy.experiment.run import COMMAND_FILE
 from cmpolicy.policy.policy import ConsistencyPolicy
+from cmpolicy.training.checkpoint import load_state, save_state
 from cmpolicy.training.trackers import read_log
 from cmpolicy_eval.result import Result
 
@@ -80,6 +82,19 @@ def test_the_demo_leaves_a_policy_a_result_a_video_and_curves(
     assert (folder / "outputs/demo-before-1/rollouts.mp4").exists()
     assert [e["examples"] for e in read_log(out) if e["kind"] == "train"] == [16, 32, 48, 64]
     assert json.loads((out / "policy/config.json").read_text())["metadata"]["config"]["seed"] == 1
+
+
+def test_a_demo_that_was_stopped_in_its_last_evaluation_evaluates_first(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SHORT, "eval.every=32", "episodes=1", "videos=0"]) == 0
+    out = folder / "outputs/demo"
+    state = load_state(out)  # as Ctrl-C leaves it, which reaches the simulator, too
+    save_state(out, dataclasses.replace(state, values={**state.values, "evaluated_at": 32}))
+    capsys.readouterr()
+    assert main([*SHORT, "eval.every=32", "episodes=1", "videos=0"]) == 0
+    assert "scoring it again" not in capsys.readouterr().out
+    assert [e["examples"] for e in read_log(out) if e["kind"] == "eval"] == [32, 64, 64]
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 """The report of several results."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from cmpolicy_eval.metrics import crossed_bootstrap_interval
+from cmpolicy_eval.metrics import crossed_bootstrap_interval, wilson_interval
 from cmpolicy_eval.report import difference_table, runs_table, table, write_report
 from cmpolicy_eval.result import Origin, Result, ResultError
 from cmpolicy_eval.rollout import EpisodeResult
@@ -97,6 +98,21 @@ def test_training_runs_of_one_name_are_averaged(tmp_path: Path) -> None:
     assert difference_table(runs + others[:2], pool=True) == ""
     with pytest.raises(ResultError, match="'isd' with 1 evaluation are of one run"):
         runs_table([runs[0], runs[0]])
+
+
+def test_runs_that_fail_everywhere_are_no_copies() -> None:
+    def failed(ms: float) -> Result:
+        episodes = [
+            dataclasses.replace(e, score=0.0, success=False, length=300, infer_ms_p50=ms + e.seed)
+            for e in make("isd", 1, 0.5).episodes
+        ]
+        return dataclasses.replace(make("isd", 1, 0.5), episodes=tuple(episodes))
+
+    table = runs_table([failed(1.0), failed(1.1), failed(1.2)])
+    low, high = wilson_interval(0, 200)
+    assert f"0.000 [{low:.3f}, {high:.3f}]" in table
+    with pytest.raises(ResultError, match="of one run"):
+        runs_table([failed(1.0), failed(1.0)])
 
 
 def test_no_results_no_report(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Scores of generated images, against closed forms and sets whose scores are known."""
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -13,6 +14,7 @@ from cmpolicy.image.metrics import (
     ContentCache,
     EfficientNetFeatures,
     ImageScorer,
+    check_test_part,
     real_classifier,
 )
 from cmpolicy.image.metrics.cache import content_key
@@ -54,6 +56,29 @@ def classifier():
 @pytest.fixture(scope="module")
 def scorer(classifier):
     return ImageScorer(DATA, classifier, ClassifierFeatures(classifier), ContentCache(None))
+
+
+@pytest.mark.parametrize(("n", "largest"), [(3, 2), (1, 1)])
+def test_too_small_a_test_part_is_refused(n, largest):
+    small = dataclasses.replace(DATA, test=bars(n, 1))
+    with pytest.raises(ValueError, match=f"has {n} images, at most {largest} of a class.*test_fra"):
+        check_test_part(small)
+    with pytest.raises(ValueError, match="at most 1 of a class"):
+        check_test_part(dataclasses.replace(DATA, test=bars(6, 1, classes=6)))
+    check_test_part(DATA)
+
+
+def test_data_of_copies_is_refused(classifier):
+    def score(data):
+        scorer = ImageScorer(data, classifier, ClassifierFeatures(classifier), ContentCache(None))
+        return scorer.score_real(60)
+
+    with pytest.raises(ValueError, match="half of the test images are among the training images"):
+        score(dataclasses.replace(DATA, test=DATA.train))
+    first = {k: DATA.train.images[DATA.train.labels == k][0] for k in (0, 1)}
+    alike = np.stack([first[k] for k in DATA.train.labels])
+    with pytest.raises(ValueError, match="all training images of class 'lying' are alike"):
+        score(dataclasses.replace(DATA, train=ImageSet(alike, DATA.train.labels)))
 
 
 # -- feature distance ------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from cmpolicy_eval.metrics import (
     Estimate,
     bootstrap_interval,
     crossed_bootstrap_interval,
+    paired_share_interval,
     wilson_interval,
 )
 
@@ -62,15 +63,26 @@ def test_differences_are_paired_by_training_seed_and_episode() -> None:
     table = markdown(runs).split("less isd, paired")[1].split("How the runs went")[0]
     lines = {line.split("|")[1].strip(): line for line in table.splitlines() if "[" in line}
     assert set(lines) == {"fm", "esd"}
-    assert lines["fm"].count("0.000 [0.000, 0.000]") == 2
+    low, high = paired_share_interval([1] * 4, [1] * 4)  # four episodes make nothing certain
+    assert -0.6 < low < -0.3
+    assert lines["fm"].count(f"0.000 [{low:.3f}, {high:.3f}]") == 2
     assert lines["esd"].count(" -0.167 [-0.") == 2
     assert "less isd" not in markdown([_run("fm", 0, [True])])
 
 
 def test_objectives_without_a_trained_run_stay_in_the_table(tmp_path: Path) -> None:
     runs = [_run("isd", 0, [True, False]), _run("esd", 0, [], diverged=128)]
+    runs.append(_run("mip", 0, [], diverged=128))  # whose own number of evaluations is 2
+    found = {row.objective: row for row in rows(runs)}
+    assert (found["esd"].nfe, found["mip"].nfe) == (1, 2)
+    for name in ("esd", "mip"):
+        assert found[name].success.values.tolist() == [[0.0, 0.0]]
+        assert found[name].score.mean == 0.0
     text = markdown(runs)
-    assert any(line.startswith("| esd") and " - |" in line for line in text.splitlines())
+    against = text.split("less isd, paired")[1].split("How the runs went")[0]
+    assert any(line.startswith("| esd") and "-0.500 [" in line for line in against.splitlines())
+    nothing_scored = markdown([_run("esd", 0, [], diverged=128)])
+    assert any(line.startswith("| esd") for line in nothing_scored.splitlines())
     assert plot(runs, tmp_path / "x.png").stat().st_size > 1000
 
 

@@ -34,6 +34,7 @@ from cmpolicy.image.metrics import (
     ContentCache,
     EfficientNetFeatures,
     ImageScorer,
+    check_test_part,
     real_classifier,
 )
 from cmpolicy.image.metrics.diversity import nearest_neighbours
@@ -103,6 +104,7 @@ def evaluate_images(
 
     Raises:
         ConfigError: settings that cannot be, or data that does not fit the model.
+        ValueError: too few held-out images to score against, or copies among them.
         ImageModelError, OSError: the model or the data cannot be read.
     """
     weights = inception_weights(config.inception) if config.fid else None
@@ -113,6 +115,7 @@ def evaluate_images(
             f"samples={config.samples} is too few: scores need 2 images of each of "
             f"{data.n_classes} classes"
         )
+    check_test_part(data)
     folder = cache_dir() / "images"
     scorer = build_scorer(config.features, data, ContentCache(folder), pipe.device)
     real = scorer.score_real(config.samples)

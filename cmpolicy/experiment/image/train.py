@@ -37,7 +37,7 @@ from cmpolicy.training.curves import CURVES_FILE
 from cmpolicy.training.device import make_accelerator
 from cmpolicy.training.image_loader import ImageLoader
 from cmpolicy.training.trainer import Scores
-from cmpolicy.training.validation import HeldOutLosses, health_metrics
+from cmpolicy.training.validation import HeldOutLosses, evenly, health_metrics
 from cmpolicy_data.catalog import data_dir
 from cmpolicy_eval.evaluate import git_commit, versions
 
@@ -223,8 +223,7 @@ class HeldOutScorer:
 
     def __init__(self, config: ImageTrainConfig, data: ImageData, run_dir: Path) -> None:
         self._config, self._data, self._run_dir = config, data, run_dir
-        count = min(config.eval.images, len(data.test))
-        self._rows = np.arange(count) * len(data.test) // count
+        self._rows = evenly(len(data.test), config.eval.images)
         self._labels = np.repeat(np.arange(min(data.n_classes, SHOWN)), config.eval.per_class)
 
     @torch.no_grad()
@@ -236,7 +235,8 @@ class HeldOutScorer:
             batch = self._batch(self._rows[start : start + PART], model.device)
             draws = model.draw(len(batch["labels"]), generator)
             losses.add(model(batch, draws=draws, progress=1.0, ema=model), len(batch["labels"]))
-        health = model.health(self._batch(self._rows[:HEALTH_IMAGES], model.device), generator)
+        some = self._rows[evenly(len(self._rows), HEALTH_IMAGES)]
+        health = model.health(self._batch(some, model.device), generator)
         self._draw_samples(model, examples)
         metrics = losses.read() | health_metrics(health)
         return Scores(metrics, (float(examples),), health_alarm(metrics, model.sampler))

@@ -6,7 +6,7 @@ None of the names is borrowed: ``feature_distance`` is not FID; FID is what :mod
 from cmpolicy.image.metrics.cache import ContentCache
 from cmpolicy.image.metrics.classifier import ClassifierConfig, ImageClassifier, real_classifier
 from cmpolicy.image.metrics.features import ClassifierFeatures, EfficientNetFeatures
-from cmpolicy.image.metrics.scores import ImageScorer, ImageScores
+from cmpolicy.image.metrics.scores import ImageScorer, ImageScores, check_test_part
 
 __all__ = [
     "ClassifierConfig",
@@ -16,5 +16,6 @@ __all__ = [
     "ImageClassifier",
     "ImageScorer",
     "ImageScores",
+    "check_test_part",
     "real_classifier",
 ]

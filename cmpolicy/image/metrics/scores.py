@@ -23,6 +23,7 @@ from cmpolicy.image.metrics.manifold import NEIGHBOURS, precision_recall
 from cmpolicy.image.metrics.subset import some
 
 _REFERENCE_SIZE = 10_000  # training images whose features are compared, at most; drawn once
+_SAME = 1e-6  # one level of one number is 4e-3 away
 _HELD_OUT = 2000  # test images whose nearest training image is looked for
 
 
@@ -52,6 +53,21 @@ class ImageScores:
     diversity_lowest: float
     diversity_lowest_class: str
     copy_ratio: float
+
+
+def check_test_part(data: ImageData) -> None:
+    """Whether the images that were held out are enough to score samples against.
+
+    Raises:
+        ValueError: too few.
+    """
+    n, largest = len(data.test), int(np.bincount(data.test.labels, minlength=1).max())
+    if n <= NEIGHBOURS or largest < 2:
+        raise ValueError(
+            f"the data's test part has {n} images, at most {largest} of a class, and scores need "
+            f"more than {NEIGHBOURS}, 2 of some class; give more images, or hold out more of a "
+            "folder (dataset.test_fraction) and train on the others"
+        )
 
 
 class ImageScorer:
@@ -118,12 +134,26 @@ class ImageScorer:
 
     @cached_property
     def _real_spread(self) -> dict[int, float]:
-        return spread_by_class(self.data.train.images, self.data.train.labels)
+        spread = spread_by_class(self.data.train.images, self.data.train.labels)
+        for label, distance in spread.items():
+            if distance < _SAME:
+                raise ValueError(
+                    f"all training images of class {self.data.class_names[label]!r} are alike, so "
+                    "the variety of samples has nothing to be compared with; take out the copies"
+                )
+        return spread
 
     @cached_property
     def _held_out_nearest(self) -> float:
         test = self.data.test.images
-        return median_nearest(test[some(np.arange(len(test)), _HELD_OUT)], self.data.train.images)
+        held_out = test[some(np.arange(len(test)), _HELD_OUT)]
+        distance = median_nearest(held_out, self.data.train.images)
+        if distance < _SAME:
+            raise ValueError(
+                "at least half of the test images are among the training images, too, so copies "
+                "cannot be told from new images; take out what is there twice"
+            )
+        return distance
 
     def _reference(self, labels: npt.NDArray[np.int64]) -> ImageSet:
         """Training images of the classes that were made: the others would count as not covered."""

@@ -120,7 +120,7 @@ def from_bundle(
         )
     found = cls(config_of(source, names) if config is None else config)
     for policy in (found.policy, found.averaged):
-        if policy.spec != source.spec:
+        if policy.spec != source.spec or [*policy.spec.obs] != [*source.spec.obs]:
             raise BundleError(
                 f"{name_or_path} has {source.spec}, and the settings ask for {policy.spec}"
             )
