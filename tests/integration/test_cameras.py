@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import functools
 import json
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from safetensors import safe_open
 import cmpolicy
 from cmpolicy import ConsistencyPolicy, ControlLoop, PolicyServer, RemotePolicy
 from cmpolicy.cli.main import main
+from cmpolicy.experiment.data import load_training_data
+from cmpolicy.experiment.data_checks import DataWarning
+from cmpolicy.experiment.run import FACTS_FILE
 from cmpolicy.nn.encoders.image import CompactEncoderConfig, ImageEncoder
 from cmpolicy.nn.registry import ENCODERS
 from cmpolicy.observation import ObservationError, encode_jpeg, read_observation
@@ -128,6 +133,60 @@ def test_the_bundle_knows_its_frames(policy: ConsistencyPolicy, run: Path) -> No
     card = (run / "policy_last/README.md").read_text()
     assert "`top` (24, 32, 3)" in card
     assert "the policy does not see: `pose`" in card
+
+
+def test_targets_keep_their_scaling_when_the_data_grow(store: Path, tmp_path: Path) -> None:
+    """The features learned to tell them in it."""
+    grown = tmp_path / "grown.zarr"
+    shutil.copytree(store, grown)
+    config = cmpolicy.compose(*_words(grown, "examples=48"))
+    cmpolicy.train(config, tmp_path / "run", until=16)
+    before = load_training_data(config)
+    buffer = ReplayBuffer.open(grown, "r+")
+    far = {key: np.asarray(buffer[key][:30]) for key in buffer}
+    buffer.append_episode({**far, "state": 20 * far["state"]})
+    with pytest.warns(DataWarning, match="scaling stays"):
+        cmpolicy.resume(tmp_path / "run", {"data.changed": "accept"}, until=32)
+    cmpolicy.resume(tmp_path / "run")
+    facts = json.loads((tmp_path / "run" / FACTS_FILE).read_text())
+    assert facts["target_span"] == before.target_span.tolist()
+    now = load_training_data(config)
+    assert abs(now.target_span).max() > 5 * abs(before.target_span).max()
+    again = now.with_held_out_of(facts, 0.34, 0)
+    np.testing.assert_array_equal(again.targets[:75], before.targets[:75])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.targets={action: 'state[7:]'}"], "data.targets has the key 'action'"),
+        (["data.normalize.top=gaussian"], "frames are always scaled from 0..255"),
+        (["data.obs.arm={key: state, kind: state, layout: chw}"], "layout is of images"),
+    ],
+)
+def test_settings_that_would_do_nothing(
+    store: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *_words(store, *words)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_numbers_that_look_like_frames_and_names_that_cannot_be_served(tmp_path: Path) -> None:
+    buffer = ReplayBuffer.create(tmp_path / "my.zarr")
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        steps = np.cumsum(rng.normal(size=(20, 2)), axis=0)
+        buffer.append_episode({"small": rng.random((20, 3, 8, 9)), "step": steps, "action": steps})
+    words = [f"data.path={buffer.path}", "task=custom", "control_hz=10", "examples=8", *RUN, *NET]
+    with pytest.warns(DataWarning) as said:
+        cmpolicy.train(cmpolicy.compose(*words, "data.obs=[small,step]"), tmp_path / "run")
+    text = str(said[0].message)
+    assert "small: has the shape of camera frames, channels first" in text
+    assert "step: cmpolicy serve knows another meaning of this name" in text
+    obs = "data.obs={small: {key: small, kind: state}, phase: step}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DataWarning)
+        cmpolicy.train(cmpolicy.compose(*words, obs), tmp_path / "told")
 
 
 def test_what_the_features_told_in_training_is_logged_and_not_kept(

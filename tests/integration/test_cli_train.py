@@ -205,6 +205,11 @@ def test_a_run_can_start_from_a_policy(
     assert "that policy has horizon 4, this run 8; change policy.horizon" in message
     assert main(custom(store, "init=moved/policy_last", "net.down_dims=[8,8]")) == 2
     assert "that policy has network" in capsys.readouterr().err
+    # the features of numbers lie side by side, in the order of the keys
+    assert main(custom(store, "out=two", "data.obs={a: 'state[:2]', b: 'state[2:4]'}")) == 0
+    turned = "data.obs={b: 'state[2:4]', a: 'state[:2]'}"
+    assert main(custom(store, turned, "init=two/policy_last")) == 2
+    assert "that policy has observations [('a', (2,))" in capsys.readouterr().err
     assert main(custom(store, "init=nowhere")) == 2
     assert "nowhere" in capsys.readouterr().err
     assert not (tmp_path / "outputs").exists()
@@ -227,6 +232,7 @@ def test_no_held_out_episodes(store: Path, tmp_path: Path) -> None:
             "'poses' under data/ (keys: action, force, state)",
         ),
         (["data.targets={pose: poses}"], "which data.targets names"),
+        (["data.obs=[Gelenke_ä]"], "letters beyond ASCII"),
         (["data.obs=[state,'state[:9]']"], "but state has 5 columns"),
         (["data.action=force"], "have shape (3, 2) per step"),
         (

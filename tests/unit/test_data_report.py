@@ -202,10 +202,13 @@ def test_frames_in_other_numbers_than_levels(tmp_path: Path) -> None:
     frames = np.random.default_rng(0).random((N, 16, 16, 3), dtype=np.float32)
     buffer = ReplayBuffer.create(tmp_path / "s.zarr")
     whole = np.round(255 * frames)
-    buffer.append_episode({"action": smooth(), "unit": frames, "whole": whole})
-    (found,) = examine_store(buffer.path)
-    assert (found.key, found.episode, found.step) == ("unit", 0, 0)
-    assert "training with these frames refuses them" in str(found)
+    first = np.moveaxis(frames, -1, 1)
+    buffer.append_episode({"action": smooth(), "unit": frames, "whole": whole, "first": first})
+    found = {finding.key: finding for finding in examine_store(buffer.path)}
+    assert set(found) == {"unit", "first"}
+    assert (found["unit"].episode, found["unit"].step) == (0, 0)
+    assert "training with these frames refuses them" in str(found["unit"])
+    assert "say data.obs.first={key: first, layout: chw}" in str(found["first"])
 
 
 def test_findings_that_the_scaling_answers_are_left_out() -> None:

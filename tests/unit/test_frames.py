@@ -92,6 +92,16 @@ def test_a_camera_called_img_is_not_taken_for_the_simulators(
     assert np.array_equal(load_demonstrations(path, ["img", "state"]).obs["img"], FRAMES)
     with pytest.raises(AugmentError, match="cannot transform the frames of 'img'"):
         load_demonstrations(path, ["img", "state"], augment=["none"])
+    # an arm whose five numbers are within Push-T's bounds, and Push-T filmed by another camera
+    for more in ({}, {"keypoint": np.zeros((N, 9, 2))}):
+        (tmp_path / f"{len(more)}").mkdir()
+        path = _store(tmp_path / f"{len(more)}", img=FRAMES, state=RNG.random((N, 5)), **more).path
+        with pytest.raises(AugmentError, match="cannot transform the frames of 'img'"):
+            load_demonstrations(path, ["img", "state"], augment=["none"])
+    (tmp_path / "none").mkdir()
+    path = _store(tmp_path / "none", other=FRAMES, state=RNG.random((N, 5))).path
+    with pytest.raises(ReplayBufferError, match="no key 'img'"):
+        load_demonstrations(path, ["img", "state"])
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.int32])
@@ -280,7 +290,7 @@ def test_rendered_frames_are_those_of_the_human_store(pusht_human: Path) -> None
 
 def test_frames_that_a_store_lacks_are_rendered_also_of_mirrored_states(tmp_path: Path) -> None:
     states = RNG.uniform(150, 350, (N, 5)).astype(np.float32)
-    path = _store(tmp_path, state=states).path
+    path = _store(tmp_path, state=states, keypoint=np.zeros((N, 9, 2), np.float32)).path
     obs = {"image": "img", "agent_pos": "state[:2]"}
     plain = load_demonstrations(path, obs)
     assert plain.images == ("image",)

@@ -99,6 +99,7 @@ TABLES: dict[tuple[str, str], list[tuple[str, list[str]]]] = {
             "iSD (pusht_image), along its diagonal | 10",
             ["pusht_image/isd_diagonal_result_nfe10.json"],
         ),
+        ("flow matching, the same recipe | 10", ["pusht_image/fm_result_nfe10.json"]),
         ("published, one evaluation: DOT, gym-pusht's resets | 1", []),
         ("published, one evaluation: drifting | 1", []),
     ],

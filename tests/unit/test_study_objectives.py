@@ -93,7 +93,11 @@ def test_three_runs_that_all_failed_are_no_proof_of_zero() -> None:
     mixed = np.zeros((3, 100))
     mixed[:, :50] = 1
     assert Estimate.of_share(mixed).ci95 == crossed_bootstrap_interval(mixed)
-    assert (failed - failed).ci95 == (0.0, 0.0)  # of a difference it would be another interval
+    solved = Estimate.of_share(np.ones((3, 100)))
+    assert (failed - failed).ci95 == paired_share_interval([0] * 100, [0] * 100)
+    assert (solved - failed).ci95 == paired_share_interval([1] * 100, [0] * 100)
+    scores = Estimate.over(np.full((3, 5), 0.25)) - Estimate.over(np.zeros((3, 5)))
+    assert scores.ci95 == (0.25, 0.25)
 
 
 def test_crossed_interval_counts_both_levels() -> None:
