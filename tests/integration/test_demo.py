@@ -94,7 +94,8 @@ def test_a_demo_that_was_stopped_in_its_last_evaluation_evaluates_first(
     capsys.readouterr()
     assert main([*SHORT, "eval.every=32", "episodes=1", "videos=0"]) == 0
     assert "scoring it again" not in capsys.readouterr().out
-    assert [e["examples"] for e in read_log(out) if e["kind"] == "eval"] == [32, 64, 64]
+    assert [e["examples"] for e in read_log(out) if e["kind"] == "eval"] == [32, 64]
+    assert load_state(out).values["evaluated_at"] == 64
 
 
 @pytest.mark.parametrize(
