@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from cmpolicy.flow.alarm import ALARM_EXAMPLES, alarm_counts, health_alarm
+from cmpolicy.flow.sampler import SamplerKind
 from cmpolicy.study.alarm_table import alarm_samples
 from cmpolicy.study.results import Results
 
@@ -63,26 +64,19 @@ def test_early_and_short_runs_say_nothing() -> None:
     assert alarm_counts(500_000, 1_000_000)
 
 
-@pytest.mark.parametrize(
-    "log",
-    [
-        "pusht/training_long.jsonl",
-        "pusht/training_rate3e4_seed0.jsonl",
-        "pusht/training_rate3e4_seed1.jsonl",
-        "pusht/training_rate3e4_seed2.jsonl",
-        "lift/training_seed0.jsonl",
-        "square/training_seed0.jsonl",
-        "pusht_image/training.jsonl",
-        "pusht_image/training_targets.jsonl",
-        "image/mnist/isd_training.jsonl",
-    ],
-)
-def test_no_bundled_policy_would_have_warned(log: str) -> None:
-    lines = [json.loads(line) for line in (RESULTS / log).read_text().splitlines()]
-    scored = [line for line in lines if line["kind"] == "eval"]
-    late = scored[len(scored) // 2 :]
-    assert late
-    assert [health_alarm(line, "flow_map") for line in late] == [None] * len(late)
+def test_published_runs_would_not_have_warned() -> None:
+    """But one, whose one evaluation is indeed off: twice as far from MNIST as flow matching's 50."""
+    warned, n = set(), 0
+    for log in sorted(RESULTS.glob("**/*training*.jsonl")):
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        scored = [line for line in lines if line["kind"] == "eval"]
+        kind: SamplerKind = "diagonal" if "fm_" in log.name else "flow_map"
+        late = [health_alarm(line, kind) for line in scored[len(scored) // 2 :]]
+        n += bool(late)
+        if any(late):
+            warned.add(str(log.relative_to(RESULTS)))
+    assert n > 40
+    assert warned == {"image/mnist/psd_training.jsonl"}
 
 
 def test_runs_of_the_study() -> None:
