@@ -65,7 +65,7 @@ def test_early_and_short_runs_say_nothing() -> None:
 
 
 def test_published_runs_would_not_have_warned() -> None:
-    """But one, whose one evaluation is indeed off: twice as far from MNIST as flow matching's 50."""
+    """But one, whose one evaluation is off: twice as far from MNIST as 50 of flow matching."""
     warned, n = set(), 0
     for log in sorted(RESULTS.glob("**/*training*.jsonl")):
         lines = [json.loads(line) for line in log.read_text().splitlines()]
