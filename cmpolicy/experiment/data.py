@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -18,14 +17,16 @@ from cmpolicy.experiment.config import DataConfig, PolicyConfig, TrainConfig, pa
 from cmpolicy.experiment.data_checks import (
     ACTION,
     check_finite,
+    check_normalize,
     check_state,
     fingerprint,
     report,
+    told_apart,
 )
 from cmpolicy.experiment.protocols import Simulator
 from cmpolicy.experiment.sources import find_source
 from cmpolicy.normalize import Normalizer
-from cmpolicy.schema import ConfigError, choose
+from cmpolicy.schema import ConfigError
 from cmpolicy.spec import PolicySpec, Rotation
 from cmpolicy.training.loader import DeviceLoader
 from cmpolicy_data import (
@@ -205,8 +206,8 @@ class TrainingData:
             val = np.array(before.get("val_episodes", ()), np.int64)
             return EpisodeSplit(np.setdiff1d(both, val), val)
         old, now = (
-            _told_apart(before["data"]["episodes"]),
-            _told_apart(self.fingerprint["episodes"]),
+            told_apart(before["data"]["episodes"]),
+            told_apart(self.fingerprint["episodes"]),
         )
         held_out = {old[i] for i in before.get("val_episodes", ())}
         source = dict(zip(now, self.arrays.source_episode.tolist(), strict=True))
@@ -260,13 +261,7 @@ def load_training_data(config: TrainConfig) -> TrainingData:
         image_memory=data.image_memory,
         missing_chunks=data.missing_chunks,
     )
-    for key in data.normalize:
-        if key in arrays.images:
-            raise ConfigError(
-                f"data.normalize.{key}={data.normalize[key]}: frames are always scaled from 0..255 "
-                "to -1..1; leave it out"
-            )
-        choose({"default": 0, ACTION: 0, **arrays.obs}, key, "key of data.normalize")
+    check_normalize(data.normalize, arrays)
     states = {key: value for key, value in arrays.obs.items() if key not in arrays.images}
     for key, values in {**states, **arrays.targets}.items():
         check_state(key, values, path)
@@ -331,15 +326,6 @@ def chosen_episodes(buffer: ReplayBuffer, episodes: Any) -> npt.NDArray[np.int64
     if not found.size:
         raise ConfigError(f"data.episodes={episodes} names no episode of {buffer.path}")
     return found
-
-
-def _told_apart(hashes: Sequence[str]) -> list[tuple[str, int]]:
-    """Hashes of episodes, with a number, for an episode may be there twice."""
-    seen, told = Counter[str](), []
-    for each in hashes:
-        seen[each] += 1
-        told.append((each, seen[each]))
-    return told
 
 
 def _times(buffer: ReplayBuffer, name: str, arrays: Demonstrations) -> npt.NDArray[np.int64]:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cmpolicy.experiment.config import DataConfig
-from cmpolicy.schema import ConfigError
+from cmpolicy.schema import ConfigError, choose
 from cmpolicy.spec import RESERVED
 from cmpolicy_data.chunks import printable
 from cmpolicy_data.demonstrations import Demonstrations
@@ -60,9 +60,10 @@ def report(arrays: Demonstrations, path: Path, data: DataConfig, tasks: Sequence
 def _names_and_shapes(arrays: Demonstrations, data: DataConfig) -> Iterator[Finding]:
     """Numbers that look like frames, and keys that a server would not take for observations."""
     for key, values in arrays.numbers.items():
-        said = isinstance(data.obs.get(key), Mapping)  # its kind was thought about
+        stored = data.obs.get(key, key)
+        said = isinstance(stored, Mapping)  # its kind was thought about
         if key != ACTION and not said and shaped_channels_first(values.shape[1:]):
-            yield Finding(key, None, None, None, channels_first_message(key))
+            yield Finding(key, None, None, None, channels_first_message(key, stored))
     for key in sorted(arrays.obs.keys() & set(RESERVED)):
         yield Finding(
             key,
@@ -87,6 +88,17 @@ def _several_tasks(tasks: Sequence[str]) -> list[Finding]:
         "data.episodes=[...] takes those of one; the store's attribute tasks has a text for each"
     )
     return [Finding("tasks", None, None, None, message)]
+
+
+def check_normalize(methods: Mapping[str, str], arrays: Demonstrations) -> None:
+    """Refuse ``data.normalize`` of keys that are not there, or that are frames."""
+    for key, method in methods.items():
+        if key in arrays.images:
+            raise ConfigError(
+                f"data.normalize.{key}={method}: frames are always scaled from 0..255 to -1..1; "
+                "leave it out"
+            )
+        choose({"default": 0, ACTION: 0, **arrays.obs}, key, "key of data.normalize")
 
 
 def check_state(key: str, values: npt.NDArray[Any], path: Path) -> None:
@@ -180,6 +192,15 @@ def check_same_data(
         f"the data is not the one that {run_dir} was started on: {what}. Give the old data with "
         f"data.path=..., {how}or start a new run on this one, from the old policy with init=..."
     )
+
+
+def told_apart(hashes: Sequence[str]) -> list[tuple[str, int]]:
+    """Hashes of episodes, with a number, for an episode may be there twice."""
+    seen, told = Counter[str](), []
+    for each in hashes:
+        seen[each] += 1
+        told.append((each, seen[each]))
+    return told
 
 
 def _used(facts: Mapping[str, Any]) -> list[Any]:

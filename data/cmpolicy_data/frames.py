@@ -51,12 +51,12 @@ def shaped_channels_first(shape: tuple[int, ...]) -> bool:
     return len(shape) == 3 and shape[0] == 3 and min(shape[1:]) >= _LEAST_SIZE
 
 
-def channels_first_message(key: str) -> str:
-    """What is said of a key that is :func:`shaped_channels_first` and no uint8."""
+def channels_first_message(key: str, stored: str) -> str:
+    """What is said of a key, ``stored`` in the store, that has this shape and is no uint8."""
     return (
         "has the shape of camera frames, channels first, and its numbers are not uint8, so it is "
-        f"read as plain numbers; say data.obs.{key}={{key: {key}, layout: chw}} (whole numbers in "
-        "[0, 255]), or kind: state if these are no images"
+        f"read as plain numbers; say data.obs.{key}={{key: {stored}, layout: chw}} (whole numbers "
+        "in [0, 255]), or kind: state if these are no images"
     )
 
 

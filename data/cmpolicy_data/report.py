@@ -137,7 +137,7 @@ def examine_store(path: str | Path, *, missing_chunks: MissingChunks = "auto") -
             )
             found.append(Finding(key, None, *_where(0, buffer.episode_ends), message))
         elif not frames and shaped_channels_first(buffer[key].shape[1:]):
-            found.append(Finding(key, None, None, None, channels_first_message(key)))
+            found.append(Finding(key, None, None, None, channels_first_message(key, key)))
         absent = absent_chunks(buffer[key], buffer.n_steps)
         if absent:
             first = absent[0]

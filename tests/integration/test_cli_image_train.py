@@ -305,6 +305,28 @@ def test_many_classes_are_not_drawn_all_at_once(tmp_path: Path) -> None:
     assert rows[-2:] == [PART, 20 * 15 - PART]  # of 20 classes
 
 
+def test_health_is_measured_on_all_classes_of_a_sorted_folder(tmp_path: Path) -> None:
+    """The first rows held three classes of four, and the alarm compared with their variance."""
+    _write_pictures(tmp_path / "mine", {f"{k}": 30 * k for k in range(4)}, count=100)
+    rest = [w for w in TINY if not w.startswith(("dataset", "eval.images"))]
+    words = Composition(ImageTrainConfig, package="cmpolicy_conf.image").compose(
+        [*rest, "dataset=folder", "dataset.path=mine", "dataset.test_fraction=0.5"]
+    )
+    config = ImageTrainConfig.from_mapping({k: v for k, v in words.items() if k != "out"})
+    data = load_images(config.dataset)
+    model = new_model(config, data).eval()
+    labels: list[list[int]] = []
+    health = model.health
+
+    def watched(batch: Any, *rest: Any) -> Any:
+        labels.append(sorted(set(batch["labels"].tolist())))
+        return health(batch, *rest)
+
+    model.health = watched  # type: ignore[method-assign]
+    HeldOutScorer(config, data, tmp_path)(model, 64)
+    assert labels == [[0, 1, 2, 3]]
+
+
 def test_a_folder_of_ones_own_in_colour(tmp_path: Path) -> None:
     _write_pictures(tmp_path / "mine", {"dark": 0, "light": 128})
     rest = [w for w in TINY if not w.startswith("dataset")]
